@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DecAD (ICCV 2025) as a model that plugs into an unmodified anomalib.
+
+Importing the package imports nothing heavy: the names below are resolved on first use (PEP 562).
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from anomalib_decad import plugin
+
+if TYPE_CHECKING:
+    from anomalib_decad.data import MultiCategory
+    from anomalib_decad.lightning_model import DecAD
+    from anomalib_decad.torch_model import DecADModel
+
+__version__ = "0.1.0"
+__all__ = ["DecAD", "DecADModel", "MultiCategory"]
+
+_MODULES = {
+    "DecAD": "anomalib_decad.lightning_model",
+    "DecADModel": "anomalib_decad.torch_model",
+    "MultiCategory": "anomalib_decad.data",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        msg = f"module {__name__!r} has no attribute {name!r}"
+        raise AttributeError(msg)
+    value = getattr(importlib.import_module(_MODULES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+# Last, because it may load the names above. Torch makes the same call when it is imported
+# (entry point group torch.backends), unless TORCH_DEVICE_BACKEND_AUTOLOAD=0.
+plugin.install()

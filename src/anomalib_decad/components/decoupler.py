@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decoupling: removal of the abnormal component of patch embeddings in the latent space."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from anomalib_decad.components.invertible import InvertibleNetwork
+
+__all__ = ["Decoupler"]
+
+
+class Decoupler(nn.Module):
+    r"""Removes what is abnormal from each patch embedding.
+
+    The latent :math:`z = F(x)` is split by channel into :math:`[z_a, z_n]`. The prior of a normal patch is
+    :math:`z_a = 0`, its abnormal energy is :math:`H = \mathrm{mean}(z_a^2)`, and removal is
+    :math:`\hat{x} = F^{-1}([0, z_n])`. F acts on each patch alone, so removal in one patch changes no other.
+
+    Args:
+        dim (int): Number of channels of an embedding; at least 2.
+        abnormal_fraction (float): Share of the latent channels that hold the abnormal component, in (0, 1).
+            Defaults to ``0.5``.
+        **kwargs (Any): Further arguments of :class:`InvertibleNetwork`.
+
+    Raises:
+        ValueError: If ``abnormal_fraction`` leaves one of the components without channels.
+
+    Example:
+        >>> decoupler = Decoupler(dim=32)
+        >>> x_clean, energy = decoupler(torch.randn(2, 100, 32))
+        >>> x_clean.shape, energy.shape
+        (torch.Size([2, 100, 32]), torch.Size([2, 100]))
+    """
+
+    def __init__(self, dim: int, abnormal_fraction: float = 0.5, **kwargs: Any) -> None:
+        super().__init__()
+        self.num_abnormal = round(dim * abnormal_fraction)
+        if not 0 < self.num_abnormal < dim:
+            msg = f"abnormal_fraction must leave channels to both components of {dim}, got {abnormal_fraction}"
+            raise ValueError(msg)
+        self.network = InvertibleNetwork(dim, **kwargs)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Remove the abnormal component.
+
+        Args:
+            x (torch.Tensor): Embeddings of shape (B, N, dim).
+
+        Returns:
+            tuple[torch.Tensor, torch.Tensor]: Cleaned embeddings of shape (B, N, dim), and the abnormal energy of each
+                patch, shape (B, N), not negative.
+        """
+        with parametrize.cached():
+            abnormal, normal = self._split(x)
+            latent = torch.cat([torch.zeros_like(abnormal), normal], dim=-1)
+            return self.network.inverse(latent), abnormal.square().mean(-1)
+
+    def energy(self, x: torch.Tensor) -> torch.Tensor:
+        """Compute the abnormal energy H alone, which needs no inverse.
+
+        Args:
+            x (torch.Tensor): Embeddings of shape (..., dim).
+
+        Returns:
+            torch.Tensor: Energies of shape (...), not negative.
+        """
+        return self._split(x)[0].square().mean(-1)
+
+    def _split(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        latent = self.network(x)
+        return latent[..., : self.num_abnormal], latent[..., self.num_abnormal :]

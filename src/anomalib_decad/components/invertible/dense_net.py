@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Lipschitz-bounded network G of a monotone unit."""
+
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.nn.utils.parametrizations import spectral_norm
+
+from anomalib_decad.components.invertible.pila import Pila
+
+__all__ = ["DenseLayer", "LipschitzDenseNet"]
+
+# One power iteration a training step lags behind the weights at high learning rates, and the estimate is from below.
+_POWER_ITERATIONS = 3
+
+
+def _normalised_linear(in_features: int, out_features: int) -> nn.Linear:
+    return spectral_norm(nn.Linear(in_features, out_features), n_power_iterations=_POWER_ITERATIONS)
+
+
+class DenseLayer(nn.Module):
+    r"""Concatenates its input with an activated, spectrally normalised linear map of it.
+
+    :math:`h(x) = [\eta_1 x,\ \eta_2\,\mathrm{Pila}(Wx + b)]` with learnable weights
+    :math:`\eta_1^2 + \eta_2^2 = 1` and :math:`\|W\|_2 = 1`, hence 1-Lipschitz.
+
+    Args:
+        in_features (int): Number of input channels.
+        growth (int): Number of channels that are added.
+        k (float): Sharpness of :class:`Pila`.
+
+    Reference:
+        Y. Perugachi-Diaz et al., Invertible DenseNets with Concatenated LipSwish, NeurIPS 2021.
+    """
+
+    def __init__(self, in_features: int, growth: int, k: float = 5.0) -> None:
+        super().__init__()
+        self.linear = _normalised_linear(in_features, growth)
+        self.activation = Pila(k)
+        self.concatenation = nn.Parameter(torch.zeros(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map (..., in_features) to (..., in_features + growth)."""
+        eta = functional.normalize(functional.softplus(self.concatenation), dim=0)
+        return torch.cat([eta[0] * x, eta[1] * self.activation(self.linear(x))], dim=-1)
+
+
+class LipschitzDenseNet(nn.Module):
+    r"""i-DenseNet between two spectrally normalised linear maps: :math:`G(u) = L\,(B\,D(Au + a) + b)`.
+
+    A (dim to hidden_dim) and B (back to dim) have spectral norm 1 and D, a stack of :class:`DenseLayer`, is
+    1-Lipschitz, so the Lipschitz constant of G is at most L. As hidden_dim is small, the fixed point of a unit can be
+    iterated in hidden_dim channels (see :class:`MonotoneUnit`), which is what makes the invertible network cheap.
+
+    Args:
+        dim (int): Number of channels of the input and the output.
+        hidden_dim (int): Number of channels after A.
+        growth (int): Channels that each dense layer adds.
+        depth (int): Number of dense layers; at least 1.
+        lipschitz (float): The bound L, in (0, 1).
+        k (float): Sharpness of :class:`Pila`.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int = 64,
+        growth: int = 32,
+        depth: int = 2,
+        lipschitz: float = 0.9,
+        k: float = 5.0,
+    ) -> None:
+        super().__init__()
+        for name, value in (("dim", dim), ("hidden_dim", hidden_dim), ("growth", growth), ("depth", depth)):
+            if value < 1:
+                msg = f"{name} must be at least 1, got {value}"
+                raise ValueError(msg)
+        if not 0 < lipschitz < 1:
+            msg = f"lipschitz must be between 0 and 1 (both excluded), got {lipschitz}"
+            raise ValueError(msg)
+        self.lipschitz = lipschitz
+        self.encode = _normalised_linear(dim, hidden_dim)
+        self.dense = nn.Sequential(*(DenseLayer(hidden_dim + i * growth, growth, k) for i in range(depth)))
+        self.decode = _normalised_linear(hidden_dim + depth * growth, dim)
+
+    def forward(self, u: torch.Tensor) -> torch.Tensor:
+        """Compute G.
+
+        Args:
+            u (torch.Tensor): Shape (..., dim).
+
+        Returns:
+            torch.Tensor: Shape (..., dim).
+        """
+        return self.lipschitz * self.decode(self.dense(self.encode(u)))

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The invertible unit of DecAD's network."""
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from FrEIA.modules import InvertibleModule
+from torch.nn import functional
+
+from anomalib_decad.components.invertible.dense_net import LipschitzDenseNet
+from anomalib_decad.components.solver import fixed_point
+
+__all__ = ["MonotoneUnit", "SolverIterations"]
+
+
+class SolverIterations(NamedTuple):
+    """How many iterations the fixed points of a unit get.
+
+    Args:
+        evaluation (int): In eval mode and in exported graphs, where the inverse must be accurate.
+        training (int): In training mode.
+        backward (int): For the implicit gradient.
+    """
+
+    evaluation: int = 30
+    training: int = 10
+    backward: int = 10
+
+
+class MonotoneUnit(InvertibleModule):
+    r"""Inverts a monotone operator: :math:`f(x) = (\frac{Id + G}{2})^{-1}(x) - x`.
+
+    With u the solution of :math:`(u + G(u))/2 = x`, :math:`f(x) = u - x`. As G has a Lipschitz constant below 1, u is
+    the fixed point of the contraction :math:`u = 2x - G(u)`, and the inverse of :math:`f_G` is :math:`f_{-G}`, which
+    costs the same.
+
+    G is :math:`L\,(B\,D(Au + a) + b)` (:class:`LipschitzDenseNet`), so the fixed point is iterated for
+    :math:`v = Au + a`, which has hidden_dim channels instead of dim:
+    :math:`v = 2Ax + a - L\,A\,(B\,D(v) + b)`, and then :math:`u = 2x - L\,(B\,D(v) + b)`.
+
+    Args:
+        dims_in (Iterable[tuple[int]]): ``[(dim,)]``, as FrEIA passes it.
+        dims_c (Iterable[tuple[int]] | None): Must be empty: the unit takes no condition.
+        hidden_dim (int): See :class:`LipschitzDenseNet`.
+        growth (int): See :class:`LipschitzDenseNet`.
+        depth (int): See :class:`LipschitzDenseNet`.
+        lipschitz (float): See :class:`LipschitzDenseNet`.
+        k (float): See :class:`LipschitzDenseNet`.
+        iterations (SolverIterations): Number of solver iterations.
+
+    Reference:
+        B. Ahn et al., Invertible Monotone Operators for Normalizing Flows, NeurIPS 2022, Eq. 3.
+    """
+
+    def __init__(
+        self,
+        dims_in: Iterable[tuple[int]],
+        dims_c: Iterable[tuple[int]] | None = None,
+        *,
+        hidden_dim: int = 64,
+        growth: int = 32,
+        depth: int = 2,
+        lipschitz: float = 0.9,
+        k: float = 5.0,
+        iterations: SolverIterations = SolverIterations(),
+    ) -> None:
+        super().__init__(dims_in, dims_c)
+        if self.dims_c:
+            msg = "MonotoneUnit takes no condition"
+            raise ValueError(msg)
+        ((dim,),) = self.dims_in
+        self.net = LipschitzDenseNet(dim, hidden_dim, growth, depth, lipschitz, k)
+        self.iterations = iterations
+
+    def forward(
+        self,
+        x_or_z: Sequence[torch.Tensor],
+        c: Iterable[torch.Tensor] | None = None,
+        rev: bool = False,
+        jac: bool = True,
+    ) -> tuple[tuple[torch.Tensor], torch.Tensor]:
+        """Apply the unit, or its inverse.
+
+        Args:
+            x_or_z (Sequence[torch.Tensor]): One tensor of shape (N, dim).
+            c (Iterable[torch.Tensor] | None): Unused.
+            rev (bool): Apply the inverse.
+            jac (bool): Also compute the log-determinant of the Jacobian, which is exact and costs a Jacobian of D
+                in each row.
+
+        Returns:
+            tuple[tuple[torch.Tensor], torch.Tensor]: Output of shape (N, dim), and the log-determinant of shape (N,),
+                or zeros if ``jac`` is false.
+        """
+        del c
+        (x,) = x_or_z
+        sign = -1.0 if rev else 1.0
+        encode, decode = self.net.encode, self.net.decode
+        # Each access to a parametrized weight computes it; under grad first, so that the solver finds it in the cache.
+        a, b = encode.weight, decode.weight
+        scale = sign * self.net.lipschitz
+        mixing = scale * (a @ b)
+        offset = encode.bias - scale * (a @ decode.bias)
+        base = functional.linear(2 * x, a, offset)
+        dense = self.net.dense
+
+        def update(v: torch.Tensor) -> torch.Tensor:
+            return base - functional.linear(dense(v), mixing)
+
+        forward_iterations = self.iterations.training if self.training else self.iterations.evaluation
+        v = fixed_point(update, base, forward_iterations, self.iterations.backward)
+        output = x - scale * functional.linear(dense(v), b, decode.bias)
+        log_det = self._log_det(v, mixing) if jac else x.new_zeros(x.shape[0])
+        return (output,), log_det
+
+    def _log_det(self, v: torch.Tensor, mixing: torch.Tensor) -> torch.Tensor:
+        # df/dx = (I - G')(I + G')^-1, and by Sylvester's identity det(I + L B D' A) = det(I + L D' A B), hidden_dim wide.
+        jacobian = torch.func.vmap(torch.func.jacrev(lambda row: functional.linear(self.net.dense(row), mixing)))(v)
+        identity = torch.eye(v.shape[-1], dtype=v.dtype, device=v.device)
+        return torch.linalg.slogdet(identity - jacobian)[1] - torch.linalg.slogdet(identity + jacobian)[1]
+
+    def output_dims(self, input_dims: list[tuple[int]]) -> list[tuple[int]]:
+        """Return the input dimensions: the unit keeps them."""
+        return input_dims

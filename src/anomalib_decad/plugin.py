@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Makes an unmodified anomalib see the models and datamodules of installed packages.
+
+anomalib has no plug-in mechanism: ``--model NAME`` finds only classes that were imported before its command line is
+parsed, and ``get_model`` only imports from ``anomalib.models``. Two entry point groups close that gap:
+
+- ``anomalib.models`` and ``anomalib.data`` are the registry, plain data: ``DecAD = "anomalib_decad:DecAD"``.
+- ``torch.backends`` is the trigger: ``import torch`` calls :func:`install`, and anomalib imports torch before its
+  models. :func:`install` waits for ``anomalib.models`` and ``anomalib.data`` to be imported and then adds each class
+  of the registry to them.
+
+This module uses the standard library only, and nothing that it does raises: a plug-in that cannot be imported is a
+warning, and anomalib goes on without it.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import sys
+import warnings
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
+
+__all__ = ["install"]
+
+#: Entry point group, which is also the module to wait for -> the modules that get its classes.
+_TARGETS = {
+    "anomalib.models": ("anomalib.models", "anomalib.models.image"),
+    "anomalib.data": ("anomalib.data",),
+}
+
+_attached: set[str] = set()
+_warned: set[str] = set()
+
+
+def install() -> None:
+    """Add the registered classes to anomalib, now or as soon as anomalib has been imported.
+
+    Calling it again does nothing. It never raises.
+    """
+    try:
+        if not any(isinstance(finder, _AnomalibFinder) for finder in sys.meta_path):
+            sys.meta_path.insert(0, _AnomalibFinder())
+        for group in _TARGETS:
+            if group in sys.modules and not _is_importing(group):
+                _attach(group)
+    except Exception as error:  # noqa: BLE001
+        _warn("anomalib-decad", error)
+
+
+class _AnomalibFinder:
+    """Meta path finder that lets anomalib's modules load as usual, and then adds the registered classes."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname not in _TARGETS:
+            return None
+        for finder in sys.meta_path:
+            find_spec = getattr(finder, "find_spec", None)
+            if finder is self or find_spec is None:
+                continue
+            spec = find_spec(fullname, path, target)
+            if spec is not None:
+                _call_after_import(spec, _attach)
+                return spec
+        return None
+
+
+def _call_after_import(spec: ModuleSpec, callback: Callable[[str], None]) -> None:
+    """Have ``callback(name)`` called when the module of ``spec`` has been executed."""
+    # Every spec has a loader instance of its own, so an attribute on it touches no other import.
+    loader: Any = spec.loader
+    exec_module = loader.exec_module
+
+    def exec_and_call(module: ModuleType) -> None:
+        exec_module(module)
+        callback(spec.name)
+
+    loader.exec_module = exec_and_call
+
+
+def _attach(group: str) -> None:
+    """Add the classes that are registered under an entry point group to anomalib's modules."""
+    if group in _attached:
+        return
+    _attached.add(group)
+    try:
+        modules = [sys.modules[name] for name in _TARGETS[group] if name in sys.modules]
+        registered = importlib.metadata.entry_points(group=group)
+        entries = {entry.name: entry for entry in registered if not any(hasattr(m, entry.name) for m in modules)}
+        for module in modules:
+            _add_names(module, entries)
+        for entry in entries.values():
+            # get_model imports only from modules in this set.
+            getattr(modules[0], "ALLOWED_MODULES", set()).add(entry.module)
+            _load(entry, modules)
+    except Exception as error:  # noqa: BLE001
+        _warn(group, error)
+
+
+def _add_names(module: ModuleType, entries: dict[str, importlib.metadata.EntryPoint]) -> None:
+    """Make ``module.NAME`` import the class on first use, as PEP 562 has it."""
+    inherited = getattr(module, "__getattr__", None)
+
+    def module_getattr(name: str) -> Any:
+        if name in entries:
+            value = entries[name].load()
+            setattr(module, name, value)
+            return value
+        if inherited is not None:
+            return inherited(name)
+        msg = f"module {module.__name__!r} has no attribute {name!r}"
+        raise AttributeError(msg)
+
+    module.__getattr__ = module_getattr  # type: ignore[method-assign]
+    if hasattr(module, "__all__"):
+        module.__all__ = [*module.__all__, *entries]
+
+
+def _load(entry: importlib.metadata.EntryPoint, modules: Sequence[ModuleType]) -> None:
+    """Import a class now: anomalib's command line and ``list_models`` only see classes that exist."""
+    try:
+        entry.load()
+    except Exception as error:  # noqa: BLE001
+        # A package that is being imported right now, and so imported anomalib, is not broken: its class
+        # exists when its import ends, and the module __getattr__ finds it from then on.
+        package = entry.module.partition(".")[0]
+        if any(_is_importing(name) for name in list(sys.modules) if name.partition(".")[0] == package):
+            return
+        for module in modules:
+            if entry.name in getattr(module, "__all__", ()):
+                module.__all__ = [name for name in module.__all__ if name != entry.name]
+        _warn(package, error)
+
+
+def _is_importing(name: str) -> bool:
+    return bool(getattr(getattr(sys.modules.get(name), "__spec__", None), "_initializing", False))
+
+
+def _warn(package: str, error: Exception) -> None:
+    """Say once per package why its classes are missing."""
+    if package in _warned:
+        return
+    _warned.add(package)
+    message = f"{package} is installed but cannot be used in anomalib: {type(error).__name__}: {error}"
+    # A filter that turns warnings into errors must not make a broken plug-in break anomalib.
+    try:
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+    except RuntimeWarning:
+        sys.stderr.write(f"warning: {message}\n")
