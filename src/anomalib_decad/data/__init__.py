@@ -1,0 +1,8 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Many categories in one datamodule."""
+
+from anomalib_decad.data.category_batch import CategoryBatch, CategoryItem
+from anomalib_decad.data.category_dataset import CategoryDataset
+from anomalib_decad.data.multi_category import MultiCategory
+
+__all__ = ["CategoryBatch", "CategoryDataset", "CategoryItem", "MultiCategory"]

@@ -30,12 +30,14 @@ class ActNorm(modules.ActNorm):
     def __init__(self, dims_in: Iterable[tuple[int, ...]], dims_c: Iterable[tuple[int]] | None = None) -> None:
         super().__init__(dims_in, dims_c)
         self.register_buffer("initialised", torch.tensor(False))
+        # The base class takes any loaded state for initialised, by a hook that is bound to this very instance and
+        # cannot be pickled.
+        self._load_state_dict_pre_hooks.clear()
         self.register_load_state_dict_post_hook(self._restore_flag)
 
     @staticmethod
     def _restore_flag(module: "ActNorm", incompatible_keys: object) -> None:
         del incompatible_keys
-        # The base class takes any loaded state for initialised.
         module.init_on_next_batch = not bool(module.initialised)
 
     def forward(

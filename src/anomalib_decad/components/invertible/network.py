@@ -83,6 +83,17 @@ class InvertibleNetwork(nn.Module):
                 )
             self.sequence.append(ActNorm)
 
+    def initialise(self, x: torch.Tensor) -> None:
+        """Initialise the ActNorms from normal embeddings, unless they have been. Only in training mode.
+
+        Args:
+            x (torch.Tensor): Embeddings of shape (..., dim).
+        """
+        pending = (module.init_on_next_batch for module in self.modules() if isinstance(module, ActNorm))
+        if self.training and any(pending):
+            with torch.no_grad():
+                self(x)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map embeddings to the latent space.
 

@@ -97,8 +97,9 @@ class MonotoneUnit(InvertibleModule):
         (x,) = x_or_z
         sign = -1.0 if rev else 1.0
         encode, decode = self.net.encode, self.net.decode
-        # Each access to a parametrized weight computes it; under grad first, so that the solver finds it in the cache.
         a, b = encode.weight, decode.weight
+        # The cache of parametrizations keeps the first computation of a weight, and the solver's would have no graph.
+        _ = [layer.linear.weight for layer in self.net.dense]
         scale = sign * self.net.lipschitz
         mixing = scale * (a @ b)
         offset = encode.bias - scale * (a @ decode.bias)

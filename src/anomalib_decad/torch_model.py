@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DecAD as a torch module: encoder, decoupler, decoder, anomaly map."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from anomalib.data import InferenceBatch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from anomalib_decad.anomaly_map import AnomalyMapGenerator
+from anomalib_decad.components import AdversarialSynthesis, Decoupler, FeatureDecoder, ViTEncoder, fuse
+
+__all__ = ["DecADModel", "TrainingOutput"]
+
+
+class TrainingOutput(NamedTuple):
+    """What :class:`DecADModel` returns in training mode; the input of the loss.
+
+    Args:
+        features (list[torch.Tensor]): Feature maps of the encoder, each of shape (B, N, dim).
+        reconstructions (list[torch.Tensor]): Their reconstructions from ``x_clean``.
+        x (torch.Tensor): Embeddings before perturbation, shape (B, N, dim).
+        x_clean (torch.Tensor): Cleaned embeddings, shape (B, N, dim).
+        energy (torch.Tensor): Abnormal energies of the perturbed embeddings, shape (B, N).
+        perturbed (torch.Tensor): Which patches were perturbed, booleans of shape (B, N).
+    """
+
+    features: list[torch.Tensor]
+    reconstructions: list[torch.Tensor]
+    x: torch.Tensor
+    x_clean: torch.Tensor
+    energy: torch.Tensor
+    perturbed: torch.Tensor
+
+
+class DecADModel(nn.Module):
+    """Detects anomalies as what a decoder cannot reconstruct after their removal in a latent space.
+
+    A frozen vision transformer gives feature maps; their fusion is cleaned patch by patch (:class:`Decoupler`) and a
+    decoder reconstructs the feature maps from it. In training mode, anomalies are synthesised in feature space.
+
+    Args:
+        encoder (str): Name of a timm vision transformer.
+        encoder_weights (str | Path | None): Local file with its weights; ``None`` for timm's pretrained weights.
+        blocks (Sequence[int]): Encoder blocks whose outputs are reconstructed, counted from 1.
+            Defaults to ``(3, 6, 9)``, the best of DecAD's ablation.
+        num_blocks (int): Blocks of the invertible network.
+        num_units (int): Units in each of these blocks.
+        hidden_dim (int): Channels inside a unit.
+        lipschitz (float): Bound of the Lipschitz constant of a unit's network, in (0, 1).
+        pila_k (float): Sharpness of the activation Pila.
+        abnormal_fraction (float): Share of the latent channels that hold the abnormal component, in (0, 1).
+        delta (float): Radius of the synthetic anomalies in feature space.
+        synthesis_fraction (float): Share of training images that get a synthetic anomaly, in (0, 1].
+        synthesis_steps (int): Gradient steps of a synthetic anomaly; 0 for random noise.
+        decoder_depth (int): Transformer blocks of the decoder.
+        blur_sigma (float): Standard deviation of the anomaly map's blur in pixels; 0 for none.
+        score_fraction (float): Share of an anomaly map's pixels whose mean is the image score, in (0, 1].
+        pretrained (bool): Whether the encoder gets weights at all; a random one is good for tests only.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+        FileNotFoundError: If ``encoder_weights`` is no file.
+
+    Example:
+        >>> model = DecADModel(encoder="vit_small_patch14_dinov2").eval()
+        >>> model(torch.rand(2, 3, 280, 280)).anomaly_map.shape
+        torch.Size([2, 1, 280, 280])
+
+    Reference:
+        DecAD, ICCV 2025.
+    """
+
+    def __init__(
+        self,
+        encoder: str = "vit_base_patch14_dinov2",
+        encoder_weights: str | Path | None = None,
+        blocks: Sequence[int] = (3, 6, 9),
+        num_blocks: int = 3,
+        num_units: int = 2,
+        hidden_dim: int = 64,
+        lipschitz: float = 0.9,
+        pila_k: float = 5.0,
+        abnormal_fraction: float = 0.5,
+        delta: float = 2.5,
+        synthesis_fraction: float = 0.5,
+        synthesis_steps: int = 1,
+        decoder_depth: int = 3,
+        blur_sigma: float = 4.0,
+        score_fraction: float = 0.01,
+        pretrained: bool = True,
+    ) -> None:
+        super().__init__()
+        self.encoder = ViTEncoder(encoder, blocks, encoder_weights, pretrained)
+        dim = self.encoder.dim
+        self.decoupler = Decoupler(
+            dim,
+            abnormal_fraction=abnormal_fraction,
+            num_blocks=num_blocks,
+            num_units=num_units,
+            hidden_dim=hidden_dim,
+            lipschitz=lipschitz,
+            k=pila_k,
+        )
+        self.synthesis = AdversarialSynthesis(delta, synthesis_fraction, synthesis_steps)
+        self.decoder = FeatureDecoder(dim, len(blocks), decoder_depth, self.encoder.num_heads)
+        self.anomaly_map_generator = AnomalyMapGenerator(blur_sigma, score_fraction)
+
+    def forward(self, images: torch.Tensor) -> TrainingOutput | InferenceBatch:
+        """Run the model.
+
+        Args:
+            images (torch.Tensor): Normalised images of shape (B, 3, H, W); H and W are multiples of the patch.
+
+        Returns:
+            TrainingOutput | InferenceBatch: In training mode the input of the loss; in eval mode ``pred_score`` of
+                shape (B,) and ``anomaly_map`` of shape (B, 1, H, W).
+
+        Raises:
+            ValueError: If the image size does not fit the encoder.
+        """
+        height, width = images.shape[-2:]
+        grid = self.encoder.grid(height, width)
+        features = self.encoder(images)
+        if self.training:
+            return self.training_output(features, grid)
+        x_clean, _ = self.decoupler(fuse(features))
+        maps, scores = self.anomaly_map_generator(features, self.decoder(x_clean), grid, (height, width))
+        return InferenceBatch(pred_score=scores, anomaly_map=maps)
+
+    def training_output(self, features: list[torch.Tensor], grid: tuple[int, int]) -> TrainingOutput:
+        """Synthesise anomalies, remove them and reconstruct.
+
+        Args:
+            features (list[torch.Tensor]): Feature maps of the encoder, each of shape (B, N, dim).
+            grid (tuple[int, int]): Patch rows and columns, N = rows * columns.
+
+        Returns:
+            TrainingOutput: The input of the loss.
+        """
+        x = fuse(features)
+        self.decoupler.network.initialise(x)
+        # One cache around all passes of the step: the spectral norms are computed once.
+        with parametrize.cached():
+            perturbed, mask = self.synthesis(x, self.decoupler.energy, grid)
+            x_clean, energy = self.decoupler(perturbed)
+        return TrainingOutput(features, self.decoder(x_clean), x, x_clean, energy, mask)
