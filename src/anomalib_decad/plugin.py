@@ -5,9 +5,8 @@ anomalib has no plug-in mechanism: ``--model NAME`` finds only classes that were
 parsed, and ``get_model`` only imports from ``anomalib.models``. Two entry point groups close that gap:
 
 - ``anomalib.models`` and ``anomalib.data`` are the registry, plain data: ``DecAD = "anomalib_decad:DecAD"``.
-- ``torch.backends`` is the trigger: ``import torch`` calls :func:`install`, and anomalib imports torch before its
-  models. :func:`install` waits for ``anomalib.models`` and ``anomalib.data`` to be imported and then adds each class
-  of the registry to them.
+- ``torch.backends`` is the trigger: ``import torch`` calls :func:`install`, and anomalib imports torch. :func:`install`
+  waits until ``anomalib.models`` and ``anomalib.data`` have been imported and then adds each class of the registry.
 
 This module uses the standard library only, and nothing that it does raises: a plug-in that cannot be imported is a
 warning, and anomalib goes on without it.
@@ -18,11 +17,11 @@ from __future__ import annotations
 import importlib.metadata
 import sys
 import warnings
+from importlib.machinery import ModuleSpec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-    from importlib.machinery import ModuleSpec
+    from collections.abc import Sequence
     from types import ModuleType
 
 __all__ = ["install"]
@@ -46,14 +45,16 @@ def install() -> None:
         if not any(isinstance(finder, _AnomalibFinder) for finder in sys.meta_path):
             sys.meta_path.insert(0, _AnomalibFinder())
         for group in _TARGETS:
-            if group in sys.modules and not _is_importing(group):
+            if _is_importing(group):  # anomalib.models imports torch, and so calls this, in its first lines
+                sys.modules[group].__spec__.__class__ = _NotifyingSpec  # type: ignore[union-attr, assignment]
+            elif group in sys.modules:
                 _attach(group)
     except Exception as error:  # noqa: BLE001
         _warn("anomalib-decad", error)
 
 
 class _AnomalibFinder:
-    """Meta path finder that lets anomalib's modules load as usual, and then adds the registered classes."""
+    """Meta path finder that lets anomalib's modules load as usual, and has the registered classes added behind that."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -66,22 +67,21 @@ class _AnomalibFinder:
                 continue
             spec = find_spec(fullname, path, target)
             if spec is not None:
-                _call_after_import(spec, _attach)
+                spec.__class__ = _NotifyingSpec
                 return spec
         return None
 
 
-def _call_after_import(spec: ModuleSpec, callback: Callable[[str], None]) -> None:
-    """Have ``callback(name)`` called when the module of ``spec`` has been executed."""
-    # Every spec has a loader instance of its own, so an attribute on it touches no other import.
-    loader: Any = spec.loader
-    exec_module = loader.exec_module
+class _NotifyingSpec(ModuleSpec):
+    """Module spec that notices when the import system marks its module as imported."""
 
-    def exec_and_call(module: ModuleType) -> None:
-        exec_module(module)
-        callback(spec.name)
-
-    loader.exec_module = exec_and_call
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        # The flag by which CPython tells modules that are being imported from those that have been.
+        if name == "_initializing" and not value:
+            self.__class__ = ModuleSpec  # type: ignore[assignment]
+            if self.name in sys.modules:
+                _attach(self.name)
 
 
 def _attach(group: str) -> None:

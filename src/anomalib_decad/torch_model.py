@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from anomalib_decad.anomaly_map import AnomalyMapGenerator
-from anomalib_decad.components import AdversarialSynthesis, Decoupler, FeatureDecoder, ViTEncoder, fuse
+from anomalib_decad.components import AdversarialSynthesis, Decoupler, FeatureDecoder, FeatureStandardiser, ViTEncoder, fuse
 
 __all__ = ["DecADModel", "TrainingOutput"]
 
@@ -20,7 +20,7 @@ class TrainingOutput(NamedTuple):
     """What :class:`DecADModel` returns in training mode; the input of the loss.
 
     Args:
-        features (list[torch.Tensor]): Feature maps of the encoder, each of shape (B, N, dim).
+        features (list[torch.Tensor]): Standardised feature maps of the encoder, each of shape (B, N, dim).
         reconstructions (list[torch.Tensor]): Their reconstructions from ``x_clean``.
         x (torch.Tensor): Embeddings before perturbation, shape (B, N, dim).
         x_clean (torch.Tensor): Cleaned embeddings, shape (B, N, dim).
@@ -39,7 +39,7 @@ class TrainingOutput(NamedTuple):
 class DecADModel(nn.Module):
     """Detects anomalies as what a decoder cannot reconstruct after their removal in a latent space.
 
-    A frozen vision transformer gives feature maps; their fusion is cleaned patch by patch (:class:`Decoupler`) and a
+    A frozen vision transformer gives feature maps, which are standardised; their fusion is cleaned patch by patch (:class:`Decoupler`) and a
     decoder reconstructs the feature maps from it. In training mode, anomalies are synthesised in feature space.
 
     Args:
@@ -96,6 +96,7 @@ class DecADModel(nn.Module):
         super().__init__()
         self.encoder = ViTEncoder(encoder, blocks, encoder_weights, pretrained)
         dim = self.encoder.dim
+        self.standardiser = FeatureStandardiser(dim, len(blocks))
         self.decoupler = Decoupler(
             dim,
             abnormal_fraction=abnormal_fraction,
@@ -124,7 +125,7 @@ class DecADModel(nn.Module):
         """
         height, width = images.shape[-2:]
         grid = self.encoder.grid(height, width)
-        features = self.encoder(images)
+        features = self.standardiser(self.encoder(images))
         if self.training:
             return self.training_output(features, grid)
         x_clean, _ = self.decoupler(fuse(features))
@@ -135,7 +136,7 @@ class DecADModel(nn.Module):
         """Synthesise anomalies, remove them and reconstruct.
 
         Args:
-            features (list[torch.Tensor]): Feature maps of the encoder, each of shape (B, N, dim).
+            features (list[torch.Tensor]): Standardised feature maps, each of shape (B, N, dim).
             grid (tuple[int, int]): Patch rows and columns, N = rows * columns.
 
         Returns:

@@ -4,7 +4,7 @@
 from anomalib_decad.components.decoder import FeatureDecoder
 from anomalib_decad.components.decoupler import Decoupler
 from anomalib_decad.components.encoder import EncoderWeightsError, ViTEncoder
-from anomalib_decad.components.fusion import fuse
+from anomalib_decad.components.fusion import FeatureStandardiser, fuse
 from anomalib_decad.components.invertible import InvertibleNetwork, LipschitzDenseNet, MonotoneUnit, Pila
 from anomalib_decad.components.solver import fixed_point
 from anomalib_decad.components.synthesis import AdversarialSynthesis
@@ -14,6 +14,7 @@ __all__ = [
     "Decoupler",
     "EncoderWeightsError",
     "FeatureDecoder",
+    "FeatureStandardiser",
     "InvertibleNetwork",
     "LipschitzDenseNet",
     "MonotoneUnit",

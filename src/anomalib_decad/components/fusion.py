@@ -1,22 +1,64 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fusion of the tapped feature maps into one embedding for each patch."""
+"""Standardisation of the tapped feature maps, and their fusion into one embedding for each patch."""
 
 from collections.abc import Sequence
 
 import torch
+from torch import nn
 from torch.nn import functional
 
-__all__ = ["fuse"]
+__all__ = ["FeatureStandardiser", "fuse"]
 
 
-def fuse(taps: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Average layer-normalised feature maps.
+class FeatureStandardiser(nn.Module):
+    """Brings each channel of each feature map to mean 0 and variance 1 over the training images.
+
+    A few channels of a vision transformer's residual stream are orders of magnitude larger than the rest and nearly
+    constant. Without standardisation they alone decide a cosine similarity. The statistics are running means over all
+    training batches.
 
     Args:
-        taps (Sequence[torch.Tensor]): Feature maps of shape (B, N, dim).
+        dim (int): Number of channels.
+        num_taps (int): Number of feature maps.
+    """
+
+    def __init__(self, dim: int, num_taps: int) -> None:
+        super().__init__()
+        # momentum=None: cumulative averages
+        self.statistics = nn.ModuleList(nn.BatchNorm1d(dim, affine=False, momentum=None) for _ in range(num_taps))
+
+    def forward(self, features: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Standardise feature maps; in training mode, also update the statistics.
+
+        Args:
+            features (Sequence[torch.Tensor]): Feature maps of shape (B, N, dim), one for each tap.
+
+        Returns:
+            list[torch.Tensor]: Standardised feature maps of the same shapes, in float32 or wider.
+        """
+        return [
+            self._standardise(feature, statistics)
+            for feature, statistics in zip(features, self.statistics, strict=True)
+        ]
+
+    @staticmethod
+    def _standardise(feature: torch.Tensor, statistics: nn.Module) -> torch.Tensor:
+        rows = feature.detach().flatten(0, -2)
+        rows = rows.float() if rows.dtype in {torch.float16, torch.bfloat16} else rows
+        if statistics.training:
+            statistics(rows)
+        # Always by the running statistics: those of a batch depend on which categories are in it.
+        standardised = functional.batch_norm(rows, statistics.running_mean, statistics.running_var)
+        return standardised.view(feature.shape)
+
+
+def fuse(features: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Average feature maps into one embedding for each patch.
+
+    Args:
+        features (Sequence[torch.Tensor]): Standardised feature maps of shape (B, N, dim).
 
     Returns:
         torch.Tensor: Embeddings of shape (B, N, dim).
     """
-    normalised = [functional.layer_norm(tap, tap.shape[-1:]) for tap in taps]
-    return torch.stack(normalised).mean(0)
+    return torch.stack(list(features)).mean(0)
