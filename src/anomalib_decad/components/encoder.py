@@ -2,7 +2,8 @@
 """The frozen vision transformer whose features are reconstructed."""
 
 import difflib
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import timm
@@ -130,14 +131,23 @@ class ViTEncoder(nn.Module):
         """
         if not self._pending:
             return
-        overlay = {"file": self.weights} if self.weights else None
         try:
-            full = timm.create_model(self.name, pretrained=True, num_classes=0, pretrained_cfg_overlay=overlay)
+            state = self._read_weights() if self.weights else self._download_weights()
+            wanted = self.vit.state_dict()
+            self.vit.load_state_dict({key: value for key, value in state.items() if key in wanted})
         except Exception as error:
             raise EncoderWeightsError(self._missing_weights(error)) from error
-        wanted = self.vit.state_dict()
-        self.vit.load_state_dict({key: value for key, value in full.state_dict().items() if key in wanted})
         self._pending = False
+
+    def _read_weights(self) -> Mapping[str, torch.Tensor]:
+        """Read the local file, and convert the key names of the architecture's original release to timm's."""
+        state = timm.models.load_state_dict(self.weights, weights_only=True)
+        convert = getattr(sys.modules[type(self.vit).__module__], "checkpoint_filter_fn", None)
+        return convert(state, self.vit) if convert else state
+
+    def _download_weights(self) -> Mapping[str, torch.Tensor]:
+        """Get timm's pretrained weights from the hub or its local cache."""
+        return timm.create_model(self.name, pretrained=True, num_classes=0).state_dict()
 
     def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
         """Encode images.

@@ -9,6 +9,9 @@ from torch.nn import functional
 
 __all__ = ["FeatureStandardiser", "fuse"]
 
+# Far below the variance of any channel, which for DINOv2 goes down to 1e-3.
+_EPS = 1e-8
+
 
 class FeatureStandardiser(nn.Module):
     """Brings each channel of each feature map to mean 0 and variance 1 over the training images.
@@ -25,7 +28,9 @@ class FeatureStandardiser(nn.Module):
     def __init__(self, dim: int, num_taps: int) -> None:
         super().__init__()
         # momentum=None: cumulative averages
-        self.statistics = nn.ModuleList(nn.BatchNorm1d(dim, affine=False, momentum=None) for _ in range(num_taps))
+        self.statistics = nn.ModuleList(
+            nn.BatchNorm1d(dim, eps=_EPS, affine=False, momentum=None) for _ in range(num_taps)
+        )
 
     def forward(self, features: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Standardise feature maps; in training mode, also update the statistics.
@@ -48,7 +53,7 @@ class FeatureStandardiser(nn.Module):
         if statistics.training:
             statistics(rows)
         # Always by the running statistics: those of a batch depend on which categories are in it.
-        standardised = functional.batch_norm(rows, statistics.running_mean, statistics.running_var)
+        standardised = functional.batch_norm(rows, statistics.running_mean, statistics.running_var, eps=_EPS)
         return standardised.view(feature.shape)
 
 

@@ -52,7 +52,9 @@ def fixed_point(
     result = applied.view_as(applied)
     if result.requires_grad:
 
-        def solve_adjoint(grad: torch.Tensor) -> torch.Tensor:
+        def solve_adjoint(grad: torch.Tensor | None) -> torch.Tensor | None:
+            if grad is None:  # autograd's way to say zero
+                return None
             adjoint = grad
             for _ in range(backward_iterations):
                 (product,) = torch.autograd.grad(applied, last, adjoint, retain_graph=True)

@@ -138,7 +138,7 @@ def region_weights(mask: torch.Tensor) -> torch.Tensor:
     if not pixels.any():
         return torch.zeros(mask.shape)
     _, regions, stats, _ = cv2.connectedComponentsWithStats(pixels, connectivity=8)
-    weights = 1 / stats[:, cv2.CC_STAT_AREA]
+    weights = 1 / np.maximum(stats[:, cv2.CC_STAT_AREA], 1)
     weights[0] = 0
     return torch.from_numpy(weights[regions].astype(np.float32))
 

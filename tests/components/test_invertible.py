@@ -1,0 +1,221 @@
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from scipy.optimize import root
+from torch import nn
+
+from anomalib_decad.components import InvertibleNetwork, LipschitzDenseNet, MonotoneUnit
+from anomalib_decad.components.invertible import ActNorm, SolverIterations
+
+
+def make_network(dim, dtype=torch.float32, iterations=None, **kwargs):
+    options = {} if iterations is None else {"iterations": SolverIterations(iterations, iterations, iterations)}
+    network = InvertibleNetwork(dim, **options, **kwargs).to(dtype)
+    network.train()
+    network.initialise(torch.randn(256, dim, dtype=dtype))
+    return network
+
+
+def train(network, steps=60, lr=1e-2):
+    """Train hard towards a split latent, as the decoupler is trained, to leave the benign initialisation."""
+    optimizer = torch.optim.AdamW(network.parameters(), lr=lr)
+    network.train()
+    mixing = torch.randn(network.dim, network.dim) / network.dim**0.5
+    for _ in range(steps):
+        x = torch.randn(128, network.dim) @ mixing.tanh()
+        z = network(x)
+        half = network.dim // 2
+        loss = z[:, :half].square().mean() - z[:, half:].abs().clamp(max=3).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return network
+
+
+def relative_error(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.mark.parametrize("dim", [8, 33, 384, 768])
+@pytest.mark.parametrize("trained", [False, True])
+def test_round_trips_in_float32(dim, trained):
+    network = make_network(dim)
+    if trained:
+        train(network, steps=60 if dim < 100 else 15)
+    network.eval()
+    x = torch.randn(3, 50, dim)
+    with torch.no_grad():
+        assert relative_error(network.inverse(network(x)), x) <= 1e-4
+        assert relative_error(network(network.inverse(x)), x) <= 1e-4
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_round_trips_in_float64_with_more_iterations(trained):
+    network = make_network(32, iterations=None)
+    if trained:
+        train(network)
+    network = network.double().eval()
+    for module in network.modules():
+        if isinstance(module, MonotoneUnit):
+            module.iterations = SolverIterations(300, 300, 300)
+    x = torch.randn(100, 32, dtype=torch.float64)
+    with torch.no_grad():
+        assert relative_error(network.inverse(network(x)), x) <= 1e-10
+        assert relative_error(network(network.inverse(x)), x) <= 1e-10
+
+
+def largest_singular_value(function, point):
+    return torch.linalg.matrix_norm(torch.autograd.functional.jacobian(function, point), ord=2).item()
+
+
+@pytest.mark.parametrize("dim", [8, 64])
+def test_lipschitz_constant_of_g_stays_below_one(dim):
+    network = make_network(dim)
+    for phase in range(3):
+        for module in network.modules():
+            if isinstance(module, LipschitzDenseNet):
+                for scale in (0.1, 1.0, 10.0):
+                    assert largest_singular_value(module.eval(), scale * torch.randn(dim)) < 1, phase
+        train(network, steps=40, lr=3e-2)
+
+
+@pytest.mark.parametrize("rev", [False, True])
+def test_unit_is_its_definition(rev):
+    dim = 10
+    unit = MonotoneUnit([(dim,)], hidden_dim=6, iterations=SolverIterations(300, 300, 300)).double().eval()
+    sign = -1 if rev else 1
+    x = torch.randn(dim, dtype=torch.float64)
+
+    def residual(u):
+        u = torch.from_numpy(u)
+        return ((u + sign * unit.net(u)) / 2 - x).detach().numpy()
+
+    solution = root(residual, x.numpy(), tol=1e-12)
+    assert solution.success
+    (output,), _ = unit([x[None]], rev=rev, jac=False)
+    torch.testing.assert_close(output[0].detach(), torch.from_numpy(solution.x) - x, rtol=1e-8, atol=1e-9)
+
+
+def test_inverse_is_the_unit_of_minus_g():
+    unit = MonotoneUnit([(10,)], iterations=SolverIterations(300, 300, 300)).double().eval()
+    negative = copy.deepcopy(unit)
+    negative.net.lipschitz = -unit.net.lipschitz
+    x = torch.randn(20, 10, dtype=torch.float64)
+    (inverse,), _ = unit([x], rev=True, jac=False)
+    (forward,), _ = negative([x], rev=False, jac=False)
+    torch.testing.assert_close(inverse, forward)
+    (back,), _ = unit([inverse], jac=False)
+    torch.testing.assert_close(back, x)
+
+
+@pytest.mark.parametrize("rev", [False, True])
+def test_log_determinant_is_that_of_the_jacobian(rev):
+    unit = MonotoneUnit([(7,)], hidden_dim=5, iterations=SolverIterations(200, 200, 200)).double().eval()
+    x = torch.randn(4, 7, dtype=torch.float64)
+    _, log_det = unit([x], rev=rev, jac=True)
+    for row, value in zip(x, log_det, strict=True):
+        jacobian = torch.autograd.functional.jacobian(lambda r: unit([r[None]], rev=rev, jac=False)[0][0][0], row)
+        torch.testing.assert_close(torch.linalg.slogdet(jacobian)[1], value, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("rev", [False, True])
+def test_gradcheck_of_the_unit(rev):
+    unit = MonotoneUnit([(5,)], hidden_dim=4, growth=3, iterations=SolverIterations(200, 200, 200)).double().eval()
+    x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    parameters = list(unit.parameters())
+
+    def function(x, *_):
+        return unit([x], rev=rev, jac=False)[0][0]
+
+    assert torch.autograd.gradcheck(function, (x, *parameters))
+
+
+def test_every_parameter_gets_a_gradient_also_with_cached_weights():
+    network = make_network(16, hidden_dim=8)
+    x = torch.randn(10, 16)
+    (network.inverse(network(x) * 0.5) - x).square().sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in network.parameters())
+
+
+def test_rows_do_not_depend_on_each_other():
+    network = make_network(16).eval()
+    x = torch.randn(2, 9, 16)
+    changed = x.clone()
+    changed[0, 3] += 5
+    with torch.no_grad():
+        different = (network(x) != network(changed)).any(-1)
+    assert different.nonzero().tolist() == [[0, 3]]
+
+
+def test_half_precision_input_is_computed_in_float32():
+    network = make_network(16).eval()
+    x = torch.randn(9, 16)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        z = network(x.bfloat16())
+        assert z.dtype == torch.float32
+        torch.testing.assert_close(network.inverse(z), x.bfloat16().float(), rtol=1e-4, atol=1e-4)
+
+
+class TestActNorm:
+    def test_first_training_batch_gets_mean_zero_and_variance_one(self):
+        norm = ActNorm([(6,)]).train()
+        x = torch.randn(500, 6) * torch.arange(1, 7) + 3
+        (y,), _ = norm([x])
+        torch.testing.assert_close(y.mean(0), torch.zeros(6), rtol=0, atol=1e-5)
+        torch.testing.assert_close(y.std(0, correction=0), torch.ones(6), rtol=1e-4, atol=0)
+        (again,), _ = norm([x * 2])
+        torch.testing.assert_close(again.std(0, correction=0), 2 * torch.ones(6), rtol=1e-4, atol=0)
+
+    def test_evaluation_and_inverse_do_not_initialise(self):
+        norm = ActNorm([(6,)])
+        x = torch.randn(50, 6) + 3
+        (y,), _ = norm.eval()([x])
+        torch.testing.assert_close(y, x)
+        (y,), _ = norm.train()([x], rev=True)
+        torch.testing.assert_close(y, x)
+        assert not norm.initialised
+
+    def test_constant_channels_stay_finite(self):
+        norm = ActNorm([(3,)]).train()
+        x = torch.randn(50, 3)
+        x[:, 1] = 4
+        (y,), _ = norm([x])
+        assert torch.isfinite(y).all()
+        (back,), _ = norm([y], rev=True)
+        torch.testing.assert_close(back, x)
+
+    @pytest.mark.parametrize("initialised", [False, True])
+    def test_state_dict_keeps_whether_it_was_initialised(self, initialised):
+        norm = ActNorm([(6,)]).train()
+        x = torch.randn(50, 6) + 3
+        if initialised:
+            norm([x])
+        buffer = io.BytesIO()
+        torch.save(norm.state_dict(), buffer)
+        buffer.seek(0)
+        restored = ActNorm([(6,)]).train()
+        restored.load_state_dict(torch.load(buffer, weights_only=True))
+        (y,), _ = restored([x - 100])
+        assert (y.mean().abs() < 1e-3) != initialised
+
+    def test_can_be_pickled(self):
+        assert isinstance(pickle.loads(pickle.dumps(ActNorm([(6,)]))), nn.Module)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_blocks": 0}, "num_blocks must be at least 1"),
+        ({"num_units": 0}, "num_units must be at least 1"),
+        ({"hidden_dim": 0}, "hidden_dim must be at least 1"),
+        ({"depth": 0}, "depth must be at least 1"),
+        ({"lipschitz": 1.0}, "lipschitz must be between 0 and 1"),
+        ({"k": 0.0}, "k must be positive"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        InvertibleNetwork(8, **arguments)

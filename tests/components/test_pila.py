@@ -1,0 +1,44 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from anomalib_decad.components import Pila
+
+
+@given(x=st.floats(-20, 20), k=st.floats(0.5, 20))
+def test_value_is_the_formula(x, k):
+    expected = x if x >= 0 else (k**2 * x**3 / 2 - k * x**2 + x) * np.exp(k * x)
+    assert Pila(k)(torch.tensor(x, dtype=torch.float64)).item() == pytest.approx(expected, rel=1e-9, abs=1e-12)
+
+
+@given(x=st.floats(-20, 20), k=st.floats(0.5, 20))
+def test_slope_is_the_formula_and_at_most_one(x, k):
+    point = torch.tensor(x, dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(Pila(k)(point), point)
+    t = min(k * x, 0)
+    assert slope.item() == pytest.approx((t**3 / 2 + t**2 / 2 - t + 1) * np.exp(t), rel=1e-9, abs=1e-12)
+    assert -0.36 < slope.item() <= 1 + 1e-12
+
+
+def test_lowest_slope_is_at_minus_four_over_k():
+    points = torch.linspace(-3, 0, 30001, dtype=torch.float64, requires_grad=True)
+    (slopes,) = torch.autograd.grad(Pila(5.0)(points).sum(), points)
+    lowest = slopes.argmin()
+    assert points[lowest].item() == pytest.approx(-4 / 5, abs=1e-3)
+    assert slopes[lowest].item() == pytest.approx(-19 * np.exp(-4), abs=1e-6)
+
+
+def test_large_inputs_stay_finite():
+    x = torch.tensor([-1e30, -1e4, 0.0, 1e4, 1e30], requires_grad=True)
+    y = Pila()(x)
+    y.sum().backward()
+    assert torch.isfinite(y).all()
+    assert torch.isfinite(x.grad).all()
+
+
+@pytest.mark.parametrize("k", [0, -1, float("nan")])
+def test_bad_k_is_refused(k):
+    with pytest.raises(ValueError, match="k must be positive"):
+        Pila(k)

@@ -1,0 +1,66 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from anomalib_decad.components import AdversarialSynthesis, Decoupler
+
+
+def quadratic(x):
+    return x.square().mean(-1)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    delta=st.floats(0.01, 100),
+    steps=st.integers(0, 3),
+    batch=st.integers(1, 4),
+    grid=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    dim=st.integers(2, 16),
+)
+def test_norm_is_delta_on_the_chosen_patches_and_zero_elsewhere(delta, steps, batch, grid, dim):
+    x = torch.randn(batch, grid[0] * grid[1], dim, dtype=torch.float64)
+    perturbed, mask = AdversarialSynthesis(delta, fraction=1.0, num_steps=steps)(x, quadratic, grid)
+    assert mask.any(1).all()
+    norms = (perturbed - x).norm(dim=-1)
+    torch.testing.assert_close(norms[mask], torch.full_like(norms[mask], delta), rtol=1e-6, atol=1e-9)
+    assert torch.equal(perturbed[~mask], x[~mask])
+
+
+def test_step_lowers_the_energy():
+    decoupler = Decoupler(16, hidden_dim=8).eval()
+    x = torch.randn(8, 64, 16)
+    random_, mask = AdversarialSynthesis(fraction=1.0, num_steps=0)(x, decoupler.energy)
+    hard, hard_mask = AdversarialSynthesis(fraction=1.0, num_steps=1)(x, decoupler.energy)
+    with torch.no_grad():
+        assert decoupler.energy(hard)[hard_mask].mean() < decoupler.energy(random_)[mask].mean()
+
+
+def test_no_gradient_reaches_the_embeddings_or_the_parameters():
+    decoupler = Decoupler(16, hidden_dim=8)
+    x = torch.randn(2, 64, 16, requires_grad=True)
+    perturbed, _ = AdversarialSynthesis(fraction=1.0)(x, decoupler.energy)
+    assert not perturbed.requires_grad
+    assert x.grad is None
+    assert all(parameter.grad is None for parameter in decoupler.parameters())
+
+
+def test_about_the_asked_fraction_of_images_is_perturbed():
+    x = torch.zeros(2000, 16, 2)
+    _, mask = AdversarialSynthesis(fraction=0.3, num_steps=0)(x, quadratic)
+    assert mask.any(1).float().mean().item() == pytest.approx(0.3, abs=0.05)
+
+
+def test_zero_gradient_keeps_the_norm():
+    x = torch.randn(2, 16, 4)
+    perturbed, mask = AdversarialSynthesis(2.0, fraction=1.0)(x, lambda y: (y * 0).sum(-1))
+    torch.testing.assert_close((perturbed - x).norm(dim=-1)[mask], torch.full((int(mask.sum()),), 2.0))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"delta": 0}, "delta must be positive"), ({"fraction": 0}, "fraction must be"), ({"num_steps": -1}, "num_steps")],
+)
+def test_bad_arguments_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        AdversarialSynthesis(**arguments)

@@ -1,0 +1,71 @@
+"""Tiny encoders and datasets, so that the tests are quick and need neither network nor data."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# Before any hub client is imported: a test that reaches for the hub is wrong.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+ENCODER = "test_vit"  # timm's own tiny transformer: 6 blocks, 64 channels, patch of 16
+IMAGE_SIZE = 64
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+    np.random.seed(0)  # noqa: NPY002
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _threads():
+    torch.set_num_threads(min(torch.get_num_threads(), 2))
+
+
+@pytest.fixture(scope="session")
+def encoder_weights(tmp_path_factory) -> Path:
+    """Weights of the tiny encoder, as timm names them."""
+    import timm
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "test_vit.safetensors"
+    save_file(timm.create_model(ENCODER, pretrained=False, num_classes=0).state_dict(), str(path))
+    return path
+
+
+@pytest.fixture(scope="session")
+def mvtec_root(tmp_path_factory) -> Path:
+    """Two categories in MVTec AD's layout: textures with and without bright squares."""
+    root = tmp_path_factory.mktemp("mvtec") / "factory"
+    make_dataset(root, ("bolts", "cloth"))
+    return root
+
+
+def make_dataset(root: Path, categories: tuple[str, ...], num_train: int = 6, num_test: int = 3) -> None:
+    """Write categories in MVTec AD's layout, of different image sizes."""
+    rng = np.random.default_rng(0)
+    for index, category in enumerate(categories):
+        size = (80 + 16 * index, 96)
+        for split, label, count in (("train", "good", num_train), ("test", "good", num_test), ("test", "square", num_test)):
+            for number in range(count):
+                image = rng.integers(60, 120, (*size, 3), dtype=np.uint8)
+                image[:, :: 8 + 4 * index] //= 2
+                mask = np.zeros(size, np.uint8)
+                if label != "good":
+                    y, x = rng.integers(10, 50, 2)
+                    mask[y : y + 20, x : x + 20] = 255
+                    image[mask > 0] = 250
+                    _write(root / category / "ground_truth" / label / f"{number:03}_mask.png", mask)
+                _write(root / category / split / label / f"{number:03}.png", image)
+
+
+def _write(path: Path, image: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    assert cv2.imwrite(str(path), image)

@@ -1,0 +1,43 @@
+import pytest
+import torch
+from anomalib.models.components import GaussianBlur2d
+
+from anomalib_decad.anomaly_map import AnomalyMapGenerator
+
+
+def test_perfect_reconstruction_is_no_anomaly():
+    features = [torch.randn(2, 12, 8) for _ in range(3)]
+    maps, scores = AnomalyMapGenerator()(features, [2 * f for f in features], (3, 4), (30, 40))
+    assert maps.shape == (2, 1, 30, 40)
+    torch.testing.assert_close(maps, torch.zeros_like(maps), rtol=0, atol=1e-5)
+    torch.testing.assert_close(scores, torch.zeros(2), rtol=0, atol=1e-5)
+
+
+def test_error_shows_where_it_is():
+    features = [torch.randn(1, 12, 8)]
+    wrong = [features[0].clone()]
+    wrong[0][0, 6] *= -1  # row 1, column 2
+    maps, scores = AnomalyMapGenerator(sigma=1.0)(features, wrong, (3, 4), (30, 40))
+    row, column = divmod(maps.flatten().argmax().item(), 40)
+    assert (row // 10, column // 10) == (1, 2)
+    assert 1.5 < scores.item() <= 2.001
+
+
+def test_two_one_dimensional_blurs_are_the_square_one():
+    image = torch.rand(1, 1, 50, 60)
+    square = GaussianBlur2d((4.0, 4.0), kernel_size=33, border_type="replicate")
+    torch.testing.assert_close(AnomalyMapGenerator(sigma=4.0).blur(image), square(image), rtol=1e-5, atol=1e-6)
+
+
+def test_score_is_the_mean_of_the_largest_values():
+    generator = AnomalyMapGenerator(sigma=0, score_fraction=0.1)
+    features, reconstructions = [torch.randn(2, 12, 8)], [torch.randn(2, 12, 8)]
+    maps, scores = generator(features, reconstructions, (3, 4), (30, 40))
+    expected = maps.flatten(1).sort(dim=1, descending=True).values[:, :120].mean(1)
+    torch.testing.assert_close(scores, expected)
+
+
+@pytest.mark.parametrize("arguments", [{"sigma": -1}, {"score_fraction": 0}, {"score_fraction": 1.5}])
+def test_bad_arguments_are_refused(arguments):
+    with pytest.raises(ValueError, match=next(iter(arguments))):
+        AnomalyMapGenerator(**arguments)

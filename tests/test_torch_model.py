@@ -1,0 +1,73 @@
+import pytest
+import torch
+
+from anomalib_decad import DecADModel
+from anomalib_decad.loss import DecADLoss
+
+
+@pytest.fixture
+def model():
+    return DecADModel(encoder="test_vit", blocks=[1, 2, 3], hidden_dim=8, pretrained=False)
+
+
+def test_prediction(model):
+    prediction = model.eval()(torch.rand(2, 3, 64, 96))
+    assert prediction.anomaly_map.shape == (2, 1, 64, 96)
+    assert prediction.pred_score.shape == (2,)
+
+
+def test_size_may_differ_between_training_and_use(model):
+    model.train()(torch.rand(2, 3, 64, 64))
+    assert model.eval()(torch.rand(1, 3, 96, 48)).anomaly_map.shape == (1, 1, 96, 48)
+
+
+def test_every_trainable_parameter_gets_a_gradient_and_the_encoder_none(model):
+    terms = DecADLoss()(model.train()(torch.rand(4, 3, 64, 64)))
+    terms["loss"].backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == (not name.startswith("encoder.")), name
+
+
+def test_loss_is_the_weighted_sum_of_its_terms(model):
+    output = model.train()(torch.rand(4, 3, 64, 64))
+    terms = DecADLoss(0.7, 1.0, 2.0, 3.0, 4.0)(output)
+    weights = {"reconstruction": 1, "normal_energy": 2, "abnormal_energy": 3, "restoration": 4}
+    assert terms["loss"].item() == pytest.approx(sum(w * terms[name].item() for name, w in weights.items()), rel=1e-5)
+    perturbed = output.perturbed
+    assert terms["normal_energy"].item() == pytest.approx(output.energy[~perturbed].mean().item(), rel=1e-5)
+    hinge = (0.7 - output.energy[perturbed]).clamp(min=0).mean().item()
+    assert terms["abnormal_energy"].item() == pytest.approx(hinge, rel=1e-5)
+
+
+def test_batch_without_perturbed_patches_has_finite_loss(model):
+    output = model.train()(torch.rand(2, 3, 64, 64))
+    output = output._replace(perturbed=torch.zeros_like(output.perturbed))
+    assert torch.isfinite(DecADLoss()(output)["loss"])
+
+
+def test_training_lowers_the_loss(model):
+    images, loss = torch.rand(4, 3, 64, 64), DecADLoss()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+    model.train()
+    history = []
+    for _ in range(30):
+        terms = loss(model(images))
+        optimizer.zero_grad()
+        terms["loss"].backward()
+        optimizer.step()
+        history.append(terms["loss"].item())
+    assert sum(history[-5:]) < 0.7 * sum(history[:5])
+
+
+def test_margin_is_checked():
+    with pytest.raises(ValueError, match="margin must be positive"):
+        DecADLoss(margin=0)
+
+
+def test_evaluation_before_training_leaves_the_actnorms_uninitialised(model):
+    model.eval()(torch.rand(2, 3, 64, 64))
+    initialised = [buffer for name, buffer in model.named_buffers() if name.endswith("initialised")]
+    assert len(initialised) == 3
+    assert not any(initialised)
+    model.train()(torch.rand(2, 3, 64, 64))
+    assert all(initialised)
