@@ -163,6 +163,7 @@ class MultiCategory(AnomalibDataModule):
 
     def _setup(self, _stage: str | None = None) -> None:
         for category, module in self.datamodules.items():
+            module.num_workers = 0  # its loaders read nothing: only their datasets are wanted
             try:
                 module.setup(_stage)
             except (FileNotFoundError, RuntimeError) as error:

@@ -1,0 +1,211 @@
+import multiprocessing
+from collections import Counter
+
+import pytest
+import torch
+from anomalib.data import Folder, MVTecAD
+from anomalib.data.utils import ValSplitMode
+from conftest import make_dataset
+
+from anomalib_decad import MultiCategory
+from anomalib_decad.data import CategoryBatch
+
+OPTIONS = {"num_workers": 0, "train_batch_size": 5, "eval_batch_size": 4}
+
+
+def loaded(datamodule):
+    datamodule.prepare_data()
+    datamodule.setup()
+    return datamodule
+
+
+@pytest.fixture
+def datamodule(mvtec_root):
+    return loaded(MultiCategory("MVTecAD", ["bolts", "cloth"], mvtec_root, **OPTIONS))
+
+
+def test_every_image_is_there_once_with_its_category(datamodule, mvtec_root):
+    for loader, split, number in (
+        (datamodule.train_dataloader(), "train", 12),
+        (datamodule.test_dataloader(), "test", 12),
+        (datamodule.val_dataloader(), "test", 12),
+        (datamodule.predict_dataloader(), "test", 12),
+    ):
+        paths = []
+        for batch in loader:
+            assert isinstance(batch, CategoryBatch)
+            assert len(batch.category) == len(batch.image)
+            for path, category in zip(batch.image_path, batch.category, strict=True):
+                assert f"/{category}/{split}/" in path
+            paths += batch.image_path
+        assert sorted(paths) == sorted(str(path) for path in mvtec_root.glob(f"*/{split}/*/*.png"))
+
+
+def test_masks_and_labels_are_those_of_the_images(datamodule):
+    for batch in datamodule.test_dataloader():
+        for item in batch:
+            anomalous = "square" in item.image_path
+            assert bool(item.gt_label) == anomalous
+            assert bool(item.gt_mask.any()) == anomalous
+            assert ("ground_truth" in (item.mask_path or "")) == anomalous
+
+
+def test_batches_convert_to_numpy(datamodule):
+    batch = next(iter(datamodule.test_dataloader())).to_numpy()
+    assert batch.category == [item.category for item in batch]
+
+
+def test_balanced_sampling(tmp_path):
+    make_dataset(tmp_path, ("few",), num_train=4)
+    make_dataset(tmp_path, ("many",), num_train=36)
+    datamodule = loaded(MultiCategory("MVTecAD", ["few", "many"], tmp_path, sampling="balanced", **OPTIONS))
+    counts = Counter(c for _ in range(10) for batch in datamodule.train_dataloader() for c in batch.category)
+    assert counts.total() == 400
+    assert counts["few"] == pytest.approx(200, abs=50)
+
+
+@pytest.mark.parametrize("wrapped", ["MVTecAD", "anomalib.data.MVTecAD", MVTecAD])
+def test_names_and_classes(wrapped, mvtec_root):
+    assert MultiCategory(wrapped, ["bolts"], mvtec_root).categories == ["bolts"]
+
+
+def test_instance_is_the_template(mvtec_root):
+    template = MVTecAD(root=mvtec_root, val_split_mode=ValSplitMode.FROM_TEST, val_split_ratio=0.5, seed=1)
+    datamodule = loaded(MultiCategory(template, ["bolts", "cloth"], **OPTIONS))
+    assert len(datamodule.val_data) == 4
+    assert len(datamodule.test_data) == 8
+    assert set(datamodule.val_data.samples.category) == {"bolts", "cloth"}
+
+
+def test_split_modes_go_to_the_wrapped_datamodule(mvtec_root):
+    datamodule = loaded(
+        MultiCategory("MVTecAD", ["bolts", "cloth"], mvtec_root, val_split_mode="synthetic", seed=1, **OPTIONS)
+    )
+    labels = datamodule.val_data.samples.groupby("category").label_index.value_counts()
+    assert labels["bolts", 1] > 0
+    assert labels["cloth", 1] > 0
+    assert next(iter(datamodule.val_dataloader())).gt_mask is not None
+
+
+def test_none_takes_what_is_in_a_folder_of_own_categories(mvtec_root):
+    assert MultiCategory("MVTecAD", root=mvtec_root).categories == ["bolts", "cloth"]
+
+
+def test_none_takes_all_that_the_dataset_defines(tmp_path):
+    assert len(MultiCategory("MVTecAD", root=tmp_path / "empty").categories) == 15
+    make_dataset(tmp_path, ("bottle", "other"))
+    assert len(MultiCategory("MVTecAD", root=tmp_path).categories) == 15
+
+
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [("MVTecAD", 15), ("MVTecAD2", 8), ("MVTecLOCO", 5), ("Visa", 12), ("RealIAD", 30), ("BTech", 3), ("MPDD", 6),
+     ("Kaputt", None), ("AutoVI", 6)],
+)  # fmt: skip
+def test_all_datamodules_with_categories(name, number, tmp_path):
+    datamodule = MultiCategory(name, root=tmp_path)
+    assert len(datamodule.categories) == (number or len(datamodule.categories)) > 1
+    for category, module in datamodule.datamodules.items():
+        assert type(module).__name__ == name
+        assert module.category == category
+        assert str(module.root) == str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"datamodule": "MVTecAD", "categories": ["botle"]}, "no category 'botle'; valid names are bottle, cable"),
+        ({"datamodule": "MVTecAD", "categories": ["bottle", "bottle"]}, "must be different"),
+        ({"datamodule": "MVTecAD", "categories": []}, "no categories"),
+        ({"datamodule": "MVTec"}, "anomalib has no 'MVTec'; those with categories are .*MVTecAD.*Visa"),
+        ({"datamodule": "Kolektor"}, "Kolektor has no categories"),
+        ({"datamodule": "nowhere.MVTecAD"}, "anomalib has no 'nowhere.MVTecAD'"),
+        ({"datamodule": "MVTecAD2", "test_split_mode": "from_dir"}, "MVTecAD2 takes no test_split_mode"),
+        ({"datamodule": "MVTecAD", "datamodule_args": {"resolution": 256}}, "MVTecAD takes no resolution"),
+        ({"datamodule": "Folder"}, "Folder needs root, and datamodule_args with normal_dir"),
+        ({"datamodule": "MVTecAD", "sampling": "random"}, "sampling must be"),
+        ({"datamodule": MVTecAD(), "root": "elsewhere"}, "root: give these to the MVTecAD"),
+        ({"datamodule": []}, "list of 0 datamodules"),
+        ({"datamodule": [MVTecAD(), MVTecAD()]}, "as many different category names"),
+    ],
+)
+def test_wrong_arguments_get_the_valid_ones(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        MultiCategory(**arguments)
+
+
+def test_unreadable_category_is_named(tmp_path):
+    make_dataset(tmp_path, ("good",))
+    (tmp_path / "empty" / "train").mkdir(parents=True)
+    with pytest.raises(RuntimeError, match="the category 'empty' cannot be read"):
+        MultiCategory("MVTecAD", ["good", "empty"], tmp_path).setup()
+
+
+@pytest.mark.parametrize("with_masks", [False, True])
+def test_folders(mvtec_root, with_masks):
+    arguments = {"normal_dir": "train/good", "abnormal_dir": "test/square", "normal_test_dir": "test/good"}
+    if with_masks:
+        arguments["mask_dir"] = "ground_truth/square"
+    datamodule = MultiCategory("Folder", root=mvtec_root, datamodule_args=arguments, seed=0, **OPTIONS)
+    assert datamodule.categories == ["bolts", "cloth"]
+    loaded(datamodule)
+    batch = next(iter(datamodule.test_dataloader()))
+    assert (batch.gt_mask is not None) == with_masks
+    assert set(datamodule.train_data.samples.category) == {"bolts", "cloth"}
+
+
+def test_list_of_folders_with_and_without_masks(mvtec_root):
+    def folder(name, **kwargs):
+        return Folder(
+            name=name,
+            root=mvtec_root / name,
+            normal_dir="train/good",
+            abnormal_dir="test/square",
+            normal_test_dir="test/good",
+            val_split_mode="same_as_test",
+            **kwargs,
+        )
+
+    modules = [folder("bolts", mask_dir="ground_truth/square"), folder("cloth")]
+    datamodule = loaded(MultiCategory(modules, num_workers=0, eval_batch_size=12))
+    assert datamodule.categories == ["bolts", "cloth"]
+    batch = next(iter(datamodule.test_dataloader()))
+    assert len(batch.image) == 12
+    assert batch.gt_mask is None
+    assert batch.gt_label.sum() == 6
+
+
+def test_augmentations_reach_every_category(mvtec_root):
+    from torchvision.transforms.v2 import Resize
+
+    datamodule = loaded(MultiCategory("MVTecAD", root=mvtec_root, augmentations=Resize((32, 40)), **OPTIONS))
+    assert {tuple(batch.image.shape[-2:]) for batch in datamodule.train_dataloader()} == {(32, 40)}
+
+
+def test_subsample_keeps_images_and_categories_together(datamodule):
+    subset = datamodule.test_data.subsample([0, 7, 3])
+    assert len(subset) == 3
+    assert len(datamodule.test_data) == 12
+    for item in (subset[index] for index in range(3)):
+        assert f"/{item.category}/" in item.image_path
+
+
+def test_spawned_workers(datamodule):
+    loader = torch.utils.data.DataLoader(
+        datamodule.train_data,
+        batch_size=6,
+        num_workers=1,
+        collate_fn=datamodule.train_data.collate_fn,
+        multiprocessing_context=multiprocessing.get_context("spawn"),
+    )
+    assert {category for batch in loader for category in batch.category} == {"bolts", "cloth"}
+
+
+def test_heatmaps_of_equally_named_images_do_not_collide(datamodule):
+    from anomalib.utils.path import generate_output_filename
+
+    paths = datamodule.test_data.samples.image_path
+    outputs = {
+        str(generate_output_filename(path, "out", datamodule.name, datamodule.category, mkdir=False)) for path in paths
+    }
+    assert len(outputs) == len(paths)

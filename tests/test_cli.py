@@ -1,0 +1,220 @@
+"""The real anomalib command, in subprocesses."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ENCODER, IMAGE_SIZE
+
+pytestmark = pytest.mark.slow
+
+ANOMALIB = str(Path(sys.executable).with_name("anomalib"))
+
+
+def anomalib(*args, check=True, **environment):
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200", "OMP_NUM_THREADS": "1", **environment}
+    result = subprocess.run(
+        [ANOMALIB, *map(str, args)], env=env, capture_output=True, text=True, timeout=500, check=False
+    )
+    if check:
+        assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
+    return result
+
+
+@pytest.fixture(scope="module")
+def model_args(encoder_weights):
+    return [
+        "--model.encoder", ENCODER, "--model.encoder_weights", encoder_weights, "--model.blocks", "[1,2,3]",
+        "--model.image_size", f"[{IMAGE_SIZE},{IMAGE_SIZE}]", "--model.hidden_dim", "8",
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data_args(mvtec_root):
+    return [
+        "--data", "MultiCategory", "--data.datamodule", "MVTecAD", "--data.root", mvtec_root,
+        "--data.categories", "[bolts,cloth]", "--data.num_workers", "0", "--data.train_batch_size", "4",
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trainer_args():
+    return ["--trainer.accelerator", "cpu", "--seed_everything", "1"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, model_args, data_args, trainer_args):
+    """Results of `anomalib train --model DecAD --data MultiCategory`."""
+    root = tmp_path_factory.mktemp("train")
+    result = anomalib(
+        "train", "--model", "DecAD", *model_args, *data_args, *trainer_args,
+        "--trainer.max_steps", 3, "--default_root_dir", root,
+    )  # fmt: skip
+    (run,) = root.glob("DecAD/factory/v0")
+    return result, run
+
+
+def test_train_prints_a_table_and_writes_results(trained):
+    result, run = trained
+    assert "mean" in result.stdout
+    assert "bolts" in result.stdout
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert set(metrics["categories"]) == {"bolts", "cloth"}
+    assert (run / "weights" / "lightning" / "model.ckpt").is_file()
+    heatmaps = sorted(path.relative_to(run / "images").as_posix() for path in run.glob("images/**/*.png"))
+    assert len(heatmaps) == 12
+    assert heatmaps[0] == "bolts/test/good/000.png"
+
+
+@pytest.mark.parametrize("name", ["anomalib_decad.DecAD", "anomalib.models.DecAD"])
+@pytest.mark.parametrize("command", ["fit", "train"])
+def test_other_names(command, name, tmp_path, model_args, data_args, trainer_args):
+    anomalib(
+        command, "--model", name, *model_args, *data_args, *trainer_args,
+        "--trainer.fast_dev_run", "true", "--default_root_dir", tmp_path,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("command", ["validate", "test"])
+def test_evaluation_of_a_checkpoint(command, trained, tmp_path, model_args, data_args, trainer_args):
+    checkpoint = trained[1] / "weights" / "lightning" / "model.ckpt"
+    anomalib(
+        command, "--model", "DecAD", *model_args, *data_args, *trainer_args,
+        "--ckpt_path", checkpoint, "--default_root_dir", tmp_path,
+    )  # fmt: skip
+    if command == "test":
+        (metrics,) = tmp_path.glob("DecAD/**/metrics.json")
+        assert json.loads(metrics.read_text()) == json.loads((trained[1] / "metrics.json").read_text())
+
+
+def test_predict_a_folder(trained, tmp_path, model_args, mvtec_root, trainer_args):
+    checkpoint = trained[1] / "weights" / "lightning" / "model.ckpt"
+    anomalib(
+        "predict", "--model", "DecAD", *model_args, *trainer_args, "--data", mvtec_root / "bolts" / "test" / "square",
+        "--ckpt_path", checkpoint, "--default_root_dir", tmp_path,
+    )  # fmt: skip
+    assert len(list(tmp_path.rglob("*.png"))) == 3
+
+
+@pytest.mark.parametrize(("kind", "suffix"), [("torch", "pt"), ("onnx", "onnx"), ("openvino", "xml")])
+def test_export(kind, suffix, trained, tmp_path, model_args, trainer_args):
+    checkpoint = trained[1] / "weights" / "lightning" / "model.ckpt"
+    anomalib(
+        "export", "--model", "DecAD", *model_args, *trainer_args, "--ckpt_path", checkpoint,
+        "--export_type", kind, "--export_root", tmp_path, "--input_size", f"[{IMAGE_SIZE},{IMAGE_SIZE}]",
+    )  # fmt: skip
+    assert list(tmp_path.rglob(f"*.{suffix}"))
+
+
+@pytest.mark.parametrize("name", ["DecAD", "anomalib_decad.DecAD", "anomalib.models.DecAD"])
+def test_config_file(name, tmp_path, encoder_weights, mvtec_root):
+    config = {
+        "model": {
+            "class_path": name,
+            "init_args": {
+                "encoder": ENCODER,
+                "encoder_weights": str(encoder_weights),
+                "blocks": [1, 2],
+                "image_size": [IMAGE_SIZE, IMAGE_SIZE],
+            },
+        },
+        "data": {
+            "class_path": "MultiCategory",
+            "init_args": {
+                "datamodule": {"class_path": "MVTecAD", "init_args": {"root": str(mvtec_root)}},
+                "categories": ["cloth"],
+                "num_workers": 0,
+            },
+        },
+        "trainer": {"accelerator": "cpu", "fast_dev_run": True},
+        "default_root_dir": str(tmp_path),
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    anomalib("fit", "--config", path)
+
+
+def test_the_saved_config_reproduces_the_run(trained, tmp_path):
+    result = anomalib("train", "--config", trained[1] / "config.yaml", "--default_root_dir", tmp_path)
+    (run,) = tmp_path.glob("DecAD/factory/v0")
+    assert json.loads((run / "metrics.json").read_text()) == json.loads((trained[1] / "metrics.json").read_text())
+    assert "bolts" in result.stdout
+
+
+def test_resume_from_the_command_line(trained, tmp_path, model_args, data_args, trainer_args):
+    checkpoint = trained[1] / "weights" / "lightning" / "model.ckpt"
+    result = anomalib(
+        "fit", "--model", "DecAD", *model_args, *data_args, *trainer_args, "--trainer.max_steps", 5,
+        "--ckpt_path", checkpoint, "--default_root_dir", tmp_path,
+    )  # fmt: skip
+    assert "`max_steps=5` reached" in result.stderr + result.stdout
+
+
+def test_two_process_data_parallel(tmp_path, model_args, data_args):
+    anomalib(
+        "train", "--model", "DecAD", *model_args, *data_args, "--seed_everything", 1, "--trainer.max_steps", 2,
+        "--trainer.accelerator", "cpu", "--trainer.devices", 2, "--trainer.strategy", "ddp",
+        "--default_root_dir", tmp_path,
+    )  # fmt: skip
+    (metrics,) = tmp_path.glob("DecAD/**/metrics.json")
+    assert json.loads(metrics.read_text())["mean"]["image_AUROC"] is not None
+
+
+def test_benchmark(tmp_path, mvtec_root, encoder_weights):
+    config = {
+        "accelerator": "cpu",
+        "benchmark": {
+            "seed": 42,
+            "model": {
+                "class_path": {"grid": ["DecAD"]},
+                "init_args": {
+                    "encoder": ENCODER,
+                    "encoder_weights": str(encoder_weights),
+                    "blocks": [1, 2],
+                    "image_size": [IMAGE_SIZE, IMAGE_SIZE],
+                },
+            },
+            "data": {
+                "class_path": "MVTecAD",
+                "init_args": {"root": str(mvtec_root), "category": {"grid": ["bolts"]}, "num_workers": 0},
+            },
+            "trainer": {"max_steps": 1},
+        },
+    }
+    path = tmp_path / "benchmark.yaml"
+    path.write_text(yaml.safe_dump(config))
+    result = subprocess.run(
+        [ANOMALIB, "benchmark", "--config", str(path)],
+        cwd=tmp_path, env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, timeout=500, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-4000:]
+    (results,) = tmp_path.rglob("results.csv")
+    assert "image_AUROC" in results.read_text()
+
+
+def test_help_describes_the_arguments():
+    output = anomalib("train", "--model.help", "DecAD").stdout
+    for text in ("--model.encoder", "--model.delta", "Radius of the synthetic anomalies", "--model.blocks"):
+        assert text in output
+    assert "--data.sampling" in anomalib("train", "--data.help", "MultiCategory").stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--model.encoder", "vit_tiny"], "timm has no model 'vit_tiny'"),
+        (["--model.image_size", "[70,64]"], "64 x 64 would do"),
+        (["--data.categories", "[bolt]"], "no category 'bolt'; valid names are"),
+    ],
+)
+def test_bad_input_is_refused_early(args, message, tmp_path, model_args, data_args):
+    result = anomalib(
+        "train", "--model", "DecAD", *model_args, *data_args, *args, "--default_root_dir", tmp_path, check=False
+    )
+    assert result.returncode != 0
+    assert message in result.stderr.replace("\n", " ") or message in " ".join((result.stderr + result.stdout).split())
+    assert not list(tmp_path.iterdir())
