@@ -201,7 +201,6 @@ class DecAD(AnomalibModule):
             raise ValueError(msg)
         if self.input_size is not None:
             self.model.encoder.grid(*self.input_size)
-        self._rng_state: dict[str, torch.Tensor] | None = None
 
     def _encoder_pre_processor(self, image_size: tuple[int, int] | None) -> PreProcessor:
         """Create the pre-processor that fits the encoder: its patch size and the statistics of its training images."""
@@ -247,30 +246,17 @@ class DecAD(AnomalibModule):
         """Trainer arguments that the model sets."""
         return {"num_sanity_val_steps": 0}
 
-    def prepare_data(self) -> None:
-        """Get the encoder's weights on one process, so that the others find them on disk."""
-        self._load_encoder_weights()
-
     def setup(self, stage: str) -> None:
-        """Load the encoder's weights and set the default number of training steps.
+        """Set the default number of training steps.
 
         Args:
             stage (str): ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``.
-
-        Raises:
-            EncoderWeightsError: If the weights cannot be had and no checkpoint brings them.
         """
-        self._load_encoder_weights()
         trainer = self.trainer
         if stage == "fit" and trainer.max_steps == -1 and trainer.max_epochs == _LIGHTNING_MAX_EPOCHS:
             trainer.fit_loop.epoch_loop.max_steps = DEFAULT_MAX_STEPS
             trainer.fit_loop.max_epochs = -1
             logger.info("Neither max_steps nor max_epochs is set: training for %d steps.", DEFAULT_MAX_STEPS)
-
-    def _load_encoder_weights(self) -> None:
-        # A checkpoint brings them, and has to work where they cannot be downloaded.
-        if not self.trainer.ckpt_path:
-            self.model.encoder.load_weights()
 
     def training_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         """Compute the loss of a batch of normal images.
@@ -365,7 +351,7 @@ class DecAD(AnomalibModule):
             checkpoint[_RNG_KEY]["cuda"] = torch.cuda.get_rng_state(self.device)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check that the checkpoint fits, and keep the state of the random number generators for a resumed fit.
+        """Check that the checkpoint fits, and restore the random number generators if a fit is resumed.
 
         Args:
             checkpoint (dict[str, Any]): The checkpoint.
@@ -384,16 +370,21 @@ class DecAD(AnomalibModule):
             msg = f"the checkpoint is of a DecAD of another shape: give it the arguments {flags}"
             raise ValueError(msg)
         super().on_load_checkpoint(checkpoint)
-        self._rng_state = checkpoint.get(_RNG_KEY)
+        # Before the dataloaders draw their seeds, as when the checkpoint was saved.
+        if self._trainer is not None and self.trainer.training and _RNG_KEY in checkpoint:
+            torch.set_rng_state(checkpoint[_RNG_KEY]["cpu"].cpu())
+            device = self.trainer.strategy.root_device
+            if device.type == "cuda" and "cuda" in checkpoint[_RNG_KEY]:
+                torch.cuda.set_rng_state(checkpoint[_RNG_KEY]["cuda"].cpu(), device)
 
     def on_fit_start(self) -> None:
-        """Restore the random number generators of the run that is resumed."""
-        if self._rng_state is None:
-            return
-        torch.set_rng_state(self._rng_state["cpu"].cpu())
-        if self.device.type == "cuda" and "cuda" in self._rng_state:
-            torch.cuda.set_rng_state(self._rng_state["cuda"].cpu(), self.device)
-        self._rng_state = None
+        """Load the encoder's weights.
+
+        Raises:
+            EncoderWeightsError: If the weights cannot be had and no checkpoint brought them.
+        """
+        # Not earlier: only now has Lightning loaded the checkpoint, if any.
+        self.model.encoder.load_weights()
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> "DecAD":  # type: ignore[override]
