@@ -30,6 +30,7 @@ def model_args(encoder_weights):
     return [
         "--model.encoder", ENCODER, "--model.encoder_weights", encoder_weights, "--model.blocks", "[1,2,3]",
         "--model.image_size", f"[{IMAGE_SIZE},{IMAGE_SIZE}]", "--model.hidden_dim", "8",
+        "--model.num_blocks", "1",
     ]  # fmt: skip
 
 

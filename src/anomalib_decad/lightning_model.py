@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """DecAD as an anomalib model."""
 
+import copy
 import logging
 import math
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 
+from anomalib_decad.components.invertible import remove_spectral_norms
 from anomalib_decad.loss import DecADLoss
 from anomalib_decad.metrics import CategoryEvaluator
 from anomalib_decad.post_processor import BoundedPostProcessor
@@ -385,6 +387,24 @@ class DecAD(AnomalibModule):
         """
         # Not earlier: only now has Lightning loaded the checkpoint, if any.
         self.model.encoder.load_weights()
+
+    def to_torch(self, *args: Any, **kwargs: Any) -> Path:
+        """Export to PyTorch; arguments and result are those of ``AnomalibModule.to_torch``."""
+        return super(DecAD, self._for_export()).to_torch(*args, **kwargs)
+
+    def to_onnx(self, *args: Any, **kwargs: Any) -> Path:
+        """Export to ONNX, also on the way to OpenVINO; arguments and result are those of ``AnomalibModule.to_onnx``."""
+        return super(DecAD, self._for_export()).to_onnx(*args, **kwargs)
+
+    def _for_export(self) -> "DecAD":
+        """Copy the module without what only training needs: the trainer and the spectral normalisation."""
+        module = copy.copy(self)
+        module._trainer = None  # noqa: SLF001
+        module._modules = dict(self._modules)  # noqa: SLF001
+        module.model = copy.deepcopy(self.model).eval()
+        module.model.encoder.load_weights()
+        remove_spectral_norms(module.model)
+        return module
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> "DecAD":  # type: ignore[override]

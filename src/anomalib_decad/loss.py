@@ -20,7 +20,8 @@ class DecADLoss(nn.Module):
       reconstruction from the cleaned embeddings.
     - ``normal_energy``: mean abnormal energy H of unperturbed patches, which the prior wants to be 0.
     - ``abnormal_energy``: mean hinge :math:`\max(0, m - H)` of perturbed patches.
-    - ``restoration``: mean of :math:`(\hat{x} - x)^2` with x the embedding before perturbation: removal restores it.
+    - ``restoration``: :math:`\|\hat{x} - x\|^2 / \|x\|^2`, each averaged over the patches, with x the embedding before
+      perturbation: removal restores it.
 
     Args:
         margin (float): Energy m that a perturbed patch should have; positive.
@@ -72,7 +73,7 @@ class DecADLoss(nn.Module):
             "reconstruction": AnomalyMapGenerator.patch_errors(output.features, output.reconstructions).mean(),
             "normal_energy": _mean(output.energy[~perturbed]),
             "abnormal_energy": _mean(functional.relu(self.margin - output.energy[perturbed])),
-            "restoration": (output.x_clean - output.x).square().mean(),
+            "restoration": (output.x_clean - output.x).square().mean() / output.x.square().mean(),
         }
         terms["loss"] = torch.stack([weight * terms[name] for name, weight in self.weights.items()]).sum()
         return terms

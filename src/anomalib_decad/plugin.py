@@ -8,12 +8,17 @@ parsed, and ``get_model`` only imports from ``anomalib.models``. Two entry point
 - ``torch.backends`` is the trigger: ``import torch`` calls :func:`install`, and anomalib imports torch. :func:`install`
   waits until ``anomalib.models`` and ``anomalib.data`` have been imported and then adds each class of the registry.
 
+One more thing is put right on the way: anomalib 2.7 accepts ``--seed_everything N`` and forgets it. For the models of
+the registry, and only for these, the seed is set before the classes are instantiated, as the option's help has it.
+
 This module uses the standard library only, and nothing that it does raises: a plug-in that cannot be imported is a
 warning, and anomalib goes on without it.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
 import importlib.metadata
 import sys
 import warnings
@@ -32,7 +37,9 @@ _TARGETS = {
     "anomalib.data": ("anomalib.data",),
 }
 
-_attached: set[str] = set()
+_CLI = "anomalib.cli.cli"
+
+_done: set[str] = set()
 _warned: set[str] = set()
 
 
@@ -44,11 +51,11 @@ def install() -> None:
     try:
         if not any(isinstance(finder, _AnomalibFinder) for finder in sys.meta_path):
             sys.meta_path.insert(0, _AnomalibFinder())
-        for group in _TARGETS:
-            if _is_importing(group):  # anomalib.models imports torch, and so calls this, in its first lines
-                sys.modules[group].__spec__.__class__ = _NotifyingSpec  # type: ignore[union-attr, assignment]
-            elif group in sys.modules:
-                _attach(group)
+        for name in (*_TARGETS, _CLI):
+            if _is_importing(name):  # anomalib.models imports torch, and so calls this, in its first lines
+                sys.modules[name].__spec__.__class__ = _NotifyingSpec  # type: ignore[union-attr, assignment]
+            elif name in sys.modules:
+                _extend(name)
     except Exception as error:  # noqa: BLE001
         _warn("anomalib-decad", error)
 
@@ -59,7 +66,7 @@ class _AnomalibFinder:
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname not in _TARGETS:
+        if fullname not in _TARGETS and fullname != _CLI:
             return None
         for finder in sys.meta_path:
             find_spec = getattr(finder, "find_spec", None)
@@ -81,26 +88,34 @@ class _NotifyingSpec(ModuleSpec):
         if name == "_initializing" and not value:
             self.__class__ = ModuleSpec  # type: ignore[assignment]
             if self.name in sys.modules:
-                _attach(self.name)
+                _extend(self.name)
+
+
+def _extend(name: str) -> None:
+    """Extend one of anomalib's modules, once."""
+    if name in _done:
+        return
+    _done.add(name)
+    try:
+        if name == _CLI:
+            _honour_seed(sys.modules[name])
+        else:
+            _attach(name)
+    except Exception as error:  # noqa: BLE001
+        _warn(name, error)
 
 
 def _attach(group: str) -> None:
     """Add the classes that are registered under an entry point group to anomalib's modules."""
-    if group in _attached:
-        return
-    _attached.add(group)
-    try:
-        modules = [sys.modules[name] for name in _TARGETS[group] if name in sys.modules]
-        registered = importlib.metadata.entry_points(group=group)
-        entries = {entry.name: entry for entry in registered if not any(hasattr(m, entry.name) for m in modules)}
-        for module in modules:
-            _add_names(module, entries)
-        for entry in entries.values():
-            # get_model imports only from modules in this set.
-            getattr(modules[0], "ALLOWED_MODULES", set()).add(entry.module)
-            _load(entry, modules)
-    except Exception as error:  # noqa: BLE001
-        _warn(group, error)
+    modules = [sys.modules[name] for name in _TARGETS[group] if name in sys.modules]
+    registered = importlib.metadata.entry_points(group=group)
+    entries = {entry.name: entry for entry in registered if not any(hasattr(m, entry.name) for m in modules)}
+    for module in modules:
+        _add_names(module, entries)
+    for entry in entries.values():
+        # get_model imports only from modules in this set.
+        getattr(modules[0], "ALLOWED_MODULES", set()).add(entry.module)
+        _load(entry, modules)
 
 
 def _add_names(module: ModuleType, entries: dict[str, importlib.metadata.EntryPoint]) -> None:
@@ -136,6 +151,24 @@ def _load(entry: importlib.metadata.EntryPoint, modules: Sequence[ModuleType]) -
             if entry.name in getattr(module, "__all__", ()):
                 module.__all__ = [name for name in module.__all__ if name != entry.name]
         _warn(package, error)
+
+
+def _honour_seed(cli_module: ModuleType) -> None:
+    """Have ``--seed_everything N`` seed the runs of registered models."""
+    cli = cli_module.AnomalibCLI
+    packages = {entry.module.partition(".")[0] for entry in importlib.metadata.entry_points(group="anomalib.models")}
+    original = cli.before_instantiate_classes
+
+    @functools.wraps(original)
+    def before_instantiate_classes(self: Any) -> None:
+        config = self.config.get(str(self.subcommand)) or {}
+        seed, model = config.get("seed_everything"), config.get("model") or {}
+        is_ours = str(model.get("class_path")).partition(".")[0] in packages
+        if is_ours and isinstance(seed, int) and not isinstance(seed, bool):
+            importlib.import_module("lightning.pytorch").seed_everything(seed, workers=True)
+        original(self)
+
+    cli.before_instantiate_classes = before_instantiate_classes
 
 
 def _is_importing(name: str) -> bool:

@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 from anomalib_decad.components import FeatureStandardiser, fuse
@@ -23,6 +24,13 @@ def test_evaluation_changes_no_statistics():
     assert all(torch.equal(a, b) for a, b in zip(before, standardiser.buffers(), strict=True))
 
 
-def test_fusion_is_the_mean():
+def test_fusion_is_the_scaled_mean():
     taps = [torch.randn(2, 9, 4) for _ in range(3)]
-    torch.testing.assert_close(fuse(taps), sum(taps) / 3)
+    torch.testing.assert_close(fuse(taps), sum(taps) / 3 * 5 / 4**0.5)
+
+
+@pytest.mark.parametrize("dim", [64, 384, 768])
+def test_norm_does_not_depend_on_the_width(dim):
+    correlated = torch.randn(4, 25, dim)
+    taps = [0.7 * correlated + 0.7 * torch.randn(4, 25, dim) for _ in range(3)]
+    assert 3 < fuse(taps).norm(dim=-1).mean() < 5

