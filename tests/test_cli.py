@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+
 from conftest import ENCODER, IMAGE_SIZE
 
 pytestmark = pytest.mark.slow
@@ -18,7 +19,7 @@ ANOMALIB = str(Path(sys.executable).with_name("anomalib"))
 def anomalib(*args, check=True, **environment):
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200", "OMP_NUM_THREADS": "1", **environment}
     result = subprocess.run(
-        [ANOMALIB, *map(str, args)], env=env, capture_output=True, text=True, timeout=500, check=False
+        [ANOMALIB, *map(str, args)], env=env, capture_output=True, text=True, timeout=200, check=False
     )
     if check:
         assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
@@ -177,21 +178,26 @@ def test_benchmark(tmp_path, mvtec_root, encoder_weights):
                     "encoder_weights": str(encoder_weights),
                     "blocks": [1, 2],
                     "image_size": [IMAGE_SIZE, IMAGE_SIZE],
+                    "max_steps": 2,
                 },
             },
             "data": {
                 "class_path": "MVTecAD",
                 "init_args": {"root": str(mvtec_root), "category": {"grid": ["bolts"]}, "num_workers": 0},
             },
-            "trainer": {"max_steps": 1},
         },
     }
     path = tmp_path / "benchmark.yaml"
     path.write_text(yaml.safe_dump(config))
     result = subprocess.run(
         [ANOMALIB, "benchmark", "--config", str(path)],
-        cwd=tmp_path, env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, timeout=500, check=False,
-    )  # fmt: skip
+        cwd=tmp_path,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
     assert result.returncode == 0, result.stderr[-4000:]
     (results,) = tmp_path.rglob("results.csv")
     assert "image_AUROC" in results.read_text()

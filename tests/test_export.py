@@ -24,7 +24,14 @@ def test_plain_weights_compute_the_same_and_can_be_pickled():
 
 @pytest.fixture
 def trained_model(encoder_weights):
-    model = DecAD(encoder="test_vit", encoder_weights=encoder_weights, blocks=[1, 2], image_size=(48, 48), hidden_dim=8)
+    model = DecAD(
+        encoder="test_vit",
+        encoder_weights=encoder_weights,
+        blocks=[1, 2],
+        image_size=(48, 48),
+        hidden_dim=8,
+        num_blocks=1,
+    )
     model.train()
     model.model(torch.rand(4, 3, 48, 48))
     return model.eval()
@@ -46,7 +53,9 @@ def test_onnx_export_predicts_as_the_model(trained_model, tmp_path):
     path = trained_model.to_onnx(tmp_path, input_size=(48, 48))
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     images = torch.rand(1, 3, 48, 48)
-    outputs = dict(zip([o.name for o in session.get_outputs()], session.run(None, {"input": images.numpy()}), strict=True))
+    outputs = dict(
+        zip([o.name for o in session.get_outputs()], session.run(None, {"input": images.numpy()}), strict=True)
+    )
     with torch.no_grad():
         expected = trained_model(images)
     torch.testing.assert_close(torch.from_numpy(outputs["anomaly_map"]), expected.anomaly_map, rtol=1e-4, atol=1e-5)

@@ -1,5 +1,6 @@
 import logging
 import math
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -9,13 +10,13 @@ from anomalib.data import ImageBatch
 from anomalib.engine import Engine
 from anomalib.models import Padim
 from anomalib.pre_processing import PreProcessor
-from conftest import ENCODER, IMAGE_SIZE
 from lightning.pytorch import Callback, seed_everything
 from torchvision.transforms.v2 import Resize
 
 from anomalib_decad import DecAD, MultiCategory
 from anomalib_decad.components import EncoderWeightsError
 from anomalib_decad.metrics import METRICS, CategoryEvaluator
+from conftest import ENCODER, IMAGE_SIZE
 
 TERMS = ("loss", "reconstruction", "normal_energy", "abnormal_energy", "restoration")
 
@@ -116,7 +117,7 @@ def test_resuming_gives_the_losses_of_an_unbroken_run(make_engine, make_model, m
     assert resumed == pytest.approx(unbroken[3:], rel=1e-6)
 
 
-def test_checkpoint_is_safe_complete_and_holds_the_encoder_once(make_engine, make_model, make_data, tmp_path):
+def test_checkpoint_is_safe_complete_and_holds_the_encoder_once(make_engine, make_model, make_data):
     model, engine = make_model(), make_engine()
     engine.fit(model, datamodule=make_data())
     path = engine.trainer.checkpoint_callback.best_model_path
@@ -133,7 +134,7 @@ def test_checkpoint_is_safe_complete_and_holds_the_encoder_once(make_engine, mak
         torch.testing.assert_close(a, b)
 
 
-def test_checkpoint_needs_neither_hub_nor_weights(make_engine, make_model, make_data, monkeypatch, tmp_path):
+def test_checkpoint_needs_neither_hub_nor_weights(make_engine, make_model, make_data, monkeypatch):
     engine = make_engine()
     engine.fit(make_model(), datamodule=make_data())
     path = engine.trainer.checkpoint_callback.best_model_path
@@ -199,7 +200,7 @@ def test_learning_rate_rises_and_falls(make_engine, make_model, make_data):
 
     make_engine(Rates(), max_steps=16).fit(make_model(learning_rate=0.01, warmup_steps=3), datamodule=make_data())
     assert rates[:4] == pytest.approx([0.01 / 3, 0.02 / 3, 0.01, 0.01])
-    assert all(a > b for a, b in zip(rates[3:], rates[4:], strict=False))
+    assert all(a > b for a, b in pairwise(rates[3:]))
     assert rates[-1] < 0.001
 
 
@@ -267,6 +268,7 @@ def test_predictions_know_their_category(make_engine, make_model, make_data):
         ({"pre_processor": PreProcessor(Resize((70, 64)))}, "multiples of its patch"),
         ({"pre_processor": PreProcessor(Resize((64, 64))), "image_size": (64, 64)}, "image_size belongs to"),
         ({"learning_rate": 0.0}, "learning_rate must be positive"),
+        ({"max_steps": 0}, "max_steps must be positive"),
         ({"blocks": [3, 9]}, "increasing numbers from 1 to 6, the depth of test_vit"),
         ({"encoder": "resnet18"}, "no vision transformer"),
     ],

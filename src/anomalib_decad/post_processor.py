@@ -22,5 +22,9 @@ class BoundedPostProcessor(PostProcessor):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self._pixel_threshold_metric = HistogramF1Threshold(fields=["anomaly_map", "gt_mask"], strict=False)
-        self._image_threshold_metric = HistogramF1Threshold(fields=["pred_score", "gt_label"], strict=False)
+        self._pixel_threshold_metric = HistogramF1Threshold(  # type: ignore[assignment]
+            fields=["anomaly_map", "gt_mask"], strict=False
+        )
+        self._image_threshold_metric = HistogramF1Threshold(  # type: ignore[assignment]
+            fields=["pred_score", "gt_label"], strict=False
+        )

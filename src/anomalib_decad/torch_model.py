@@ -11,7 +11,14 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from anomalib_decad.anomaly_map import AnomalyMapGenerator
-from anomalib_decad.components import AdversarialSynthesis, Decoupler, FeatureDecoder, FeatureStandardiser, ViTEncoder, fuse
+from anomalib_decad.components import (
+    AdversarialSynthesis,
+    Decoupler,
+    FeatureDecoder,
+    FeatureStandardiser,
+    ViTEncoder,
+    fuse,
+)
 
 __all__ = ["DecADModel", "TrainingOutput"]
 
@@ -39,8 +46,9 @@ class TrainingOutput(NamedTuple):
 class DecADModel(nn.Module):
     """Detects anomalies as what a decoder cannot reconstruct after their removal in a latent space.
 
-    A frozen vision transformer gives feature maps, which are standardised; their fusion is cleaned patch by patch (:class:`Decoupler`) and a
-    decoder reconstructs the feature maps from it. In training mode, anomalies are synthesised in feature space.
+    A frozen vision transformer gives feature maps, which are standardised; their fusion is cleaned patch by patch
+    (:class:`Decoupler`), and a decoder reconstructs the feature maps from it. In training mode, anomalies are
+    synthesised in feature space.
 
     Args:
         encoder (str): Name of a timm vision transformer.

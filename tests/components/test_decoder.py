@@ -4,7 +4,9 @@ import torch
 from anomalib_decad.components import FeatureDecoder
 
 
-@pytest.mark.parametrize(("depth", "taps", "sources"), [(3, 3, [2, 1, 0]), (6, 3, [5, 3, 1]), (1, 3, [0, 0, 0]), (4, 1, [3])])
+@pytest.mark.parametrize(
+    ("depth", "taps", "sources"), [(3, 3, [2, 1, 0]), (6, 3, [5, 3, 1]), (1, 3, [0, 0, 0]), (4, 1, [3])]
+)
 def test_early_blocks_reconstruct_deep_taps(depth, taps, sources):
     decoder = FeatureDecoder(12, taps, depth, num_heads=2)
     assert [max(source, 0) for source in decoder.sources] == sources

@@ -5,10 +5,10 @@ import pytest
 import torch
 from anomalib.data import Folder, MVTecAD
 from anomalib.data.utils import ValSplitMode
-from conftest import make_dataset
 
 from anomalib_decad import MultiCategory
 from anomalib_decad.data import CategoryBatch
+from conftest import make_dataset
 
 OPTIONS = {"num_workers": 0, "train_batch_size": 5, "eval_batch_size": 4}
 
@@ -25,11 +25,11 @@ def datamodule(mvtec_root):
 
 
 def test_every_image_is_there_once_with_its_category(datamodule, mvtec_root):
-    for loader, split, number in (
-        (datamodule.train_dataloader(), "train", 12),
-        (datamodule.test_dataloader(), "test", 12),
-        (datamodule.val_dataloader(), "test", 12),
-        (datamodule.predict_dataloader(), "test", 12),
+    for loader, split in (
+        (datamodule.train_dataloader(), "train"),
+        (datamodule.test_dataloader(), "test"),
+        (datamodule.val_dataloader(), "test"),
+        (datamodule.predict_dataloader(), "test"),
     ):
         paths = []
         for batch in loader:

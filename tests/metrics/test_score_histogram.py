@@ -17,7 +17,9 @@ def reference(scores, labels):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(FLOATS, st.booleans()), min_size=2, max_size=60).filter(lambda r: len({b for _, b in r}) == 2))
+@given(
+    st.lists(st.tuples(FLOATS, st.booleans()), min_size=2, max_size=60).filter(lambda r: len({b for _, b in r}) == 2)
+)
 def test_few_scores_are_exact(rows):
     scores = torch.tensor([score for score, _ in rows], dtype=torch.float32)
     labels = torch.tensor([label for _, label in rows])
@@ -50,7 +52,9 @@ def test_many_scores_are_close_in_bounded_memory(name):
     assert len(histogram.codes) <= 2**14
     assert histogram.shift > 0 or name == "bunched"
     metrics = histogram.metrics()
-    errors = [metrics[key] - value for key, value in zip(("AUROC", "AP", "F1Max"), reference(scores, labels), strict=True)]
+    errors = [
+        metrics[key] - value for key, value in zip(("AUROC", "AP", "F1Max"), reference(scores, labels), strict=True)
+    ]
     assert np.abs(errors).max() <= 1e-3
 
 

@@ -5,6 +5,7 @@ import difflib
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -39,6 +40,8 @@ class ViTEncoder(nn.Module):
         FileNotFoundError: If ``weights`` is no file.
     """
 
+    vit: Any
+
     def __init__(
         self,
         name: str,
@@ -58,7 +61,7 @@ class ViTEncoder(nn.Module):
             not blocks
             or any(isinstance(block, bool) or not isinstance(block, int) for block in blocks)
             or sorted(set(blocks)) != list(blocks)
-            or not (1 <= blocks[0] and blocks[-1] <= depth)
+            or not (blocks[0] >= 1 and blocks[-1] <= depth)
         ):
             msg = f"blocks must be increasing numbers from 1 to {depth}, the depth of {name}; got {list(blocks)}"
             raise ValueError(msg)
@@ -172,7 +175,7 @@ class ViTEncoder(nn.Module):
     @staticmethod
     def _on_state_dict(module: "ViTEncoder", incompatible_keys: object) -> None:
         del incompatible_keys
-        module._pending = False  # noqa: SLF001
+        module._pending = False
 
     def _missing_weights(self, error: Exception) -> str:
         reason = str(error).strip().partition("\n")[0]
@@ -187,7 +190,7 @@ class ViTEncoder(nn.Module):
         )
 
 
-def _create_vit(name: str) -> nn.Module:
+def _create_vit(name: str) -> Any:  # timm's transformers share an interface, but no type
     """Create a timm vision transformer with random weights."""
     architecture = name.removeprefix("timm/").partition(".")[0]
     if not timm.is_model(architecture):

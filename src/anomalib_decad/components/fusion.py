@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Standardisation of the tapped feature maps, and their fusion into one embedding for each patch."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import cast
 
 import torch
 from torch import nn
@@ -46,11 +47,11 @@ class FeatureStandardiser(nn.Module):
         """
         return [
             self._standardise(feature, statistics)
-            for feature, statistics in zip(features, self.statistics, strict=True)
+            for feature, statistics in zip(features, cast("Iterable[nn.BatchNorm1d]", self.statistics), strict=True)
         ]
 
     @staticmethod
-    def _standardise(feature: torch.Tensor, statistics: nn.Module) -> torch.Tensor:
+    def _standardise(feature: torch.Tensor, statistics: nn.BatchNorm1d) -> torch.Tensor:
         rows = feature.detach().flatten(0, -2)
         rows = rows.float() if rows.dtype in {torch.float16, torch.bfloat16} else rows
         if statistics.training:
@@ -67,7 +68,8 @@ def fuse(features: Sequence[torch.Tensor]) -> torch.Tensor:
     width. This is the scale at which a perturbation of radius 2.5 is a meaningful one. Measured with DINOv2 ViT-S/14 on
     MVTec AD's bottle, grid and toothbrush and on magnetic tiles (80 steps of 8 images): without the factor (norm 15)
     adversarial patches keep a lower abnormal energy than normal ones, 0.18 against 0.39, and the energy alone reaches
-    a mean of the seven metrics of 63.6; at a ratio of radius to norm as with the factor it is 2.07 against 0.27, and 69.4.
+    a mean of the seven metrics of 63.6; with the ratio of radius to norm that the factor gives, they have 2.07 against
+    0.27, and the energy alone reaches 69.4.
 
     Args:
         features (Sequence[torch.Tensor]): Standardised feature maps of shape (B, N, dim).

@@ -40,9 +40,7 @@ class AdversarialSynthesis(nn.Module):
         DecAD, ICCV 2025, supplement: delta = 2.5, normalised gradient of the energy.
     """
 
-    def __init__(
-        self, delta: float = 2.5, fraction: float = 0.5, num_steps: int = 1, step_size: float = 1.0
-    ) -> None:
+    def __init__(self, delta: float = 2.5, fraction: float = 0.5, num_steps: int = 1, step_size: float = 1.0) -> None:
         super().__init__()
         if not delta > 0:
             msg = f"delta must be positive, got {delta}"

@@ -54,7 +54,7 @@ class CategoryBatch(ImageBatch):
     category: list[str] | None = None
 
     @classmethod
-    def collate(cls, items: list[CategoryItem]) -> "CategoryBatch":
+    def collate(cls, items: list[CategoryItem]) -> "CategoryBatch":  # type: ignore[override]
         """Make a batch of items.
 
         Categories may differ in what they know. A batch has a field only if all of its items have it, apart from the
@@ -73,4 +73,4 @@ class CategoryBatch(ImageBatch):
                 for item in missing if is_path else items:
                     # Past the validation: anomalib's validator of a path refuses the empty one.
                     item.__dict__[field.name] = "" if is_path else None
-        return super().collate(items)
+        return super().collate(items)  # type: ignore[arg-type, return-value]

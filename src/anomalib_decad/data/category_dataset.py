@@ -3,10 +3,11 @@
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from typing import cast
 
 import pandas as pd
 from anomalib import TaskType
-from anomalib.data import AnomalibDataset
+from anomalib.data import AnomalibDataset, ImageItem
 from torchvision.transforms.v2 import Transform
 
 from anomalib_decad.data.category_batch import CategoryBatch, CategoryItem
@@ -76,9 +77,10 @@ class CategoryDataset(AnomalibDataset):
     def __getitem__(self, index: int) -> CategoryItem:
         """Read the image at an index of ``samples``."""
         sample = self.samples.iloc[index]
-        return CategoryItem.from_item(self.datasets[sample.category][sample.position], sample.category)
+        item = cast("ImageItem", self.datasets[sample.category][sample.position])
+        return CategoryItem.from_item(item, sample.category)
 
-    def __add__(self, other_dataset: AnomalibDataset) -> "CategoryDataset":
+    def __add__(self, other_dataset: AnomalibDataset) -> "CategoryDataset":  # type: ignore[override]
         """Refuse: the samples of two joint datasets refer to different datasets of the same category."""
         msg = "a CategoryDataset cannot be added to another; join their datasets instead"
         raise TypeError(msg)

@@ -136,7 +136,7 @@ class MultiCategory(AnomalibDataModule):
             self._name = type(self).__name__
 
     @property
-    def name(self) -> str:
+    def name(self) -> str:  # type: ignore[override]
         """Name of the dataset: that of the folder which holds the categories."""
         return self._name
 
@@ -325,7 +325,7 @@ def _with_category(template: AnomalibDataModule, category: str) -> AnomalibDataM
     """Copy a datamodule that was not set up yet for another category."""
     module = copy.deepcopy(template)
     if isinstance(module, Folder):
-        module.root = Path(module.root) / category
-        module._name = category  # noqa: SLF001
+        module.root = Path(module.root or ".") / category
+        module._name = category
     module.category = category
     return module

@@ -98,8 +98,8 @@ class CategoryMetrics:
 
         Returns:
             dict[str, dict[str, float]]: For each category in alphabetical order, and for ``"mean"`` over the
-                categories, the metrics of :data:`METRICS` in [0, 1]. NaN stands for a metric that cannot be computed: of
-                a category with only normal or only anomalous images, or where images have no masks. Such a category
+                categories, the metrics of :data:`METRICS` in [0, 1]. NaN stands for a metric that cannot be computed:
+                of a category with only normal or only anomalous images, or where images have no masks. Such a category
                 is left out of the mean of that metric.
         """
         table: dict[str, dict[str, float]] = {}

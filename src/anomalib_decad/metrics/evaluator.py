@@ -9,6 +9,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import torch
 from anomalib.data import Batch
 from anomalib.metrics import Evaluator
 from anomalib.post_processing import PostProcessor
@@ -31,8 +32,8 @@ class CategoryEvaluator(Evaluator):
 
     Image AUROC, AP and F1-max, pixel AUROC, AP, F1-max and AUPRO are computed for each category and averaged over the
     categories. The means are logged as ``image_AUROC`` and so on, their mean as ``mean_of_seven``, and the metrics of a
-    category as ``<category>/image_AUROC``. After the test they are printed as a table and written to ``metrics.csv`` and
-    ``metrics.json`` in the folder of the run.
+    category as ``<category>/image_AUROC``. After the test they are printed as a table and written to ``metrics.csv``
+    and ``metrics.json`` in the folder of the run.
 
     It works with every anomalib model: ``Patchcore(evaluator=CategoryEvaluator())``. The predictions are taken before
     the post-processor, whose normalisation clips them and so ties scores that differ.
@@ -103,8 +104,9 @@ class CategoryEvaluator(Evaluator):
         if len(rows) > 1:
             logged |= {f"{c}/{n}": v for c, row in rows.items() for n, v in row.items() if not math.isnan(v)}
         if trainer.barebones:
-            trainer.callback_metrics.update(logged)
-            trainer.logged_metrics.update(logged)
+            tensors = {name: torch.tensor(value) for name, value in logged.items()}
+            trainer.callback_metrics.update(tensors)
+            trainer.logged_metrics.update(tensors)
         else:
             pl_module.log_dict(logged, rank_zero_only=False, sync_dist=False)
         if trainer.is_global_zero:
@@ -114,16 +116,14 @@ class CategoryEvaluator(Evaluator):
         """Print the table and write it to ``folder``."""
         folder.mkdir(parents=True, exist_ok=True)
         seven = {category: self.metrics.mean_of_seven(row) for category, row in rows.items()}
-        lines = [[category, *(row[name] for name in METRICS), seven[category]] for category, row in rows.items()]
-        lines.append([MEAN, *(means[name] for name in METRICS), means[MEAN_OF_SEVEN]])
+        lines = [(category, [*(row[name] for name in METRICS), seven[category]]) for category, row in rows.items()]
+        lines.append((MEAN, [*(means[name] for name in METRICS), means[MEAN_OF_SEVEN]]))
 
         table = Table(title="Metrics in %", title_justify="left")
         for title in ("category", *METRICS, MEAN_OF_SEVEN):
             table.add_column(title.replace("_", "\n", 1), justify="left" if title == "category" else "right")
-        for line in lines:
-            table.add_row(
-                str(line[0]), *(_percent(float(value)) for value in line[1:]), end_section=line is lines[-2]
-            )
+        for name, values in lines:
+            table.add_row(name, *map(_percent, values), end_section=name == lines[-2][0])
         console = Console()
         console.print(table)
         for note in self._notes(rows):
@@ -131,7 +131,7 @@ class CategoryEvaluator(Evaluator):
 
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerows([["category", *METRICS, MEAN_OF_SEVEN], *lines])
+        writer.writerows([["category", *METRICS, MEAN_OF_SEVEN], *([name, *values] for name, values in lines)])
         _write(folder / "metrics.csv", text.getvalue())
         content = {"categories": {c: {**row, MEAN_OF_SEVEN: seven[c]} for c, row in rows.items()}, MEAN: means}
         _write(folder / "metrics.json", json.dumps(_without_nan(content), indent=2) + "\n")

@@ -28,8 +28,8 @@ class ScoreHistogram:
 
     Args:
         max_bins (int): Largest number of bins; a bin takes 32 bytes.
-            Defaults to ``2**17``, with which the error was at most 4e-5 on three million smooth, bunched, heavy-tailed, tiny and
-            negative scores.
+            Defaults to ``2**17``, with which the error was at most 4e-5 on three million smooth, bunched,
+            heavy-tailed, tiny and negative scores.
 
     Raises:
         ValueError: If ``max_bins`` is below 2.
@@ -64,9 +64,9 @@ class ScoreHistogram:
         positive = labels.detach().flatten().bool().cpu().numpy()
         weight = np.ones(len(positive)) if weights is None else weights.detach().flatten().double().cpu().numpy()
         codes, inverse = np.unique(_encode(flat.numpy()) >> self.shift, return_inverse=True)
-        counts = np.stack([
-            np.bincount(inverse, values, minlength=len(codes)) for values in (~positive, positive, weight * positive)
-        ])
+        counts = np.stack(
+            [np.bincount(inverse, values, minlength=len(codes)) for values in (~positive, positive, weight * positive)]
+        )
         self._merge(codes, counts)
 
     def merge(self, other: "ScoreHistogram") -> None:

@@ -26,6 +26,7 @@ class ActNorm(modules.ActNorm):
     """
 
     initialised: torch.Tensor
+    init_on_next_batch: bool
 
     def __init__(self, dims_in: Iterable[tuple[int, ...]], dims_c: Iterable[tuple[int]] | None = None) -> None:
         super().__init__(dims_in, dims_c)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Lipschitz-bounded network G of a monotone unit."""
 
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import NamedTuple, cast
 
 import torch
 from torch import nn
@@ -17,7 +18,9 @@ _POWER_ITERATIONS = 3
 
 
 def _normalised_linear(in_features: int, out_features: int) -> nn.Linear:
-    return spectral_norm(nn.Linear(in_features, out_features), n_power_iterations=_POWER_ITERATIONS)
+    linear = nn.Linear(in_features, out_features)
+    spectral_norm(linear, n_power_iterations=_POWER_ITERATIONS)
+    return linear
 
 
 class DenseLayer(nn.Module):
@@ -90,6 +93,7 @@ class LipschitzDenseNet(nn.Module):
         self.lipschitz = lipschitz
         self.encode = _normalised_linear(dim, hidden_dim)
         self.dense = nn.Sequential(*(DenseLayer(hidden_dim + i * growth, growth, k) for i in range(depth)))
+        self.activation = Pila(k)
         self.decode = _normalised_linear(hidden_dim + depth * growth, dim)
 
     def forward(self, u: torch.Tensor) -> torch.Tensor:
@@ -111,12 +115,12 @@ class LipschitzDenseNet(nn.Module):
         """
         encode, decode = self.encode.weight, self.decode.weight
         scale = encode.new_ones(len(encode))
-        layers = []
-        for layer in self.dense:
+        layers: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for layer in cast("Iterable[DenseLayer]", self.dense):
             layers.append((layer.linear.weight * scale, layer.linear.bias))
             eta = layer.eta()
             scale = torch.cat([eta[0] * scale, eta[1].expand(len(layer.linear.bias))])
-        return FoldedDenseNet(encode, self.encode.bias, decode * scale, self.decode.bias, layers, self.dense[0].activation)
+        return FoldedDenseNet(encode, self.encode.bias, decode * scale, self.decode.bias, layers, self.activation)
 
 
 class FoldedDenseNet(NamedTuple):

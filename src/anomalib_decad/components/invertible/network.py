@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from anomalib_decad.components.invertible.act_norm import ActNorm
-from anomalib_decad.components.invertible.unit import MonotoneUnit, SolverIterations
+from anomalib_decad.components.invertible.unit import DEFAULT_ITERATIONS, MonotoneUnit, SolverIterations
 
 __all__ = ["InvertibleNetwork", "remove_spectral_norms"]
 
@@ -61,7 +61,7 @@ class InvertibleNetwork(nn.Module):
         depth: int = 2,
         lipschitz: float = 0.9,
         k: float = 5.0,
-        iterations: SolverIterations = SolverIterations(),
+        iterations: SolverIterations = DEFAULT_ITERATIONS,
     ) -> None:
         super().__init__()
         for name, value in (("dim", dim), ("num_blocks", num_blocks), ("num_units", num_units)):
@@ -127,7 +127,7 @@ class InvertibleNetwork(nn.Module):
 
 
 def remove_spectral_norms(module: nn.Module) -> None:
-    """Replace spectrally normalised weights by plain ones of the same values, in place.
+    """Replace spectrally normalised linear maps by plain ones of the same weights, in place.
 
     The module computes the same, but is no longer kept Lipschitz-bounded when it is trained. For export: modules with
     parametrizations can neither be pickled nor need they be traced.
@@ -135,6 +135,12 @@ def remove_spectral_norms(module: nn.Module) -> None:
     Args:
         module (nn.Module): Module in eval mode.
     """
-    for child in list(module.modules()):
-        if parametrize.is_parametrized(child, "weight"):
-            parametrize.remove_parametrizations(child, "weight")
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Linear) and parametrize.is_parametrized(child, "weight"):
+                # Not torch's remove_parametrizations: it changes a class that copies of the module share.
+                plain = nn.Linear(
+                    child.in_features, child.out_features, device=child.bias.device, dtype=child.bias.dtype
+                )
+                plain.load_state_dict({"weight": child.weight.detach(), "bias": child.bias.detach()})
+                setattr(parent, name, plain.train(child.training))

@@ -44,8 +44,8 @@ class Pila(nn.Module):
         Returns:
             torch.Tensor: Same shape as ``x``.
         """
-        # With t = min(kx, 0) the formula for negative x is the identity for the rest: one expression, no branch. The lower
-        # bound keeps t^2 e^t from becoming infinity times zero.
+        # With t = min(kx, 0) the formula for negative x is the identity for the rest: one expression, no branch. The
+        # lower bound keeps t^2 e^t from becoming infinity times zero.
         t = (self.k * x).clamp(-80, 0)
         return x * (t * (0.5 * t - 1) + 1) * t.exp()
 
