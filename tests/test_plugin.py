@@ -4,7 +4,9 @@ import os
 import subprocess
 import sys
 import textwrap
+import zipfile
 from importlib.metadata import entry_points
+from pathlib import Path
 
 import pytest
 
@@ -96,6 +98,35 @@ def test_an_existing_name_is_never_replaced(tmp_path):
         "from anomalib.models import Padim, Rival; print(Padim.__module__, Rival.__module__)", PYTHONPATH=str(tmp_path)
     )
     assert result.stdout.split() == ["anomalib.models.image.padim.lightning_model", "rival"], result.stderr
+
+
+@pytest.mark.slow
+def test_without_the_trigger_anomalib_is_as_before():
+    result = run(
+        """
+        import sys
+        import anomalib.models, anomalib.data
+        assert not hasattr(anomalib.models, "DecAD") and not hasattr(anomalib.data, "MultiCategory")
+        assert not any(name.startswith("anomalib_decad") for name in sys.modules)
+        print("as before")
+        """,
+        TORCH_DEVICE_BACKEND_AUTOLOAD="0",
+    )
+    assert "as before" in result.stdout, result.stderr
+
+
+@pytest.mark.slow
+def test_everything_is_found_in_a_wheel(tmp_path):
+    root = Path(__file__).parents[1]
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+    subprocess.run(command, cwd=root, check=True, capture_output=True, timeout=120)
+    (wheel,) = tmp_path.glob("*.whl")
+    installed = tmp_path / "site"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(installed)
+    result = run(LOOKUPS + "print(anomalib_decad.__file__)", PYTHONPATH=str(installed))
+    assert "found everything" in result.stdout, result.stderr
+    assert str(installed) in result.stdout
 
 
 @pytest.mark.slow

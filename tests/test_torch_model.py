@@ -59,6 +59,14 @@ def test_training_lowers_the_loss(model):
     assert sum(history[-5:]) < 0.7 * sum(history[:5])
 
 
+def test_synthesis_never_calls_the_encoder(model, monkeypatch):
+    features = model.standardiser.train()(model.encoder(torch.rand(2, 3, 64, 64)))
+    monkeypatch.setattr(model.encoder, "forward", lambda *_: pytest.fail("called the encoder"))
+    output = model.train().training_output(features, (4, 4))
+    assert not output.x.requires_grad
+    assert output.x_clean.requires_grad
+
+
 def test_margin_is_checked():
     with pytest.raises(ValueError, match="margin must be positive"):
         DecADLoss(margin=0)

@@ -22,8 +22,8 @@ MEAN = "mean"
 class CategoryMetrics:
     """Image AUROC, AP, F1-max and pixel AUROC, AP, F1-max, AUPRO for each category.
 
-    Memory is bounded: it grows with the number of categories (at most 8 MiB each with the default ``max_bins``), not
-    with the number of images.
+    Memory is bounded: it grows with the number of categories (at most 4 MiB for the pixels of each with the default
+    ``max_bins``), not with the number of images.
 
     Args:
         max_fpr (float): Largest false positive rate of AUPRO.
