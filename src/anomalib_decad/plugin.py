@@ -26,7 +26,7 @@ from importlib.machinery import ModuleSpec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
     from types import ModuleType
 
 __all__ = ["install"]
@@ -108,14 +108,24 @@ def _extend(name: str) -> None:
 def _attach(group: str) -> None:
     """Add the classes that are registered under an entry point group to anomalib's modules."""
     modules = [sys.modules[name] for name in _TARGETS[group] if name in sys.modules]
-    registered = importlib.metadata.entry_points(group=group)
-    entries = {entry.name: entry for entry in registered if not any(hasattr(m, entry.name) for m in modules)}
+    entries = {entry.name: entry for entry in _registered(group) if not any(hasattr(m, entry.name) for m in modules)}
     for module in modules:
         _add_names(module, entries)
     for entry in entries.values():
         # get_model imports only from modules in this set.
         vars(modules[0]).get("ALLOWED_MODULES", set()).add(entry.module)
         _load(entry, modules)
+
+
+def _registered(group: str) -> Iterable[importlib.metadata.EntryPoint]:
+    """List the entry points of a group."""
+    return _all_entry_points().select(group=group)
+
+
+@functools.cache
+def _all_entry_points() -> Any:
+    # Once for all groups: it reads a file of every installed package.
+    return importlib.metadata.entry_points()
 
 
 def _add_names(module: ModuleType, entries: dict[str, importlib.metadata.EntryPoint]) -> None:
@@ -156,7 +166,7 @@ def _load(entry: importlib.metadata.EntryPoint, modules: Sequence[ModuleType]) -
 def _honour_seed(cli_module: ModuleType) -> None:
     """Have ``--seed_everything N`` seed the runs of registered models."""
     cli = cli_module.AnomalibCLI
-    packages = {entry.module.partition(".")[0] for entry in importlib.metadata.entry_points(group="anomalib.models")}
+    packages = {entry.module.partition(".")[0] for entry in _registered("anomalib.models")}
     original = cli.before_instantiate_classes
 
     @functools.wraps(original)
