@@ -17,6 +17,10 @@ class AnomalyMapGenerator(nn.Module):
     The map is the mean over the taps of 1 - cosine similarity between a feature map and its reconstruction, brought to
     the size of the image bilinearly and blurred. The score is the mean of the largest values of the map.
 
+    The abnormal energy H is not part of it. Measured as in :class:`anomalib_decad.components.FeatureStandardiser`, but
+    for 80 steps, the mean of the seven metrics is 73.3 for the reconstruction error e, 73.1 for e + 0.1 H, 72.7 for
+    e sqrt(H) (with more AUPRO, 80.5 to 78.0, and less AP) and 69.4 for H alone.
+
     Args:
         sigma (float): Standard deviation of the Gaussian blur in pixels; 0 for none.
             Defaults to ``4.0``.

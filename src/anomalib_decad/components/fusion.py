@@ -24,6 +24,10 @@ class FeatureStandardiser(nn.Module):
     constant. Without standardisation they alone decide a cosine similarity. The statistics are running means over all
     training batches.
 
+    Measured with DINOv2 ViT-S/14 at 280 pixels on MVTec AD's bottle, grid and toothbrush and a third of the magnetic
+    tiles, after 100 steps of 8 images, one seed: the mean of the seven metrics is 75.0 with it and 70.0 with layer
+    normalisation of the embedding and cosines of the raw features.
+
     Args:
         dim (int): Number of channels.
         num_taps (int): Number of feature maps.
@@ -65,8 +69,8 @@ def fuse(features: Sequence[torch.Tensor]) -> torch.Tensor:
     r"""Average feature maps into one embedding for each patch.
 
     The mean is scaled by :math:`5/\sqrt{dim}`, which brings the norm of an embedding to about 4 for encoders of any
-    width. This is the scale at which a perturbation of radius 2.5 is a meaningful one. Measured with DINOv2 ViT-S/14 on
-    MVTec AD's bottle, grid and toothbrush and on magnetic tiles (80 steps of 8 images): without the factor (norm 15)
+    width. This is the scale at which a perturbation of radius 2.5 is a meaningful one. Measured as in
+    :class:`FeatureStandardiser`, but for 80 steps: without the factor (norm 15)
     adversarial patches keep a lower abnormal energy than normal ones, 0.18 against 0.39, and the energy alone reaches
     a mean of the seven metrics of 63.6; with the ratio of radius to norm that the factor gives, they have 2.07 against
     0.27, and the energy alone reaches 69.4.
