@@ -81,6 +81,34 @@ def test_other_names(command, name, tmp_path, model_args, data_args, trainer_arg
     )  # fmt: skip
 
 
+def test_other_names_in_every_subcommand(model_args, data_args, mvtec_root):
+    code = """
+import json, sys
+from anomalib.cli import AnomalibCLI
+import anomalib_decad
+for args in json.loads(sys.argv[1]):
+    cli = AnomalibCLI(args, run=False)
+    assert type(cli.model) is anomalib_decad.DecAD, args
+print("all")
+"""
+    model, data = [str(arg) for arg in model_args], [str(arg) for arg in data_args]
+    runs = [
+        [command, "--model", name, *model, *rest]
+        for name in ("anomalib_decad.DecAD", "anomalib.models.DecAD")
+        for command, rest in (
+            ("validate", data),
+            ("test", data),
+            ("predict", ["--data", str(mvtec_root)]),
+            ("predict", data),
+            ("export", ["--export_type", "torch"]),
+        )
+    ]
+    result = subprocess.run(
+        [sys.executable, "-c", code, json.dumps(runs)], capture_output=True, text=True, timeout=200, check=False
+    )
+    assert result.stdout.endswith("all\n"), result.stderr[-3000:]
+
+
 @pytest.mark.parametrize("command", ["validate", "test"])
 def test_evaluation_of_a_checkpoint(command, trained, tmp_path, model_args, data_args, trainer_args):
     checkpoint = trained[1] / "weights" / "lightning" / "model.ckpt"
