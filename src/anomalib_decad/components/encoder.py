@@ -194,7 +194,7 @@ def _create_vit(name: str) -> Any:  # timm's transformers share an interface, bu
     """Create a timm vision transformer with random weights."""
     architecture = name.removeprefix("timm/").partition(".")[0]
     if not timm.is_model(architecture):
-        close = difflib.get_close_matches(architecture, timm.list_models("*vit*"), n=3)
+        close = difflib.get_close_matches(architecture, timm.list_models(["vit_*", "deit*", "eva*", "beit*"]), n=3)
         hint = f"; close names are {', '.join(close)}" if close else ""
         msg = f"encoder: timm has no model {name!r}{hint}"
         raise ValueError(msg)
