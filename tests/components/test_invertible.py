@@ -57,14 +57,25 @@ def test_round_trips_in_float64_with_more_iterations(trained):
     network = make_network(32, iterations=None)
     if trained:
         train(network)
-    network = network.double().eval()
+    network = network.double()
     for module in network.modules():
         if isinstance(module, MonotoneUnit):
             module.iterations = SolverIterations(300, 300, 300)
+    network.eval()
     x = torch.randn(100, 32, dtype=torch.float64)
     with torch.no_grad():
         assert relative_error(network.inverse(network(x)), x) <= 1e-10
         assert relative_error(network(network.inverse(x)), x) <= 1e-10
+
+
+def test_iterations_follow_from_the_weights_and_are_restored_with_them():
+    network = train(make_network(33)).eval()
+    iterations = [unit._evaluation_iterations for unit in network.modules() if isinstance(unit, MonotoneUnit)]
+    assert all(2 <= number <= 64 for number in iterations)
+    assert len(set(iterations)) > 1
+    restored = InvertibleNetwork(33).eval()
+    restored.load_state_dict(network.state_dict())
+    assert [u._evaluation_iterations for u in restored.modules() if isinstance(u, MonotoneUnit)] == iterations
 
 
 def largest_singular_value(function, point):

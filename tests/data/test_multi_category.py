@@ -201,9 +201,17 @@ def test_spawned_workers(datamodule):
     assert {category for batch in loader for category in batch.category} == {"bolts", "cloth"}
 
 
-def test_heatmaps_of_equally_named_images_do_not_collide(datamodule):
+@pytest.mark.parametrize("linked", [False, True])
+def test_heatmaps_of_equally_named_images_do_not_collide(mvtec_root, tmp_path, linked):
     from anomalib.utils.path import generate_output_filename
 
+    root = mvtec_root
+    if linked:
+        root = tmp_path / "links"
+        root.mkdir()
+        for category in ("bolts", "cloth"):
+            (root / category).symlink_to(mvtec_root / category)
+    datamodule = loaded(MultiCategory("MVTecAD", ["bolts", "cloth"], root, **OPTIONS))
     paths = datamodule.test_data.samples.image_path
     outputs = {
         str(generate_output_filename(path, "out", datamodule.name, datamodule.category, mkdir=False)) for path in paths

@@ -5,6 +5,7 @@ import copy
 import importlib
 import inspect
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -127,8 +128,6 @@ class MultiCategory(AnomalibDataModule):
         self._are_set_up = False
         roots = {str(getattr(module, "root", None)) for module in self.datamodules.values()}
         first_root = getattr(next(iter(self.datamodules.values())), "root", None)
-        # anomalib keeps the part of an image's path behind this name, so that heatmaps of equally named images of
-        # two categories do not overwrite each other.
         if first_root is not None:
             common = Path(first_root) if len(roots) == 1 else Path(first_root).parent
             self._name = common.resolve().name or type(self).__name__
@@ -178,6 +177,11 @@ class MultiCategory(AnomalibDataModule):
             }
             if datasets:
                 setattr(self, f"{subset}_data", CategoryDataset(datasets))
+        # anomalib writes heatmaps to the part of an image's path behind this name. Where links lead out of the folder
+        # of that name, equally named images of two categories would overwrite each other.
+        paths = [Path(path) for path in self.test_data.samples.image_path]
+        if not all(self._name in path.parts for path in paths):
+            self._name = Path(os.path.commonpath(paths)).name or self._name
         logger.info(
             "%s: %s",
             self.name,
