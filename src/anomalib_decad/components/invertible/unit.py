@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The invertible unit of DecAD's network."""
 
-import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -15,9 +14,11 @@ from anomalib_decad.components.solver import fixed_point
 __all__ = ["MonotoneUnit", "SolverIterations"]
 
 
-# The solver's error in eval mode, relative to its first guess; the round trip of a network is then within 1e-4.
-_TOLERANCE = 1e-5
+# Relative change of the last iteration in eval mode; the round trip of a whole network is then within 1e-4.
+_TOLERANCE = 2e-6
 _MAX_ITERATIONS = 64
+# Standard deviations of the random latents that convergence is tried on.
+_PROBES = (0.1, 1.0, 10.0)
 
 
 class SolverIterations(NamedTuple):
@@ -25,9 +26,11 @@ class SolverIterations(NamedTuple):
 
     Args:
         evaluation (int | None): In eval mode and in exported graphs, where the inverse must be accurate.
-            Defaults to ``None``: as many as bring the error below 1e-5 by the contraction's Lipschitz bound, at most
-            64. That number follows from the weights alone, when the unit is put into eval mode: 7 for a network of 384
-            channels trained on DINOv2 features, whose bound is 0.15 to 0.18.
+            Defaults to ``None``: as many as bring the change of every random latent below 2e-6 of it, at most 64.
+            That number follows from the weights alone, when the unit is put into eval mode. Measured on a network that
+            was trained for 1,000 steps on DINOv2 ViT-S/14 features, whose bound of the contraction is 0.66: the
+            relative error of the round trip is 3e-3 with 2 iterations, 2e-5 with 6, 2e-6 with 8 and, at the precision
+            of float32, 5e-7 with 12.
         training (int): In training mode.
         backward (int): For the implicit gradient.
     """
@@ -106,11 +109,21 @@ class MonotoneUnit(InvertibleModule):
         if self.iterations.evaluation is not None:
             self._evaluation_iterations = self.iterations.evaluation
             return
-        # D is 1-Lipschitz, so this bounds the contraction.
-        mixing = self.net.lipschitz * self.net.encode.weight @ self.net.decode.weight
-        bound = torch.linalg.matrix_norm(mixing.float(), ord=2).item()
-        needed = math.log(_TOLERANCE) / math.log(min(max(bound, 1e-6), 0.999)) if math.isfinite(bound) else math.inf
-        self._evaluation_iterations = min(math.ceil(min(needed, _MAX_ITERATIONS)), _MAX_ITERATIONS)
+        net = self.net.folded()
+        mixing = self.net.lipschitz * (net.encode_weight @ net.decode_weight)
+        # Numbers of a generator of its own: neither the user's nor the training's are used up.
+        noise = torch.randn(64, len(mixing), generator=torch.Generator().manual_seed(0))
+        base = torch.cat([scale * noise for scale in _PROBES]).to(mixing)
+        needed = 1
+        for sign in (1, -1):
+            v, change, count = base, 1.0, 0
+            # Written so that a NaN ends it.
+            while change > _TOLERANCE and count < _MAX_ITERATIONS:
+                update = base - sign * functional.linear(net.dense(v), mixing)
+                change, v = ((update - v).norm(dim=-1) / update.norm(dim=-1)).max().item(), update
+                count += 1
+            needed = max(needed, count)
+        self._evaluation_iterations = needed
 
     @staticmethod
     def _on_state_dict(module: "MonotoneUnit", incompatible_keys: object) -> None:
