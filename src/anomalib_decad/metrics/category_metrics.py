@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 import torch
 
+from anomalib_decad.metrics.gather import gather
 from anomalib_decad.metrics.score_histogram import ScoreHistogram
 
 __all__ = ["MEAN", "METRICS", "CategoryMetrics", "region_weights"]
@@ -83,10 +84,7 @@ class CategoryMetrics:
 
     def synchronise(self) -> None:
         """Gather the scores of all processes of a distributed run into each of them."""
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            return
-        gathered: list[tuple] = [()] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(gathered, (self.images, self.pixels, self.without_masks))
+        gathered = gather((self.images, self.pixels, self.without_masks))
         self.reset()
         for images, pixels, without_masks in gathered:
             other = CategoryMetrics(self.max_fpr, self.max_bins)

@@ -8,6 +8,7 @@ import torch
 from anomalib.metrics import AnomalibMetric
 from torchmetrics import Metric
 
+from anomalib_decad.metrics.gather import gather
 from anomalib_decad.metrics.score_histogram import ScoreHistogram
 
 __all__ = ["HistogramF1Threshold"]
@@ -39,12 +40,10 @@ class _HistogramF1Threshold(Metric):
 
         Without positives it is the largest score, so that nothing normal is flagged; without negatives the smallest.
         """
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            gathered: list[ScoreHistogram] = [self.histogram] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(gathered, self.histogram)
-            self.histogram = ScoreHistogram()
-            for histogram in gathered:
-                self.histogram.merge(histogram)
+        gathered = gather(self.histogram)
+        self.histogram = ScoreHistogram()
+        for histogram in gathered:
+            self.histogram.merge(histogram)
         negatives, positives, _ = self.histogram.counts.sum(axis=1)
         if not positives:
             logger.warning("The validation images have no anomaly: the threshold is the largest normal score.")
