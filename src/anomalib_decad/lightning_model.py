@@ -21,7 +21,6 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 
-from anomalib_decad.components.invertible import remove_spectral_norms
 from anomalib_decad.loss import DecADLoss
 from anomalib_decad.metrics import CategoryEvaluator
 from anomalib_decad.post_processor import BoundedPostProcessor
@@ -408,7 +407,7 @@ class DecAD(AnomalibModule):
         module._modules = dict(self._modules)
         module.model = copy.deepcopy(self.model).eval()
         module.model.encoder.load_weights()
-        remove_spectral_norms(module.model)
+        module.model.decoupler.network = module.model.decoupler.network.frozen()
         return module
 
     @classmethod

@@ -3,17 +3,18 @@
 
 from anomalib_decad.components.invertible.act_norm import ActNorm
 from anomalib_decad.components.invertible.dense_net import DenseLayer, LipschitzDenseNet
-from anomalib_decad.components.invertible.network import InvertibleNetwork, remove_spectral_norms
+from anomalib_decad.components.invertible.folded import FrozenNetwork
+from anomalib_decad.components.invertible.network import InvertibleNetwork
 from anomalib_decad.components.invertible.pila import Pila
 from anomalib_decad.components.invertible.unit import MonotoneUnit, SolverIterations
 
 __all__ = [
     "ActNorm",
     "DenseLayer",
+    "FrozenNetwork",
     "InvertibleNetwork",
     "LipschitzDenseNet",
     "MonotoneUnit",
     "Pila",
     "SolverIterations",
-    "remove_spectral_norms",
 ]

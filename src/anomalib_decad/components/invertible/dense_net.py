@@ -11,7 +11,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from anomalib_decad.components.invertible.pila import Pila
 
-__all__ = ["DenseLayer", "FoldedDenseNet", "LipschitzDenseNet"]
+__all__ = ["DenseLayer", "FoldedDenseNet", "LipschitzDenseNet", "dense"]
 
 # One power iteration a training step lags behind the weights at high learning rates, and the estimate is from below.
 _POWER_ITERATIONS = 3
@@ -93,7 +93,6 @@ class LipschitzDenseNet(nn.Module):
         self.lipschitz = lipschitz
         self.encode = _normalised_linear(dim, hidden_dim)
         self.dense = nn.Sequential(*(DenseLayer(hidden_dim + i * growth, growth, k) for i in range(depth)))
-        self.activation = Pila(k)
         self.decode = _normalised_linear(hidden_dim + depth * growth, dim)
 
     def forward(self, u: torch.Tensor) -> torch.Tensor:
@@ -117,14 +116,16 @@ class LipschitzDenseNet(nn.Module):
         scale = encode.new_ones(len(encode))
         layers: list[tuple[torch.Tensor, torch.Tensor]] = []
         for layer in cast("Iterable[DenseLayer]", self.dense):
-            layers.append((layer.linear.weight * scale, layer.linear.bias))
+            # The factors of Pila.scaled and of the concatenations go into the weights.
+            k = layer.activation.k
+            layers.append((k * layer.linear.weight * scale, k * layer.linear.bias))
             eta = layer.eta()
-            scale = torch.cat([eta[0] * scale, eta[1].expand(len(layer.linear.bias))])
-        return FoldedDenseNet(encode, self.encode.bias, decode * scale, self.decode.bias, layers, self.activation)
+            scale = torch.cat([eta[0] * scale, (eta[1] / (2 * k)).expand(len(layer.linear.bias))])
+        return FoldedDenseNet(encode, self.encode.bias, decode * scale, self.decode.bias, layers)
 
 
 class FoldedDenseNet(NamedTuple):
-    """A :class:`LipschitzDenseNet` with plain weights, into which the concatenations' weights are multiplied.
+    """A :class:`LipschitzDenseNet` with plain weights, into which all factors around the activations are multiplied.
 
     Args:
         encode_weight (torch.Tensor): A, shape (hidden_dim, dim).
@@ -132,7 +133,6 @@ class FoldedDenseNet(NamedTuple):
         decode_weight (torch.Tensor): B, shape (dim, hidden_dim + depth * growth).
         decode_bias (torch.Tensor): b, shape (dim,).
         layers (list[tuple[torch.Tensor, torch.Tensor]]): Weight and bias of each dense layer.
-        activation (Pila): The activation.
     """
 
     encode_weight: torch.Tensor
@@ -140,10 +140,35 @@ class FoldedDenseNet(NamedTuple):
     decode_weight: torch.Tensor
     decode_bias: torch.Tensor
     layers: list[tuple[torch.Tensor, torch.Tensor]]
-    activation: Pila
 
-    def dense(self, v: torch.Tensor) -> torch.Tensor:
-        """Compute D but for the factors that are in B: (..., hidden_dim) to (..., hidden_dim + depth * growth)."""
-        for weight, bias in self.layers:
-            v = torch.cat([v, self.activation(functional.linear(v, weight, bias))], dim=-1)
-        return v
+    def linearised(self, slope: float) -> torch.Tensor:
+        """Compute the Jacobian of D if Pila had the same slope everywhere.
+
+        Args:
+            slope (float): The slope, in [0, 1].
+
+        Returns:
+            torch.Tensor: Shape (hidden_dim + depth * growth, hidden_dim).
+        """
+        jacobian = torch.eye(
+            len(self.encode_weight), dtype=self.encode_weight.dtype, device=self.encode_weight.device
+        )
+        for weight, _ in self.layers:
+            # Pila.scaled has twice the slope.
+            jacobian = torch.cat([jacobian, 2 * slope * (weight @ jacobian)])
+        return jacobian
+
+
+def dense(v: torch.Tensor, layers: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    """Compute D of a :class:`FoldedDenseNet` but for the factors that are in B.
+
+    Args:
+        v (torch.Tensor): Shape (..., hidden_dim).
+        layers (Iterable[tuple[torch.Tensor, torch.Tensor]]): Weight and bias of each dense layer.
+
+    Returns:
+        torch.Tensor: Shape (..., hidden_dim + depth * growth); begins with ``v``.
+    """
+    for weight, bias in layers:
+        v = torch.cat([v, Pila.scaled(functional.linear(v, weight, bias))], dim=-1)
+    return v

@@ -49,6 +49,23 @@ class Pila(nn.Module):
         t = (self.k * x).clamp(-80, 0)
         return x * (t * (0.5 * t - 1) + 1) * t.exp()
 
+    @staticmethod
+    def scaled(t: torch.Tensor) -> torch.Tensor:
+        """Compute 2k Pila(t/k), which is the same for every k, in fewer operations.
+
+        For networks whose weights take up the factors k before and 1/(2k) behind it.
+
+        Args:
+            t (torch.Tensor): k times the argument of Pila, any shape.
+
+        Returns:
+            torch.Tensor: 2k times Pila, same shape as ``t``.
+        """
+        # The polynomial of t, doubled, is (t - 1)^2 + 1.
+        negative = t.clamp(-80, 0)
+        shifted = negative - 1
+        return t * torch.addcmul(t.new_ones(()), shifted, shifted) * negative.exp()
+
     def extra_repr(self) -> str:
         """Describe the arguments."""
         return f"k={self.k}"
