@@ -1,6 +1,7 @@
 import pytest
 import torch
 from anomalib.models.components import GaussianBlur2d
+from torch.nn import functional
 
 from anomalib_decad.anomaly_map import AnomalyMapGenerator
 
@@ -23,10 +24,17 @@ def test_error_shows_where_it_is():
     assert 1.5 < scores.item() <= 2.001
 
 
-def test_two_one_dimensional_blurs_are_the_square_one():
-    image = torch.rand(1, 1, 50, 60)
-    square = GaussianBlur2d((4.0, 4.0), kernel_size=33, border_type="replicate")
-    torch.testing.assert_close(AnomalyMapGenerator(sigma=4.0).blur(image), square(image), rtol=1e-5, atol=1e-6)
+@pytest.mark.parametrize("sigma", [0.0, 1.3, 4.0])
+def test_map_is_that_of_interpolation_and_blur_at_full_resolution(sigma):
+    generator = AnomalyMapGenerator(sigma=sigma)
+    features, reconstructions = ([torch.randn(2, 12, 8) for _ in range(2)] for _ in range(2))
+    maps, _ = generator(features, reconstructions, (3, 4), (42, 56))
+    patches = generator.patch_errors(features, reconstructions).view(2, 1, 3, 4)
+    expected = functional.interpolate(patches, size=(42, 56), mode="bilinear")
+    if sigma:
+        size = 2 * int(4 * sigma + 0.5) + 1
+        expected = GaussianBlur2d((sigma, sigma), kernel_size=size, border_type="replicate")(expected)
+    torch.testing.assert_close(maps, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_score_is_the_mean_of_the_largest_values():

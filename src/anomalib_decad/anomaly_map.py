@@ -17,6 +17,9 @@ class AnomalyMapGenerator(nn.Module):
     The map is the mean over the taps of 1 - cosine similarity between a feature map and its reconstruction, brought to
     the size of the image bilinearly and blurred. The score is the mean of the largest values of the map.
 
+    Bilinear interpolation and the Gaussian blur are linear and separable, so both together are one small matrix for
+    each axis, applied to the errors of the patches: the same map as that of a blur at full resolution.
+
     The abnormal energy H is not part of it. Measured as in :class:`anomalib_decad.components.FeatureStandardiser`, but
     for 80 steps, the mean of the seven metrics is 73.3 for the reconstruction error e, 73.1 for e + 0.1 H, 72.7 for
     e sqrt(H) (with more AUPRO, 80.5 to 78.0, and less AP) and 69.4 for H alone.
@@ -39,13 +42,8 @@ class AnomalyMapGenerator(nn.Module):
         if not 0 < score_fraction <= 1:
             msg = f"score_fraction must be in (0, 1], got {score_fraction}"
             raise ValueError(msg)
+        self.sigma = sigma
         self.score_fraction = score_fraction
-        # One blur along each axis: the same map as a square kernel's, for 2 k instead of k^2 multiplications a pixel.
-        size = 2 * int(4 * sigma + 0.5) + 1
-        kernels = ((size, 1), (1, size)) if sigma else ()
-        self.blur = nn.Sequential(
-            *(GaussianBlur2d((sigma, sigma), kernel_size=kernel, border_type="replicate") for kernel in kernels)
-        )
 
     def forward(
         self,
@@ -65,10 +63,26 @@ class AnomalyMapGenerator(nn.Module):
         Returns:
             tuple[torch.Tensor, torch.Tensor]: Maps of shape (B, 1, height, width) and scores of shape (B,), in [0, 2].
         """
-        patches = self.patch_errors(features, reconstructions).unflatten(1, grid).unsqueeze(1)
-        maps = self.blur(functional.interpolate(patches, size=image_size, mode="bilinear", align_corners=False))
+        # In float32 also under automatic mixed precision: bfloat16 has too few digits for ranks.
+        with torch.autocast(features[0].device.type, enabled=False):
+            patches = self.patch_errors(features, reconstructions).unflatten(1, grid).unsqueeze(1)
+            rows, columns = (
+                self._interpolation(patches, num_patches, size)
+                for num_patches, size in zip(grid, image_size, strict=True)
+            )
+            maps = rows @ patches @ columns.T
         count = max(round(self.score_fraction * image_size[0] * image_size[1]), 1)
         return maps, maps.flatten(1).topk(count, dim=1).values.mean(1)
+
+    def _interpolation(self, like: torch.Tensor, num_patches: int, size: int) -> torch.Tensor:
+        """Compute the matrix of interpolation and blur along one axis, shape (size, num_patches)."""
+        patches = torch.eye(num_patches, dtype=like.dtype, device=like.device)[None, None]
+        pixels = functional.interpolate(patches, size=(size, num_patches), mode="bilinear", align_corners=False)
+        if self.sigma:
+            kernel_size = 2 * int(4 * self.sigma + 0.5) + 1
+            blur = GaussianBlur2d(self.sigma, kernel_size=(kernel_size, 1), border_type="replicate")
+            pixels = blur.to(pixels)(pixels)
+        return pixels[0, 0]
 
     @staticmethod
     def patch_errors(features: Sequence[torch.Tensor], reconstructions: Sequence[torch.Tensor]) -> torch.Tensor:
