@@ -24,6 +24,7 @@ from torchvision.transforms.v2 import Compose, Normalize, Resize
 from anomalib_decad.loss import DecADLoss
 from anomalib_decad.metrics import CategoryEvaluator
 from anomalib_decad.post_processor import BoundedPostProcessor
+from anomalib_decad.pre_processor import for_export
 from anomalib_decad.torch_model import DecADModel
 
 __all__ = ["DecAD"]
@@ -35,6 +36,9 @@ _LIGHTNING_MAX_EPOCHS = 1000
 
 #: Side of the default image, in patches: 280 pixels with a patch of 14.
 _DEFAULT_GRID = 20
+
+#: The lowest ONNX operator set that torch writes without a conversion.
+_OPSET = 18
 
 _RNG_KEY = "anomalib_decad_rng"
 
@@ -394,20 +398,44 @@ class DecAD(AnomalibModule):
 
     def to_torch(self, *args: Any, **kwargs: Any) -> Path:
         """Export to PyTorch; arguments and result are those of ``AnomalibModule.to_torch``."""
-        return super(DecAD, self._for_export()).to_torch(*args, **kwargs)
+        return super(DecAD, self._for_export(native=True)).to_torch(*args, **kwargs)
 
-    def to_onnx(self, *args: Any, **kwargs: Any) -> Path:  # type: ignore[override]
-        """Export to ONNX, also on the way to OpenVINO; arguments and result are those of ``AnomalibModule.to_onnx``."""
-        return super(DecAD, self._for_export()).to_onnx(*args, **kwargs)
+    def to_onnx(  # type: ignore[override]
+        self,
+        export_root: Path | str,
+        model_file_name: str = "model",
+        input_size: tuple[int, int] | None = None,
+        **kwargs: Any,
+    ) -> Path:
+        """Export to ONNX, also on the way to OpenVINO.
 
-    def _for_export(self) -> "DecAD":
-        """Copy the module without what only training needs: the trainer and the spectral normalisation."""
+        Pre- and post-processing are in the graph, the batch size is free.
+
+        Args:
+            export_root (Path | str): Folder to export to.
+            model_file_name (str): Name of the file, without its ending.
+                Defaults to ``"model"``.
+            input_size (tuple[int, int] | None): Height and width of the input images.
+                Defaults to ``None``: images of any size, which the graph resizes.
+            **kwargs (Any): Arguments of ``AnomalibModule.to_onnx``, and from there of ``torch.onnx.export``.
+
+        Returns:
+            Path: The ONNX file.
+
+        Raises:
+            ValueError: If the model does not resize its input and no fitting ``input_size`` is given.
+        """
+        kwargs.setdefault("opset_version", _OPSET)
+        return super(DecAD, self._for_export(input_size)).to_onnx(export_root, model_file_name, input_size, **kwargs)
+
+    def _for_export(self, input_size: tuple[int, int] | None = None, native: bool = False) -> "DecAD":
+        """Copy the module without what only training needs, specialised for its image size."""
         module = copy.copy(self)
         module._trainer = None
         module._modules = dict(self._modules)
-        module.model = copy.deepcopy(self.model).eval()
-        module.model.encoder.load_weights()
-        module.model.decoupler.network = module.model.decoupler.network.frozen()
+        module.model = self.model.frozen(self.input_size or input_size)
+        if self.pre_processor:
+            module.pre_processor = for_export(self.pre_processor, native)
         return module
 
     @classmethod

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """DecAD as a torch module: encoder, decoupler, decoder, anomaly map."""
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -139,6 +140,29 @@ class DecADModel(nn.Module):
         x_clean, _ = self.decoupler(fuse(features))
         maps, scores = self.anomaly_map_generator(features, self.decoder(x_clean), grid, (height, width))
         return InferenceBatch(pred_score=scores, anomaly_map=maps)
+
+    def frozen(self, image_size: tuple[int, int] | None) -> "DecADModel":
+        """Copy the model for inference, faster and the same within rounding.
+
+        What only training or other sizes need is computed once and multiplied into the weights: spectral norms, the
+        solver's preconditioning, ActNorms, position embeddings. The copy can be pickled and exported.
+
+        Args:
+            image_size (tuple[int, int] | None): The only height and width that the copy will take, multiples of the
+                patch, or ``None`` for any.
+
+        Returns:
+            DecADModel: The copy, in eval mode.
+
+        Raises:
+            ValueError: If the image size does not fit the encoder.
+        """
+        model = copy.deepcopy(self).eval()
+        model.encoder.load_weights()
+        if image_size is not None:
+            model.encoder.freeze(*image_size)
+        model.decoupler.freeze()
+        return model.requires_grad_(False)
 
     def training_output(self, features: list[torch.Tensor], grid: tuple[int, int]) -> TrainingOutput:
         """Synthesise anomalies, remove them and reconstruct.

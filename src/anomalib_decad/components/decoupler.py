@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from anomalib_decad.components.invertible import InvertibleNetwork
+from anomalib_decad.components.invertible import FrozenNetwork, InvertibleNetwork
 
 __all__ = ["Decoupler"]
 
@@ -41,7 +41,7 @@ class Decoupler(nn.Module):
         if not 0 < self.num_abnormal < dim:
             msg = f"abnormal_fraction must leave channels to both components of {dim}, got {abnormal_fraction}"
             raise ValueError(msg)
-        self.network = InvertibleNetwork(dim, **kwargs)
+        self.network: InvertibleNetwork | FrozenNetwork = InvertibleNetwork(dim, **kwargs)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Remove the abnormal component.
@@ -57,6 +57,11 @@ class Decoupler(nn.Module):
             abnormal, normal = self._split(x)
             latent = torch.cat([torch.zeros_like(abnormal), normal], dim=-1)
             return self.network.inverse(latent), abnormal.square().mean(-1)
+
+    def freeze(self) -> None:
+        """Replace the network by a faster one without spectral normalisation, in place, for inference."""
+        if isinstance(self.network, InvertibleNetwork):
+            self.network = self.network.frozen()
 
     def energy(self, x: torch.Tensor) -> torch.Tensor:
         """Compute the abnormal energy H alone, which needs no inverse.

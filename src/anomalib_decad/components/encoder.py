@@ -3,12 +3,14 @@
 
 import difflib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from timm.layers import LayerScale, resample_abs_pos_embed
 from torch import nn
 
 __all__ = ["EncoderWeightsError", "ViTEncoder"]
@@ -167,10 +169,55 @@ class ViTEncoder(nn.Module):
         """
         self.grid(*images.shape[-2:])
         self.load_weights()
-        with torch.no_grad():
+        with torch.no_grad(), self._own_resampling():
             return self.vit.forward_intermediates(
                 images, indices=self.indices, norm=False, output_fmt="NLC", intermediates_only=True
             )
+
+    @torch.no_grad()
+    def freeze(self, height: int, width: int) -> None:
+        """Specialise for one image size, in place, for inference: other sizes are no longer taken.
+
+        The position embeddings are resampled once instead of in each forward pass, and the scales behind attention
+        and MLP are multiplied into the weights in front of them. The outputs are the same within rounding.
+
+        Args:
+            height (int): Image height in pixels, a multiple of the patch.
+            width (int): Image width in pixels.
+
+        Raises:
+            ValueError: If the image size does not fit.
+        """
+        self.grid(height, width)
+        self.load_weights()
+        vit = _create_vit(self.name, dynamic_img_size=False)
+        if not hasattr(vit, "set_input_size"):
+            return  # an architecture without position embeddings to resample
+        vit.prune_intermediate_layers(self.indices, prune_norm=True, prune_head=True)
+        vit.load_state_dict(self.vit.state_dict())
+        with self._own_resampling():
+            vit.set_input_size((height, width))
+        for block in vit.blocks:
+            _fold_layer_scale(block)
+        self.vit = vit.requires_grad_(False).eval().to(next(self.vit.parameters()).device)
+
+    @contextmanager
+    def _own_resampling(self) -> Iterator[None]:
+        """Let timm resample position embeddings with antialiasing.
+
+        anomalib's TimmFeatureExtractor switches it off for the whole process: a model would give other scores once,
+        say, a Dinomaly has been created.
+        """
+        module = sys.modules[type(self.vit).__module__]
+        current = getattr(module, "resample_abs_pos_embed", None)
+        if current is None or current is resample_abs_pos_embed:
+            yield
+            return
+        module.resample_abs_pos_embed = resample_abs_pos_embed  # type: ignore[attr-defined]
+        try:
+            yield
+        finally:
+            module.resample_abs_pos_embed = current  # type: ignore[attr-defined]
 
     @staticmethod
     def _on_state_dict(module: "ViTEncoder", incompatible_keys: object) -> None:
@@ -190,7 +237,7 @@ class ViTEncoder(nn.Module):
         )
 
 
-def _create_vit(name: str) -> Any:  # timm's transformers share an interface, but no type
+def _create_vit(name: str, dynamic_img_size: bool = True) -> Any:  # timm's transformers share an interface, but no type
     """Create a timm vision transformer with random weights."""
     architecture = name.removeprefix("timm/").partition(".")[0]
     if not timm.is_model(architecture):
@@ -199,10 +246,25 @@ def _create_vit(name: str) -> Any:  # timm's transformers share an interface, bu
         msg = f"encoder: timm has no model {name!r}{hint}"
         raise ValueError(msg)
     try:
-        model = timm.create_model(name, pretrained=False, num_classes=0, dynamic_img_size=True)
+        model = timm.create_model(name, pretrained=False, num_classes=0, dynamic_img_size=dynamic_img_size)
     except TypeError:  # an architecture without image sizes to choose
         model = None
     if not all(hasattr(model, part) for part in ("blocks", "patch_embed", "forward_intermediates")):
         msg = f"encoder: {name!r} is no vision transformer that gives the outputs of its blocks"
         raise ValueError(msg)
     return model
+
+
+def _fold_layer_scale(block: nn.Module) -> None:
+    """Multiply the scales of a timm transformer block into the linear maps in front of them."""
+    for name, path in (("ls1", "attn.proj"), ("ls2", "mlp.fc2")):
+        scale = getattr(block, name, None)
+        try:
+            linear = block.get_submodule(path)
+        except AttributeError:
+            continue
+        if isinstance(scale, LayerScale) and isinstance(linear, nn.Linear):
+            linear.weight.mul_(scale.gamma[:, None])
+            if linear.bias is not None:
+                linear.bias.mul_(scale.gamma)
+            setattr(block, name, nn.Identity())
