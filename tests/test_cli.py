@@ -130,12 +130,21 @@ def test_predict_a_folder(trained, tmp_path, model_args, mvtec_root, trainer_arg
     assert len(list(tmp_path.rglob("*.png"))) == 3
 
 
-@pytest.mark.parametrize(("kind", "suffix"), [("torch", "pt"), ("onnx", "onnx"), ("openvino", "xml")])
-def test_export(kind, suffix, trained, tmp_path, model_args, trainer_args):
+@pytest.mark.parametrize(
+    ("kind", "suffix", "args"),
+    [
+        ("torch", "pt", []),
+        ("onnx", "onnx", ["--input_size", f"[{IMAGE_SIZE},{IMAGE_SIZE}]"]),
+        ("openvino", "xml", ["--compression_type", "FP16"]),
+        ("openvino", "xml", ["--compression_type", "INT8_PTQ", "--input_size", "[50,40]"]),
+    ],
+)
+def test_export(kind, suffix, args, trained, tmp_path, model_args, data_args, trainer_args):
     checkpoint = trained[1] / "weights" / "lightning" / "model.ckpt"
+    data = data_args if "INT8_PTQ" in args else []
     anomalib(
         "export", "--model", "DecAD", *model_args, *trainer_args, "--ckpt_path", checkpoint,
-        "--export_type", kind, "--export_root", tmp_path, "--input_size", f"[{IMAGE_SIZE},{IMAGE_SIZE}]",
+        "--export_type", kind, "--export_root", tmp_path, *args, *data,
     )  # fmt: skip
     assert list(tmp_path.rglob(f"*.{suffix}"))
 

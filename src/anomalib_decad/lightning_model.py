@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from anomalib import LearningType
-from anomalib.data import Batch
+from anomalib import LearningType, TaskType
+from anomalib.data import AnomalibDataModule, Batch
+from anomalib.deploy import CompressionType
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
@@ -19,12 +20,14 @@ from anomalib.visualization import Visualizer
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+from torchmetrics import Metric
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 
 from anomalib_decad.loss import DecADLoss
 from anomalib_decad.metrics import CategoryEvaluator
 from anomalib_decad.post_processor import BoundedPostProcessor
 from anomalib_decad.pre_processor import for_export
+from anomalib_decad.quantization import quantize, quantize_with_accuracy_control
 from anomalib_decad.torch_model import DecADModel
 
 __all__ = ["DecAD"]
@@ -425,8 +428,67 @@ class DecAD(AnomalibModule):
         Raises:
             ValueError: If the model does not resize its input and no fitting ``input_size`` is given.
         """
+        if self.input_size is None and input_size is None:
+            msg = "the pre_processor does not resize to one size: give that of the images (--input_size)"
+            raise ValueError(msg)
         kwargs.setdefault("opset_version", _OPSET)
         return super(DecAD, self._for_export(input_size)).to_onnx(export_root, model_file_name, input_size, **kwargs)
+
+    def to_openvino(
+        self,
+        export_root: Path | str,
+        model_file_name: str = "model",
+        input_size: tuple[int, int] | None = None,
+        compression_type: CompressionType | str | None = None,
+        datamodule: AnomalibDataModule | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Path:
+        """Export to OpenVINO.
+
+        Args:
+            export_root (Path | str): Folder to export to.
+            model_file_name (str): Name of the files, without their endings.
+                Defaults to ``"model"``.
+            input_size (tuple[int, int] | None): Height and width of the input images.
+                Defaults to ``None``: images of any size, which the graph resizes.
+            compression_type (CompressionType | str | None): ``"FP16"`` or ``"INT8"`` for smaller files, ``"INT8_PTQ"``
+                or ``"INT8_ACQ"`` (with accuracy control) for speed.
+                Defaults to ``None``: none.
+            datamodule (AnomalibDataModule | None): Images for ``"INT8_PTQ"`` and ``"INT8_ACQ"``: training images for
+                the ranges of the activations, validation images for the accuracy control.
+            *args (Any): Further arguments of ``AnomalibModule.to_openvino``.
+            **kwargs (Any): Further arguments of ``AnomalibModule.to_openvino``.
+
+        Returns:
+            Path: The .xml file, beside which the .bin file is.
+
+        Raises:
+            ValueError: If ``compression_type`` is unknown, or needs a datamodule and there is none.
+        """
+        compression = CompressionType(compression_type.lower()) if isinstance(compression_type, str) else None
+        if compression in {CompressionType.INT8_PTQ, CompressionType.INT8_ACQ} and datamodule is None:
+            # Before the minute that the graph takes.
+            msg = f"{compression.value} needs images to calibrate with: give the data of the training (--data ...)"
+            raise ValueError(msg)
+        return super().to_openvino(export_root, model_file_name, input_size, compression, datamodule, *args, **kwargs)
+
+    @staticmethod
+    def _post_training_quantization_ov(model: Any, datamodule: AnomalibDataModule | None = None) -> Any:
+        """Quantise for ``INT8_PTQ``."""
+        return quantize(model, datamodule)
+
+    @staticmethod
+    def _accuracy_control_quantization_ov(
+        model: Any,
+        datamodule: AnomalibDataModule | None = None,
+        metric: Metric | None = None,
+        task: TaskType | None = None,
+        max_drop: float = 0.01,
+    ) -> Any:
+        """Quantise for ``INT8_ACQ``."""
+        del task  # unused by anomalib, too
+        return quantize_with_accuracy_control(model, datamodule, metric, max_drop)
 
     def _for_export(self, input_size: tuple[int, int] | None = None, native: bool = False) -> "DecAD":
         """Copy the module without what only training needs, specialised for its image size."""
@@ -434,7 +496,7 @@ class DecAD(AnomalibModule):
         module._trainer = None
         module._modules = dict(self._modules)
         module.model = self.model.frozen(self.input_size or input_size)
-        if self.pre_processor:
+        if isinstance(self.pre_processor, PreProcessor):
             module.pre_processor = for_export(self.pre_processor, native)
         return module
 

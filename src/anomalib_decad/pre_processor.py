@@ -41,7 +41,9 @@ class MatrixResize(nn.Module):
         # Exporters give symbols for sizes that stay open; comparing these would fix them.
         if isinstance(height, int) and isinstance(width, int) and (height, width) == self.size:
             return images
-        return self._matrix(images, height, self.size[0]) @ images @ self._matrix(images, width, self.size[1]).T
+        rows, columns = self._matrix(images, height, self.size[0]), self._matrix(images, width, self.size[1])
+        # Not rows @ images @ columns.T: OpenVINO 2026.4 fails to fuse a product and a Normalize behind it.
+        return (columns @ (rows @ images).mT).mT
 
     @staticmethod
     def _matrix(like: torch.Tensor, source: int, target: int) -> torch.Tensor:
@@ -51,7 +53,8 @@ class MatrixResize(nn.Module):
         # the number of each pixel.
         centers = (2 * torch.arange(target, device=like.device) + 1) * source
         pixels = (2 * torch.arange(source, device=like.device) + 1) * target
-        weights = (2 * torch.sym_max(source, target) - (pixels - centers[:, None]).abs()).clamp(min=0)
+        width = 2 * torch.sym_max(source, target)
+        weights = (pixels - centers[:, None]).abs().neg().add(width).clamp(min=0)
         return weights.to(like.dtype) / weights.sum(dim=1, keepdim=True).to(like.dtype)
 
 

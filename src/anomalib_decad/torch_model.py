@@ -175,7 +175,7 @@ class DecADModel(nn.Module):
             TrainingOutput: The input of the loss.
         """
         x = fuse(features)
-        self.decoupler.network.initialise(x)
+        self.decoupler.initialise(x)
         # One cache around all passes of the step: the spectral norms are computed once.
         with parametrize.cached():
             perturbed, mask = self.synthesis(x, self.decoupler.energy, grid)

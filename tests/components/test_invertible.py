@@ -6,6 +6,7 @@ import pytest
 import torch
 from scipy.optimize import root
 from torch import nn
+from torch.nn.utils import parametrize
 
 from anomalib_decad.components import InvertibleNetwork, LipschitzDenseNet, MonotoneUnit
 from anomalib_decad.components.invertible import ActNorm, SolverIterations
@@ -142,6 +143,54 @@ def test_gradcheck_of_the_unit(rev):
         return unit([x], rev=rev, jac=False)[0][0]
 
     assert torch.autograd.gradcheck(function, (x, *parameters))
+
+
+@pytest.mark.parametrize("dim", [8, 384])
+def test_frozen_network_computes_the_same_without_parametrizations(dim):
+    network = train(make_network(dim), steps=20).eval()
+    frozen = network.frozen()
+    x = torch.randn(2, 30, dim)
+    with torch.no_grad():
+        z = network(x)
+        torch.testing.assert_close(frozen(x), z, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(frozen.inverse(z), network.inverse(z), rtol=1e-5, atol=1e-5)
+    assert not any(parametrize.is_parametrized(module) for module in frozen.modules())
+    assert not list(frozen.parameters())
+    restored = pickle.loads(pickle.dumps(frozen))
+    torch.testing.assert_close(restored(x), frozen(x))
+
+
+def test_preconditioning_does_not_change_the_solution_and_halves_the_iterations():
+    network = train(make_network(33)).double().eval()
+    x = torch.randn(20, 33, dtype=torch.float64)
+    for unit in (module for module in network.modules() if isinstance(module, MonotoneUnit)):
+        for rev in (False, True):
+            plain, fast = (unit._folded(rev, preconditioned) for preconditioned in (False, True))
+            with torch.no_grad():
+                torch.testing.assert_close(fast.solve(x, 100), plain.solve(x, 200), rtol=1e-9, atol=1e-10)
+        assert unit._needed_iterations(True) <= 0.6 * unit._needed_iterations(False) + 1
+
+
+def test_the_plain_iteration_is_taken_where_preconditioning_is_worse():
+    unit = MonotoneUnit([(8,)], hidden_dim=8, growth=8, depth=1, lipschitz=0.8).train()
+    (layer,) = unit.net.dense
+    with torch.no_grad():
+        # G = 0.8 Pila, with its slopes between -0.28 and 0.8.
+        layer.concatenation.copy_(torch.tensor([-20.0, 20.0]))
+        for linear in (unit.net.encode, layer.linear):
+            linear.parametrizations.weight.original.copy_(torch.eye(8))
+            linear.bias.zero_()
+        unit.net.decode.parametrizations.weight.original.copy_(torch.cat([torch.zeros(8, 8), torch.eye(8)], dim=1))
+        for _ in range(50):  # power iterations
+            unit.net.folded()
+    unit.eval()
+    assert unit._needed_iterations(True) > unit._needed_iterations(False)
+    assert not unit._preconditioned
+    x = torch.randn(50, 8)
+    with torch.no_grad():
+        (z,), _ = unit([x], jac=False)
+        (back,), _ = unit([z], rev=True, jac=False)
+    assert relative_error(back, x) <= 1e-4
 
 
 def test_every_parameter_gets_a_gradient_also_with_cached_weights():

@@ -42,3 +42,9 @@ def test_large_inputs_stay_finite():
 def test_bad_k_is_refused(k):
     with pytest.raises(ValueError, match="k must be positive"):
         Pila(k)
+
+
+@given(x=st.floats(-20, 20), k=st.floats(0.5, 20))
+def test_scaled_is_pila_with_its_factors_outside(x, k):
+    point = torch.tensor(x, dtype=torch.float64)
+    torch.testing.assert_close(Pila.scaled(k * point) / (2 * k), Pila(k)(point), rtol=1e-12, atol=1e-14)

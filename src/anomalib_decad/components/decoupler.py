@@ -58,6 +58,11 @@ class Decoupler(nn.Module):
             latent = torch.cat([torch.zeros_like(abnormal), normal], dim=-1)
             return self.network.inverse(latent), abnormal.square().mean(-1)
 
+    def initialise(self, x: torch.Tensor) -> None:
+        """Initialise the network from normal embeddings of shape (..., dim), unless it has been."""
+        if isinstance(self.network, InvertibleNetwork):
+            self.network.initialise(x)
+
     def freeze(self) -> None:
         """Replace the network by a faster one without spectral normalisation, in place, for inference."""
         if isinstance(self.network, InvertibleNetwork):

@@ -6,7 +6,6 @@ from typing import cast
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 __all__ = ["FeatureStandardiser", "fuse"]
 
@@ -56,13 +55,14 @@ class FeatureStandardiser(nn.Module):
 
     @staticmethod
     def _standardise(feature: torch.Tensor, statistics: nn.BatchNorm1d) -> torch.Tensor:
-        rows = feature.detach().flatten(0, -2)
-        rows = rows.float() if rows.dtype in {torch.float16, torch.bfloat16} else rows
+        feature = feature.detach()
+        feature = feature.float() if feature.dtype in {torch.float16, torch.bfloat16} else feature
         if statistics.training:
-            statistics(rows)
+            statistics(feature.flatten(0, -2))
         # Always by the running statistics: those of a batch depend on which categories are in it.
-        standardised = functional.batch_norm(rows, statistics.running_mean, statistics.running_var, eps=_EPS)
-        return standardised.view(feature.shape)
+        scale = (cast("torch.Tensor", statistics.running_var) + _EPS).rsqrt()
+        shift = -cast("torch.Tensor", statistics.running_mean) * scale
+        return torch.addcmul(shift, feature, scale)
 
 
 def fuse(features: Sequence[torch.Tensor]) -> torch.Tensor:

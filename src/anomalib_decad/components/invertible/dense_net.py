@@ -150,9 +150,7 @@ class FoldedDenseNet(NamedTuple):
         Returns:
             torch.Tensor: Shape (hidden_dim + depth * growth, hidden_dim).
         """
-        jacobian = torch.eye(
-            len(self.encode_weight), dtype=self.encode_weight.dtype, device=self.encode_weight.device
-        )
+        jacobian = torch.eye(len(self.encode_weight), dtype=self.encode_weight.dtype, device=self.encode_weight.device)
         for weight, _ in self.layers:
             # Pila.scaled has twice the slope.
             jacobian = torch.cat([jacobian, 2 * slope * (weight @ jacobian)])

@@ -2,7 +2,7 @@
 """Units with plain weights: what the solver iterates, and what is exported."""
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -168,6 +168,7 @@ class _FrozenUnit(nn.Module):
             (self.get_buffer(f"layer_weight_{index}"), self.get_buffer(f"layer_bias_{index}"))
             for index in range(self.depth)
         )
-        unit = FoldedUnit(**{name: layers if name == "layers" else getattr(self, name) for name in FoldedUnit._fields})
+        others: dict[str, Any] = {name: getattr(self, name) for name in FoldedUnit._fields if name != "layers"}
+        unit = FoldedUnit(layers=layers, **others)
         with torch.no_grad():
             return unit.output(x, unit.solve(x, self.iterations))

@@ -105,7 +105,7 @@ class MonotoneUnit(InvertibleModule):
     def _fix_iterations(self) -> None:
         needed = {preconditioned: self._needed_iterations(preconditioned) for preconditioned in (True, False)}
         # Weights close to the Lipschitz bound may want the plain iteration, which always converges.
-        self._preconditioned = needed[True] <= needed[False]
+        self._preconditioned = needed[True] < needed[False]
         fixed = self.iterations.evaluation
         # The solver adds a last one.
         self._evaluation_iterations = needed[self._preconditioned] - 1 if fixed is None else fixed
@@ -123,7 +123,7 @@ class MonotoneUnit(InvertibleModule):
                 update = unit.update(v, start)
                 change, v = ((update - v).norm(dim=-1) / update.norm(dim=-1)).max().item(), update
                 count += 1
-            needed = max(needed, count)
+            needed = max(needed, count if change <= _TOLERANCE else _MAX_ITERATIONS)
         return needed
 
     def _folded(self, rev: bool, preconditioned: bool) -> FoldedUnit:

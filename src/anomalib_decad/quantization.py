@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Quantisation of exported OpenVINO models to 8-bit integers by NNCF.
+
+What anomalib's export does for ``INT8_PTQ`` and ``INT8_ACQ``, but with the parts of DecAD that need their precision
+left in floating point, and calibrated on training images instead of test images.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, cast
+
+import torch
+from anomalib.data import AnomalibDataModule, ImageBatch, ImageItem
+from anomalib.metrics import F1Score
+from torchmetrics import Metric
+from torchvision.transforms.v2.functional import InterpolationMode, resize
+
+__all__ = ["quantize", "quantize_with_accuracy_control"]
+
+# NNCF's own default, beyond which statistics hardly change.
+_CALIBRATION_IMAGES = 300
+
+
+def quantize(model: Any, datamodule: AnomalibDataModule | None) -> Any:
+    """Quantise encoder and decoder of an exported DecAD.
+
+    Args:
+        model (openvino.Model): The exported model.
+        datamodule (AnomalibDataModule | None): Its normal training images give the ranges of the activations.
+
+    Returns:
+        openvino.Model: The quantised model.
+
+    Raises:
+        ValueError: If there is no datamodule.
+    """
+    import nncf
+
+    data = _set_up(datamodule)
+    return nncf.quantize(model, _calibration(model, data), **_options(model))
+
+
+def quantize_with_accuracy_control(
+    model: Any,
+    datamodule: AnomalibDataModule | None,
+    metric: Metric | None = None,
+    max_drop: float = 0.01,
+) -> Any:
+    """Quantise encoder and decoder of an exported DecAD, but for operations that would cost too much accuracy.
+
+    Args:
+        model (openvino.Model): The exported model.
+        datamodule (AnomalibDataModule | None): Its normal training images give the ranges of the activations, its
+            validation images the accuracy.
+        metric (Metric | None): Accuracy; any of anomalib's metrics, higher is better.
+            Defaults to ``None``: the F1 score of the predicted labels.
+        max_drop (float): How much of the metric may be lost, in [0, 1].
+            Defaults to ``0.01``.
+
+    Returns:
+        openvino.Model: The quantised model.
+
+    Raises:
+        ValueError: If there is no datamodule, or ``max_drop`` is out of its range.
+    """
+    import nncf
+
+    if not 0 <= max_drop <= 1:
+        msg = f"max_drop must be between 0 and 1, got {max_drop}"
+        raise ValueError(msg)
+    data = _set_up(datamodule)
+    score = metric or F1Score(fields=["pred_label", "gt_label"])
+
+    def accuracy(compiled: Callable[[Any], Any], items: Iterable[ImageItem]) -> float:
+        score.reset()
+        for item in items:
+            score.update(_prediction(compiled, item, size))
+        return float(score.compute())
+
+    size = _static_size(model)
+    return nncf.quantize_with_accuracy_control(
+        model,
+        calibration_dataset=_calibration(model, data),
+        validation_dataset=nncf.Dataset(_items(data.val_data)),
+        validation_fn=accuracy,
+        max_drop=max_drop,
+        **_options(model),
+    )
+
+
+def _set_up(datamodule: AnomalibDataModule | None) -> AnomalibDataModule:
+    if datamodule is None:
+        msg = "quantisation to 8 bits needs images: give a datamodule (--data)"
+        raise ValueError(msg)
+    datamodule.setup("fit")
+    return datamodule
+
+
+def _calibration(model: Any, datamodule: AnomalibDataModule) -> Any:
+    import nncf
+
+    images = datamodule.train_data
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:_CALIBRATION_IMAGES]
+    size = _static_size(model)
+    return nncf.Dataset(order.tolist(), lambda index: _input(cast("torch.Tensor", images[index].image), size))
+
+
+def _options(model: Any) -> dict[str, Any]:
+    import nncf
+
+    return {
+        "model_type": nncf.ModelType.TRANSFORMER,
+        "subset_size": _CALIBRATION_IMAGES,
+        "ignored_scope": nncf.IgnoredScope(names=sorted(_precise_operations(model)), validate=False),
+    }
+
+
+def _precise_operations(model: Any) -> Iterator[str]:
+    """Name all operations but the matrix products of the encoder's and the decoder's transformer blocks.
+
+    Resizing and the anomaly map are exact interpolations, and removal is only faithful if the network is inverted
+    accurately. The embedding of patches and elementwise operations are cheap, and OpenVINO 2026.4 fails on them.
+    """
+    encoding = False
+    for operation in model.get_ordered_ops():
+        kind = operation.get_type_name()
+        # The encoder begins with its patches.
+        encoding = encoding or kind == "Convolution"
+        constants = [value.get_node() for value in operation.input_values() if _is_constant(value.get_node())]
+        is_network = any(".decoupler." in constant.get_friendly_name() for constant in constants)
+        is_interpolation = bool(constants) and len(operation.get_output_partial_shape(0)) == 4
+        if kind == "MatMul" and encoding and not is_network and not is_interpolation:
+            continue
+        if kind not in {"Constant", "Parameter", "Result"}:
+            yield operation.get_friendly_name()
+
+
+def _is_constant(node: Any) -> bool:
+    return node.get_type_name() == "Constant"
+
+
+def _items(dataset: Any) -> list[ImageItem]:
+    return [dataset[index] for index in range(len(dataset))]
+
+
+def _static_size(model: Any) -> tuple[int, int] | None:
+    height, width = list(model.input(0).partial_shape)[2:]
+    return (height.get_length(), width.get_length()) if height.is_static and width.is_static else None
+
+
+def _input(image: torch.Tensor, size: tuple[int, int] | None) -> Any:
+    """Make an array of shape (1, 3, H, W) from an image of shape (3, H, W)."""
+    if size is not None and tuple(image.shape[-2:]) != size:
+        image = resize(image, list(size), antialias=True)
+    return image[None].numpy()
+
+
+def _prediction(compiled: Callable[[Any], Any], item: ImageItem, size: tuple[int, int] | None) -> ImageBatch:
+    image = cast("torch.Tensor", item.image)
+    outputs = compiled(_input(image, size))
+    maps = torch.from_numpy(outputs["anomaly_map"])
+    mask = item.gt_mask
+    if mask is not None:
+        mask = resize(mask[None].float(), list(maps.shape[-2:]), InterpolationMode.NEAREST).bool()
+    return ImageBatch(
+        image=image[None],
+        gt_label=torch.as_tensor(item.gt_label).reshape(1),
+        gt_mask=mask,
+        anomaly_map=maps.flatten(0, -3),
+        pred_score=torch.from_numpy(outputs["pred_score"]).reshape(1),
+        pred_label=torch.from_numpy(outputs["pred_label"]).reshape(1),
+        pred_mask=torch.from_numpy(outputs["pred_mask"]).flatten(0, -3),
+    )
