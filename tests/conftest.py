@@ -12,6 +12,10 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from anomalib.engine import Engine
+from lightning.pytorch import Callback, seed_everything
+
+from anomalib_decad import DecAD, MultiCategory
 
 ENCODER = "test_vit"  # timm's own tiny transformer: 6 blocks, 64 channels, patch of 16
 IMAGE_SIZE = 64
@@ -46,6 +50,51 @@ def mvtec_root(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("mvtec") / "factory"
     make_dataset(root, ("bolts", "cloth"))
     return root
+
+
+class Losses(Callback):
+    """Keeps the loss of every step."""
+
+    def __init__(self):
+        self.values = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.values.append(float(outputs["loss"]))
+
+
+@pytest.fixture
+def make_model(encoder_weights):
+    def make(**kwargs):
+        options = {"encoder": ENCODER, "encoder_weights": encoder_weights, "blocks": [1, 2, 3], "hidden_dim": 8}
+        options["image_size"] = None if "pre_processor" in kwargs else (IMAGE_SIZE, IMAGE_SIZE)
+        return DecAD(**{"visualizer": False, **options, **kwargs})
+
+    return make
+
+
+@pytest.fixture
+def make_data(mvtec_root):
+    return lambda **kwargs: MultiCategory(
+        "MVTecAD", root=mvtec_root, **{"num_workers": 0, "train_batch_size": 4, "eval_batch_size": 6, **kwargs}
+    )
+
+
+@pytest.fixture
+def make_engine(tmp_path):
+    def make(*callbacks, **kwargs):
+        options = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False, "max_steps": 3}
+        if "max_epochs" in kwargs:
+            del options["max_steps"]
+        return Engine(default_root_dir=tmp_path, callbacks=list(callbacks), **{**options, **kwargs})
+
+    return make
+
+
+def losses_of(make_engine, model, data, *callbacks, seed=7, ckpt_path=None, **kwargs):
+    seed_everything(seed)
+    losses = Losses()
+    make_engine(losses, *callbacks, **kwargs).fit(model, datamodule=data, ckpt_path=ckpt_path)
+    return losses.values
 
 
 def make_dataset(root: Path, categories: tuple[str, ...], num_train: int = 6, num_test: int = 3) -> None:

@@ -7,7 +7,6 @@ import pytest
 import torch
 from anomalib.callbacks import ModelCheckpoint
 from anomalib.data import ImageBatch
-from anomalib.engine import Engine
 from anomalib.models import Padim
 from anomalib.pre_processing import PreProcessor
 from lightning.pytorch import Callback, seed_everything
@@ -16,54 +15,9 @@ from torchvision.transforms.v2 import Resize
 from anomalib_decad import DecAD, MultiCategory
 from anomalib_decad.components import EncoderWeightsError
 from anomalib_decad.metrics import METRICS, CategoryEvaluator
-from conftest import ENCODER, IMAGE_SIZE
+from conftest import losses_of
 
 TERMS = ("loss", "reconstruction", "normal_energy", "abnormal_energy", "restoration")
-
-
-class Losses(Callback):
-    """Keeps the loss of every step."""
-
-    def __init__(self):
-        self.values = []
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self.values.append(float(outputs["loss"]))
-
-
-@pytest.fixture
-def make_model(encoder_weights):
-    def make(**kwargs):
-        options = {"encoder": ENCODER, "encoder_weights": encoder_weights, "blocks": [1, 2, 3], "hidden_dim": 8}
-        options["image_size"] = None if "pre_processor" in kwargs else (IMAGE_SIZE, IMAGE_SIZE)
-        return DecAD(**{"visualizer": False, **options, **kwargs})
-
-    return make
-
-
-@pytest.fixture
-def make_data(mvtec_root):
-    return lambda **kwargs: MultiCategory(
-        "MVTecAD", root=mvtec_root, **{"num_workers": 0, "train_batch_size": 4, "eval_batch_size": 6, **kwargs}
-    )
-
-
-@pytest.fixture
-def make_engine(tmp_path):
-    def make(*callbacks, **kwargs):
-        options = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False, "max_steps": 3}
-        if "max_epochs" in kwargs:
-            del options["max_steps"]
-        return Engine(default_root_dir=tmp_path, callbacks=list(callbacks), **{**options, **kwargs})
-
-    return make
-
-
-def losses_of(make_engine, model, data, *callbacks, seed=7, ckpt_path=None, **kwargs):
-    seed_everything(seed)
-    losses = Losses()
-    make_engine(losses, *callbacks, **kwargs).fit(model, datamodule=data, ckpt_path=ckpt_path)
-    return losses.values
 
 
 def test_train_and_test_give_metrics_files_and_thresholds(make_engine, make_model, make_data, capsys):

@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from anomalib import LearningType, TaskType
@@ -17,12 +17,15 @@ from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
+from lightning.pytorch import Callback
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import Metric
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 
+from anomalib_decad.data.feature_cache import FeatureBatch
+from anomalib_decad.feature_caching import FeatureCaching
 from anomalib_decad.loss import DecADLoss
 from anomalib_decad.metrics import CategoryEvaluator
 from anomalib_decad.post_processor import BoundedPostProcessor
@@ -111,6 +114,15 @@ class DecAD(AnomalibModule):
             Defaults to ``100``.
         gradient_clip_val (float): Norm that gradients are clipped to. The trainer's own gradient_clip_val comes first.
             Defaults to ``1.0``.
+        feature_cache (Literal["off", "ram", "disk"]): Whether the encoder's features of all training images are
+            computed once, before the training, and kept in memory or in a file that later runs use again. Only
+            without random augmentations.
+            Defaults to ``"off"``.
+        feature_cache_dir (str | Path | None): Folder of such files.
+            Defaults to ``None``: ``anomalib_decad`` in the user's cache folder.
+        feature_cache_limit (float): GiB that the features, and all files in that folder together, may take. The least
+            recently used files are deleted.
+            Defaults to ``16.0``.
         pre_processor (PreProcessor | bool): Pre-processor, or whether to use the default one: resize to image_size
             and normalise as the encoder was trained.
             Defaults to ``True``.
@@ -166,6 +178,9 @@ class DecAD(AnomalibModule):
         weight_decay: float = 1e-4,
         warmup_steps: int = 100,
         gradient_clip_val: float = 1.0,
+        feature_cache: Literal["off", "ram", "disk"] = "off",
+        feature_cache_dir: str | Path | None = None,
+        feature_cache_limit: float = 16.0,
         pre_processor: PreProcessor | bool = True,
         post_processor: PostProcessor | bool = True,
         evaluator: Evaluator | bool = True,
@@ -199,6 +214,9 @@ class DecAD(AnomalibModule):
             score_fraction=score_fraction,
         )
         self.loss = DecADLoss(margin, reconstruction_weight, normal_weight, abnormal_weight, restoration_weight)
+        self.feature_caching = (
+            None if feature_cache == "off" else FeatureCaching(feature_cache, feature_cache_dir, feature_cache_limit)
+        )
         self.max_steps = max_steps
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
@@ -270,11 +288,17 @@ class DecAD(AnomalibModule):
             trainer.fit_loop.max_epochs = -1
             logger.info("Neither max_steps nor max_epochs is set: training for %d steps.", self.max_steps)
 
-    def training_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+    def configure_callbacks(self) -> Sequence[Callback] | Callback:
+        """Configure anomalib's callbacks, and that of the feature cache."""
+        callbacks = super().configure_callbacks()
+        callbacks = list(callbacks) if isinstance(callbacks, Sequence) else [callbacks]
+        return [*callbacks, self.feature_caching] if self.feature_caching else callbacks
+
+    def training_step(self, batch: Batch | FeatureBatch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         """Compute the loss of a batch of normal images.
 
         Args:
-            batch (Batch): Batch with images of shape (B, 3, H, W).
+            batch (Batch | FeatureBatch): Batch with images of shape (B, 3, H, W), or with their features.
             *args (Any): Unused.
             **kwargs (Any): Unused.
 
@@ -285,7 +309,10 @@ class DecAD(AnomalibModule):
             RuntimeError: If the loss is not finite.
         """
         del args, kwargs
-        loss_input = self.model(batch.image)
+        if isinstance(batch, FeatureBatch):
+            loss_input = self.model.training_output(batch.features(), batch.grid)
+        else:
+            loss_input = self.model(batch.image)
         terms = self.loss(loss_input)
         loss = terms.pop("loss")
         if not torch.isfinite(loss):

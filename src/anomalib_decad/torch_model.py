@@ -134,9 +134,10 @@ class DecADModel(nn.Module):
         """
         height, width = images.shape[-2:]
         grid = self.encoder.grid(height, width)
-        features = self.standardiser(self.encoder(images))
+        features = self.encoder(images)
         if self.training:
             return self.training_output(features, grid)
+        features = self.standardiser(features)
         x_clean, _ = self.decoupler(fuse(features))
         maps, scores = self.anomaly_map_generator(features, self.decoder(x_clean), grid, (height, width))
         return InferenceBatch(pred_score=scores, anomaly_map=maps)
@@ -164,20 +165,22 @@ class DecADModel(nn.Module):
         model.decoupler.freeze()
         return model.requires_grad_(False)
 
-    def training_output(self, features: list[torch.Tensor], grid: tuple[int, int]) -> TrainingOutput:
+    def training_output(self, features: Sequence[torch.Tensor], grid: tuple[int, int] | None = None) -> TrainingOutput:
         """Synthesise anomalies, remove them and reconstruct.
 
         Args:
-            features (list[torch.Tensor]): Standardised feature maps, each of shape (B, N, dim).
-            grid (tuple[int, int]): Patch rows and columns, N = rows * columns.
+            features (Sequence[torch.Tensor]): Feature maps of the encoder, each of shape (B, N, dim).
+            grid (tuple[int, int] | None): Patch rows and columns, N = rows * columns.
+                Defaults to ``None``: a square grid.
 
         Returns:
             TrainingOutput: The input of the loss.
         """
-        x = fuse(features)
+        standardised = self.standardiser(features)
+        x = fuse(standardised)
         self.decoupler.initialise(x)
         # One cache around all passes of the step: the spectral norms are computed once.
         with parametrize.cached():
             perturbed, mask = self.synthesis(x, self.decoupler.energy, grid)
             x_clean, energy = self.decoupler(perturbed)
-        return TrainingOutput(features, self.decoder(x_clean), x, x_clean, energy, mask)
+        return TrainingOutput(standardised, self.decoder(x_clean), x, x_clean, energy, mask)

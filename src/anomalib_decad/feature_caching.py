@@ -1,0 +1,275 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training on features that are computed once."""
+
+import logging
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from anomalib.data import AnomalibDataModule
+from anomalib.models.components import AnomalibModule
+from anomalib.pre_processing import PreProcessor
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.seed import isolate_rng
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from anomalib_decad.components import ViTEncoder
+from anomalib_decad.data.feature_cache import (
+    CachedFeatures,
+    FeatureCode,
+    FeatureFile,
+    default_folder,
+    fingerprint,
+    num_bytes,
+)
+
+__all__ = ["FeatureCaching"]
+
+logger = logging.getLogger(__name__)
+
+_GIB = 2**30
+# Images that choose the code of the features.
+_CODE_IMAGES = 32
+# An image is prepared so many times to find out whether that is random.
+_TRIALS = 8
+
+
+class FeatureCaching(Callback):
+    """Computes the frozen encoder's features of all training images before training, and trains on these.
+
+    The datamodule's training dataset is replaced for the time of the fit, by one that reads neither images nor calls
+    the encoder. Which images a step sees, and in which order, does not change.
+
+    Args:
+        mode (str): ``"ram"`` for memory, ``"disk"`` for a file that later runs use again.
+        folder (str | Path | None): Folder of the files.
+            Defaults to ``None``: a folder in the user's cache.
+        limit (float): GiB that the features may take.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+    """
+
+    def __init__(self, mode: str, folder: str | Path | None = None, limit: float = 16.0) -> None:
+        if mode not in {"ram", "disk"}:
+            msg = f"feature_cache must be 'off', 'ram' or 'disk', got {mode!r}"
+            raise ValueError(msg)
+        if not limit > 0:
+            msg = f"feature_cache_limit must be positive, got {limit}"
+            raise ValueError(msg)
+        self.mode = mode
+        self.folder = Path(folder).expanduser() if folder else default_folder()
+        self.limit = limit
+        self._datamodule: AnomalibDataModule | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Replace the training dataset; the features come later, when the encoder has its weights.
+
+        Args:
+            trainer (Trainer): The trainer.
+            pl_module (LightningModule): The model.
+            stage (str): Only ``"fit"`` matters.
+
+        Raises:
+            ValueError: If there is no datamodule, or several nodes.
+        """
+        del pl_module
+        if stage != "fit":
+            return
+        datamodule = getattr(trainer, "datamodule", None)
+        if not isinstance(datamodule, AnomalibDataModule):
+            msg = "feature_cache needs an anomalib datamodule: give one, or train with feature_cache=off"
+            raise ValueError(msg)
+        if trainer.num_nodes > 1:
+            msg = "feature_cache works on one machine, not on several nodes: train with feature_cache=off"
+            raise ValueError(msg)
+        datamodule.train_data = CachedFeatures(datamodule.train_data)  # type: ignore[assignment]
+        self._datamodule = datamodule
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Compute or find the features.
+
+        Args:
+            trainer (Trainer): The trainer.
+            pl_module (LightningModule): The model.
+
+        Raises:
+            ValueError: If the images change at random, or the features are larger than the limit.
+            OSError: If the disk has too little space.
+        """
+        datamodule = cast("AnomalibDataModule", self._datamodule)
+        cached = cast("CachedFeatures", datamodule.train_data)
+        # Nothing here may change the random numbers of the training.
+        with isolate_rng(), torch.no_grad():
+            source = _Source(trainer, cast("AnomalibModule", pl_module), cached.images, datamodule)
+            source.check()
+            features, code = self._find_or_build(trainer, source)
+        cached.fill(features, code, source.grid)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put the images back."""
+        del trainer, pl_module
+        self._restore()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Put the images back."""
+        del trainer, pl_module, exception
+        self._restore()
+
+    def _restore(self) -> None:
+        if self._datamodule is not None:
+            self._datamodule.train_data = cast("CachedFeatures", self._datamodule.train_data).images
+            self._datamodule = None
+
+    def _find_or_build(self, trainer: Trainer, source: "_Source") -> tuple[np.ndarray | Path, FeatureCode]:
+        shape = source.shape
+        size = num_bytes(shape) / _GIB
+        if size > self.limit:
+            msg = (
+                f"feature_cache: the features of {shape[0]} images need {size:.2f} GiB, more than the limit of "
+                f"{self.limit:g} GiB: raise feature_cache_limit, or train with feature_cache=off"
+            )
+            raise ValueError(msg)
+        if self.mode == "ram" and trainer.world_size == 1:
+            logger.info("Feature cache: %.2f GiB of memory for %d images.", size, shape[0])
+            features = np.empty(shape, dtype=np.float16)
+            code = source.choose_code()
+            source.encode_into(features, range(shape[0]), code)
+            return features, code
+        with self._shared_folder(trainer) as folder:
+            file = FeatureFile(folder, source.key())
+            self._build_file(trainer, source, file, size)
+            result = file.features if self.mode == "disk" else file.read(), file.read_code()
+            trainer.strategy.barrier()
+        return result
+
+    def _build_file(self, trainer: Trainer, source: "_Source", file: FeatureFile, size: float) -> None:
+        """Build a file unless it is there, each process its share of the images."""
+        leads = trainer.is_global_zero
+        with file.lock() if leads else nullcontext():
+            complete = trainer.strategy.broadcast(file.is_complete)
+            if complete:
+                if leads:
+                    logger.info("Feature cache: using %s (%.2f GiB).", file.path, size)
+                    file.touch()
+                return
+            try:
+                if leads:
+                    logger.info(
+                        "Feature cache: %.2f GiB on disk for %d images, in %s.", size, source.shape[0], file.path
+                    )
+                    file.create(source.shape, self.limit)
+                    file.write_code(source.choose_code())
+                trainer.strategy.barrier()
+                features = file.open_partial()
+                mine = range(trainer.global_rank, source.shape[0], trainer.world_size)
+                source.encode_into(features, mine, file.read_code())
+                cast("np.memmap", features).flush()
+                trainer.strategy.barrier()
+                if leads:
+                    file.complete()
+            finally:
+                if leads:
+                    file.discard()
+            trainer.strategy.barrier()
+
+    @contextmanager
+    def _shared_folder(self, trainer: Trainer) -> Iterator[Path]:
+        """Give the folder of the caches, or for features in memory one that all processes share for a moment."""
+        if self.mode == "disk":
+            yield self.folder
+            return
+        with tempfile.TemporaryDirectory() if trainer.is_global_zero else nullcontext("") as folder:
+            yield Path(trainer.strategy.broadcast(folder))
+
+
+class _Source:
+    """The images of a training dataset, and the encoder of their features."""
+
+    def __init__(self, trainer: Trainer, module: AnomalibModule, dataset: Any, datamodule: AnomalibDataModule) -> None:
+        self.trainer = trainer
+        self.module = module
+        self.encoder = cast("ViTEncoder", module.model.encoder)
+        self.encoder.load_weights()
+        pre_processor = cast("PreProcessor | None", module.pre_processor)
+        self.transform = pre_processor.transform if pre_processor else None
+        self.dataset = dataset
+        self.batch_size = datamodule.eval_batch_size
+        self.num_workers = datamodule.num_workers
+        first = self.prepare(dataset[0].image)
+        rows, columns = self.encoder.grid(*first.shape[-2:])
+        self.grid = rows, columns
+        self.shape = (len(dataset), len(self.encoder.indices), rows * columns, self.encoder.dim)
+
+    def prepare(self, image: torch.Tensor) -> torch.Tensor:
+        """Apply the pre-processor to an image of shape (3, H, W)."""
+        image = image.to(self.module.device)[None]
+        return (self.transform(image) if self.transform else image)[0]
+
+    def check(self) -> None:
+        """Refuse images that are not the same each time.
+
+        Raises:
+            ValueError: If preparing an image twice gives two different ones.
+        """
+        first = self.prepare(self.dataset[0].image)
+        for _ in range(_TRIALS):
+            again = self.prepare(self.dataset[0].image)
+            if again.shape != first.shape or not torch.equal(again, first):
+                msg = (
+                    "feature_cache: training images are augmented at random, so their features cannot be kept: remove "
+                    "the augmentations, or train with feature_cache=off"
+                )
+                raise ValueError(msg)
+
+    def key(self) -> str:
+        """Name all that the features depend on."""
+        paths = [Path(path) for path in self.dataset.samples.image_path]
+        encoder = self.encoder
+        preparation = repr(self.transform), repr(getattr(self.dataset, "augmentations", None))
+        return fingerprint(encoder.name, encoder.indices, self.shape, preparation, dict(encoder.state_dict()), *paths)
+
+    def choose_code(self) -> FeatureCode:
+        """Choose the code of the features by some images of all parts of the dataset."""
+        chosen = np.linspace(0, len(self.dataset) - 1, min(_CODE_IMAGES, len(self.dataset))).astype(int)
+        images = torch.stack([self.prepare(self.dataset[int(index)].image) for index in chosen])
+        features = torch.cat([torch.stack(self.encoder(part), dim=1) for part in images.split(self.batch_size)])
+        return FeatureCode.of(features)
+
+    def encode_into(self, target: np.ndarray, indices: Sequence[int], code: FeatureCode) -> None:
+        """Write the features of some images to their places in an array, behind a progress bar."""
+        loader = DataLoader(
+            cast("Dataset", Subset(self.dataset, indices)),
+            batch_size=self.batch_size,
+            num_workers=self.num_workers,
+            collate_fn=_only_images,
+            generator=torch.Generator(),
+        )
+        device = self.module.device
+        code = FeatureCode(code.offset.to(device), code.scale.to(device))
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[speed]:.1f} images/s"),
+            TimeRemainingColumn(),
+        )
+        done, start = 0, time.monotonic()
+        with Progress(*columns, disable=not self.trainer.is_global_zero) as progress:
+            task = progress.add_task("Encoding training images", total=len(indices), speed=0.0)
+            for images in loader:
+                batch = torch.stack([self.prepare(image) for image in images])
+                codes = code.encode(torch.stack(self.encoder(batch), dim=1)).cpu().numpy()
+                target[[indices[done + row] for row in range(len(codes))]] = codes
+                done += len(codes)
+                progress.update(task, completed=done, speed=done / (time.monotonic() - start))
+
+
+def _only_images(items: Sequence[Any]) -> list[torch.Tensor]:
+    return [item.image for item in items]
