@@ -1,6 +1,8 @@
 """Exports predict what the checkpoint predicts: every format, runtime and image size."""
 
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import cv2
@@ -286,3 +288,31 @@ def test_other_resizing_is_exported_with_a_warning(caplog):
     torch.testing.assert_close(exported(images), pre_processor(images))
     torch.testing.assert_close(for_export(pre_processor, native=True)(images), pre_processor.transform(images))
     assert pre_processor.export_transform.transforms[0].antialias is False
+
+
+@pytest.mark.parametrize(("script", "kind"), [("onnx_inference.py", "onnx"), ("openvino_inference.py", "openvino")])
+def test_examples_run_without_anomalib(script, kind, export, images, expected, tmp_path):
+    path = Path(__file__).parents[1] / "examples" / script
+    code = (
+        "import runpy, sys; sys.modules.update(anomalib=None, torch=None, anomalib_decad=None);"
+        f"sys.argv = sys.argv[1:]; runpy.run_path({str(path)!r}, run_name='__main__')"
+    )
+    command = [sys.executable, "-c", code, script, str(export(kind)), *map(str, images), "--output", str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 0, result.stderr
+    for line, image, item in zip(result.stdout.splitlines(), images, expected, strict=True):
+        name, _, rest = line.partition(": score ")
+        assert name == str(image)
+        assert float(rest.split(",")[0]) == pytest.approx(float(item.pred_score), abs=2e-4)
+        assert ("anomalous" in rest) == bool(item.pred_label)
+        assert cv2.imread(str(tmp_path / image.name)).shape == cv2.imread(str(image)).shape
+
+
+@pytest.mark.parametrize("script", ["onnx_inference.py", "openvino_inference.py"])
+def test_examples_name_what_is_no_image(script, export, tmp_path):
+    path = Path(__file__).parents[1] / "examples" / script
+    model = export("onnx" if script.startswith("onnx") else "openvino")
+    command = [sys.executable, str(path), str(model), str(tmp_path / "none.png"), "--output", str(tmp_path / "out")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 1
+    assert result.stderr.strip().endswith("none.png is no image that OpenCV can read")

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DecAD and the peers from anomalib, with the same encoder and image size where the method allows."""
+
+from __future__ import annotations
+
+from anomalib.models import AnomalibModule, AnomalyDINO, Dinomaly, InpFormer, Patchcore
+from anomalib.pre_processing import PreProcessor
+from torchvision.transforms.v2 import Compose, Normalize, Resize
+
+from anomalib_decad import DecAD
+
+__all__ = ["MODELS", "create"]
+
+MODELS = ("DecAD", "Dinomaly", "InpFormer", "Patchcore", "AnomalyDINO")
+
+# Of the encoder, counted from 1, where a method is not bound to others.
+_BLOCKS = (3, 6, 9)
+
+
+def create(name: str, encoder: str, size: int, **kwargs: object) -> AnomalibModule:
+    """Create a model with its own defaults but for encoder and image size.
+
+    Args:
+        name (str): One of :data:`MODELS`.
+        encoder (str): A DINOv2 of timm.
+        size (int): Side of the square images in pixels.
+        **kwargs (object): Further arguments of the model.
+
+    Returns:
+        AnomalibModule: The model.
+    """
+    if name == "DecAD":
+        return DecAD(encoder=encoder, image_size=(size, size), **kwargs)
+    pre_processor = PreProcessor(
+        Compose(
+            [
+                Resize((size, size), antialias=True),
+                Normalize(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225]),
+            ]
+        )
+    )
+    kwargs["pre_processor"] = pre_processor
+    if name == "Dinomaly":
+        return Dinomaly(encoder_name=encoder, **kwargs)
+    if name == "InpFormer":
+        return InpFormer(encoder_name=encoder, **kwargs)
+    if name == "AnomalyDINO":
+        return AnomalyDINO(encoder_name=encoder, **kwargs)
+    if name == "Patchcore":
+        return Patchcore(backbone=encoder, layers=[f"blocks.{block - 1}" for block in _BLOCKS], **kwargs)
+    msg = f"no model {name}; there are {', '.join(MODELS)}"
+    raise ValueError(msg)
