@@ -5,7 +5,9 @@ What anomalib's export does for ``INT8_PTQ`` and ``INT8_ACQ``, but with the part
 left in floating point, and calibrated on training images instead of test images.
 """
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -36,7 +38,8 @@ def quantize(model: Any, datamodule: AnomalibDataModule | None) -> Any:
     import nncf
 
     data = _set_up(datamodule)
-    return nncf.quantize(model, _calibration(model, data), **_options(model))
+    with _quiet():
+        return nncf.quantize(model, _calibration(model, data), **_options(model))
 
 
 def quantize_with_accuracy_control(
@@ -77,14 +80,27 @@ def quantize_with_accuracy_control(
         return float(score.compute())
 
     size = _static_size(model)
-    return nncf.quantize_with_accuracy_control(
-        model,
-        calibration_dataset=_calibration(model, data),
-        validation_dataset=nncf.Dataset(_items(data.val_data)),
-        validation_fn=accuracy,
-        max_drop=max_drop,
-        **_options(model),
-    )
+    with _quiet():
+        return nncf.quantize_with_accuracy_control(
+            model,
+            calibration_dataset=_calibration(model, data),
+            validation_dataset=nncf.Dataset(_items(data.val_data)),
+            validation_fn=accuracy,
+            max_drop=max_drop,
+            **_options(model),
+        )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep NNCF from writing a line for each of the two thousand operations that are left alone."""
+    logger = logging.getLogger("nncf")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _set_up(datamodule: AnomalibDataModule | None) -> AnomalibDataModule:

@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A race: train and score DecAD and peers from anomalib on the same images, with the same encoder, size and budget.
+
+usage: python benchmarks/compare.py --data ROOT [--categories a b] [--models DecAD Dinomaly ...] [--steps 300 ...]
+                                    [--minutes 10 ...] [--output results/race]
+
+ROOT is a folder in MVTec AD's layout; one model is trained for all of its categories. Every run is a process of its
+own, one after the other. --steps gives methods that are trained in steps equal numbers of them; --minutes gives them
+equal training times, by the time of a step that a short run measures first. Methods that only fill a memory bank run once.
+Written to --output after each run: results.csv, results.md, results.png (accuracy against training time) and the log of
+each run; runs that are there are not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import resource
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import peers
+
+MEMORY_BANKS = {"Patchcore", "AnomalyDINO"}
+_PROBE_STEPS = 6
+_COLUMNS = (
+    "model", "budget", "steps", "image_AUROC", "image_AP", "image_F1Max", "pixel_AUROC", "pixel_AP", "pixel_F1Max",
+    "pixel_AUPRO", "mean_of_seven", "training_seconds", "images_per_second", "peak_MiB", "learnable_parameters",
+    "multiply_adds",
+)  # fmt: skip
+
+
+def run(args: argparse.Namespace, name: str, steps: int | None) -> dict[str, float]:
+    """Train and score one model in this process."""
+    import torch
+    from anomalib.engine import Engine
+    from lightning.pytorch import seed_everything
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from anomalib_decad import MultiCategory
+    from anomalib_decad.metrics import METRICS, CategoryEvaluator
+
+    seed_everything(args.seed)
+    options: dict[str, Any] = json.loads(args.arguments).get(name, {})
+    if name == "Patchcore":
+        options.setdefault("coreset_sampling_ratio", args.coreset_ratio)
+    if name == "AnomalyDINO":
+        options.setdefault("coreset_subsampling", True)
+        options.setdefault("sampling_ratio", args.coreset_ratio)
+    if name == "DecAD":
+        options.setdefault("feature_cache", args.feature_cache)
+    evaluator = CategoryEvaluator()
+    model = peers.create(name, args.encoder, args.image_size, evaluator=evaluator, visualizer=False, **options)
+    datamodule = MultiCategory(
+        "MVTecAD",
+        root=args.data,
+        categories=args.categories,
+        num_workers=0,
+        train_batch_size=args.batch_size,
+        eval_batch_size=args.batch_size,
+    )
+    engine = Engine(
+        default_root_dir=args.output / "runs" / f"{name}-{steps}",
+        logger=False,
+        enable_progress_bar=args.progress,
+        limit_val_batches=0,
+        num_sanity_val_steps=0,
+        **({"max_steps": steps} if steps else {"max_epochs": 1}),
+    )
+    start = time.perf_counter()
+    engine.fit(model, datamodule=datamodule)
+    seconds = time.perf_counter() - start
+    result: dict[str, float] = {"training_seconds": seconds}
+    if args.probe:
+        return result
+    (scores,) = engine.test(model, datamodule=datamodule)
+    result |= {metric: float(scores[metric]) for metric in (*METRICS, "mean_of_seven")}
+
+    model.eval()
+    images = torch.rand(args.batch_size, 3, args.image_size, args.image_size, device=model.device)
+    with torch.inference_mode():
+        model.model(images)
+        start, count = time.perf_counter(), 0
+        while time.perf_counter() < start + 5:
+            model.model(images)
+            count += len(images)
+        result["images_per_second"] = count / (time.perf_counter() - start)
+        with FlopCounterMode(display=False) as counter:
+            model.model(images[:1])
+    result["multiply_adds"] = counter.get_total_flops() / 2
+    result["learnable_parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    result["peak_MiB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return result
+
+
+def start(args: argparse.Namespace, name: str, steps: int | None, probe: bool = False) -> dict[str, Any] | None:
+    """Run a model in a process of its own; its log and result stay in the output folder."""
+    folder = args.output / "runs"
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = f"{name}-{'probe' if probe else steps or 'once'}-seed{args.seed}"
+    result = folder / f"{stem}.json"
+    if result.is_file():
+        return json.loads(result.read_text())
+    print(f"{time.strftime('%H:%M:%S')} {stem}", flush=True)
+    command = [sys.executable, __file__, *args.command_line, "--worker", name, str(steps or 0), str(result)]
+    if probe:
+        command.append("probe")
+    with (folder / f"{stem}.log").open("w") as log:
+        code = subprocess.run(
+            command, stdout=log, stderr=subprocess.STDOUT, check=False, env={**os.environ, "HF_HUB_OFFLINE": "1"}
+        ).returncode
+    if code:
+        print(f"    failed, see {folder / f'{stem}.log'}", flush=True)
+        return None
+    return json.loads(result.read_text())
+
+
+def main() -> None:
+    """Run all models with all budgets."""
+    args = parse()
+    if args.worker:
+        name, steps, path, *probe = args.worker
+        args.probe = bool(probe)
+        values = run(args, name, int(steps) or None)
+        partial = Path(path + ".partial")
+        partial.write_text(json.dumps(values))
+        partial.replace(path)
+        return
+    if not args.data.is_dir():
+        raise SystemExit(f"--data: no such folder: {args.data}")
+    rows: list[dict[str, Any]] = []
+    for name in args.models:
+        if name in MEMORY_BANKS:
+            budgets: list[tuple[str, int | None]] = [("memory bank", None)]
+        else:
+            budgets = [(f"{steps} steps", steps) for steps in args.steps]
+            budgets += [(f"{minutes:g} min", steps_in(args, name, minutes)) for minutes in args.minutes]
+        for label, steps in budgets:
+            result = start(args, name, steps)
+            if result is not None:
+                rows.append({"model": name, "budget": label, "steps": steps or "", **result})
+                write(args, rows)
+    print((args.output / "results.md").read_text() if rows else "nothing ran")
+
+
+def steps_in(args: argparse.Namespace, name: str, minutes: float) -> int:
+    """Find how many steps a model can do in a time, by two short runs."""
+    shorter = start(args, name, 1, probe=True)
+    shorter_seconds = shorter["training_seconds"] if shorter else 0.0
+    probe_args = argparse.Namespace(**{**vars(args), "output": args.output / "longer"})
+    longer = start(probe_args, name, _PROBE_STEPS + 1, probe=True)
+    if longer is None:
+        return 1
+    per_step = max((longer["training_seconds"] - shorter_seconds) / _PROBE_STEPS, 1e-3)
+    return max(int((minutes * 60 - shorter_seconds) / per_step), 1)
+
+
+def write(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    """Write the results so far as CSV, Markdown and a plot."""
+    with (args.output / "results.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, _COLUMNS, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+    lines = [
+        f"`python benchmarks/compare.py {shlex.join(args.command_line)}`",
+        "",
+        "| " + " | ".join(column.replace("_", " ") for column in _COLUMNS) + " |",
+        "|---" * len(_COLUMNS) + "|",
+        *("| " + " | ".join(_format(column, row[column]) for column in _COLUMNS) + " |" for row in rows),
+    ]
+    (args.output / "results.md").write_text("\n".join(lines) + "\n")
+    plot(args, rows)
+
+
+def _format(column: str, value: Any) -> str:
+    if column in {"learnable_parameters", "multiply_adds"}:
+        return f"{value / 1e6:.2f} M" if column.startswith("learn") else f"{value / 1e9:.2f} G"
+    if column in {"training_seconds", "peak_MiB"}:
+        return f"{value:.0f}"
+    if column == "images_per_second":
+        return f"{value:.1f}"
+    return f"{100 * value:.1f}" if isinstance(value, float) else str(value)
+
+
+def plot(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    """Draw accuracy against training time."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for name in dict.fromkeys(row["model"] for row in rows):
+        points = sorted(
+            (row["training_seconds"] / 60, 100 * row["mean_of_seven"]) for row in rows if row["model"] == name
+        )
+        axes.plot(*zip(*points, strict=True), marker="o", label=name)
+    axes.set(xscale="log", xlabel="training time in minutes", ylabel="mean of the seven metrics in %")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(args.output / "results.png", dpi=120)
+    plt.close(figure)
+
+
+def parse() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--categories", nargs="+", help="default: those of MVTec AD that are in the folder")
+    parser.add_argument("--models", nargs="+", default=list(peers.MODELS), choices=peers.MODELS)
+    parser.add_argument("--steps", type=int, nargs="*", default=[300], help="training steps, for each a run")
+    parser.add_argument("--minutes", type=float, nargs="*", default=[], help="training minutes, for each a run")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--encoder", default="vit_small_patch14_dinov2")
+    parser.add_argument("--image-size", type=int, default=280)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--coreset-ratio", type=float, default=0.01, help="share of patches that memory banks keep")
+    parser.add_argument("--feature-cache", default="ram", choices=["off", "ram", "disk"], help="of DecAD")
+    parser.add_argument("--arguments", default="{}", help='more arguments, as JSON: {"DecAD": {"delta": 2.0}}')
+    parser.add_argument("--progress", action="store_true", help="progress bars in the logs")
+    parser.add_argument("--output", type=Path, default=Path("results/race"))
+    parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
+    command_line = sys.argv[1:]
+    args = parser.parse_args()
+    args.command_line = command_line[: command_line.index("--worker")] if args.worker else command_line
+    args.probe = False
+    if args.categories is None and args.data.is_dir():
+        args.categories = sorted(path.name for path in args.data.iterdir() if (path / "train" / "good").is_dir())
+    return args
+
+
+if __name__ == "__main__":
+    main()
