@@ -6,7 +6,7 @@ usage: python benchmarks/compare.py --data ROOT [--categories a b] [--models Dec
 
 ROOT is a folder in MVTec AD's layout; one model is trained for all of its categories. Every run is a process of its
 own, one after the other. --steps gives methods that are trained in steps equal numbers of them; --minutes gives them
-equal training times, by the time of a step that a short run measures first. Methods that only fill a memory bank run once.
+equal training times, by the time of a step that short runs measure first. Memory banks are filled once.
 Written to --output after each run: results.csv, results.md, results.png (accuracy against training time) and the log of
 each run; runs that are there are not repeated.
 """
@@ -41,10 +41,10 @@ def run(args: argparse.Namespace, name: str, steps: int | None) -> dict[str, flo
     import torch
     from anomalib.engine import Engine
     from lightning.pytorch import seed_everything
-    from torch.utils.flop_counter import FlopCounterMode
 
     from anomalib_decad import MultiCategory
     from anomalib_decad.metrics import METRICS, CategoryEvaluator
+    from count import multiply_adds
 
     seed_everything(args.seed)
     options: dict[str, Any] = json.loads(args.arguments).get(name, {})
@@ -91,9 +91,7 @@ def run(args: argparse.Namespace, name: str, steps: int | None) -> dict[str, flo
             model.model(images)
             count += len(images)
         result["images_per_second"] = count / (time.perf_counter() - start)
-        with FlopCounterMode(display=False) as counter:
-            model.model(images[:1])
-    result["multiply_adds"] = counter.get_total_flops() / 2
+    result["multiply_adds"] = multiply_adds(lambda: model.model(images[:1]))
     result["learnable_parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
     result["peak_MiB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return result

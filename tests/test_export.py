@@ -316,3 +316,28 @@ def test_examples_name_what_is_no_image(script, export, tmp_path):
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 1
     assert result.stderr.strip().endswith("none.png is no image that OpenCV can read")
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "expected_text"),
+    [
+        (
+            "inference.py",
+            ["--formats", "torch", "--models", "DecAD", "--seconds", "0.2", "--rounds", "1"],
+            "| encoder |",
+        ),
+        ("exported_accuracy.py", ["--formats", "torch", "onnx", "--every", "6"], "| onnx |"),
+    ],
+)
+def test_benchmarks_of_exports(script, arguments, expected_text, checkpoint, data, tmp_path):
+    if script == "inference.py":
+        arguments = [*arguments, "--checkpoint", checkpoint, "--image-size", "64", "--folder", tmp_path]
+    else:
+        arguments = [checkpoint, "--data", data, "--categories", "brick", "gravel", *arguments]
+    path = Path(__file__).parents[1] / "benchmarks" / script
+    result = subprocess.run(
+        [sys.executable, str(path), *map(str, arguments)], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert expected_text in result.stdout
+    assert "failed" not in result.stdout

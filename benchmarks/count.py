@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Count learnable parameters and multiply-adds of DecAD's parts, beside the paper's figures.
+
+usage: python benchmarks/count.py [--encoder vit_base_patch14_dinov2] [--image-size 280]
+
+Counts need no trained weights. The solver's iterations are those of a network at its initialisation.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import timm
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from anomalib_decad import DecADModel
+from anomalib_decad.components import fuse
+
+_PAPER = "the paper, ViT-B/14: 23.2 M learnable parameters, 48.6 G multiply-adds"
+
+
+def multiply_adds(function: Callable[[], Any]) -> float:
+    """Count the multiply-adds of all matrix products and convolutions of a call."""
+    # The counter does not know the CPU's fused attention.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops() / 2
+
+
+def main() -> None:
+    """Count and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--encoder", default="vit_base_patch14_dinov2")
+    parser.add_argument("--image-size", type=int, default=280)
+    args = parser.parse_args()
+    model = DecADModel(encoder=args.encoder, pretrained=False)
+    images = torch.rand(1, 3, args.image_size, args.image_size)
+    model.train()(images)  # initialises what a first batch does
+    model.eval()
+    whole = timm.create_model(args.encoder, num_classes=0, dynamic_img_size=True).eval()
+    features = model.standardiser(model.encoder(images))
+    x = fuse(features)
+    encoder = multiply_adds(lambda: model.encoder(images))
+    all_blocks = multiply_adds(lambda: whole.forward_features(images))
+    total = multiply_adds(lambda: model(images))
+    learnable = {
+        name: sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+        for name, module in model.named_children()
+    }
+    rows = [
+        (f"encoder, to block {model.encoder.indices[-1] + 1}", learnable["encoder"], encoder),
+        ("decoupler", learnable["decoupler"], multiply_adds(lambda: model.decoupler(x))),
+        ("decoder", learnable["decoder"], multiply_adds(lambda: model.decoder(x))),
+        ("all", sum(learnable.values()), total),
+        ("all, if the encoder ran to its end", sum(learnable.values()), total - encoder + all_blocks),
+    ]
+    print(f"{args.encoder}, {args.image_size} pixels ({_PAPER})")
+    for name, parameters, count in rows:
+        print(f"{name:36} {parameters / 1e6:8.2f} M {count / 1e9:8.2f} G")
+
+
+if __name__ == "__main__":
+    main()

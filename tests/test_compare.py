@@ -1,0 +1,60 @@
+"""The race of DecAD and its peers, on the tiny encoder."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from conftest import ENCODER
+
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "compare.py"
+
+
+def compare(*arguments):
+    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
+
+
+@pytest.mark.slow
+def test_a_race_writes_a_table_and_a_plot_and_is_not_run_twice(encoder_weights, mvtec_root, tmp_path):
+    arguments = {"DecAD": {"encoder_weights": str(encoder_weights), "blocks": [1, 2], "hidden_dim": 8}}
+    command = [
+        "--data", mvtec_root, "--models", "DecAD", "--encoder", ENCODER, "--image-size", 64, "--steps", 2, 3,
+        "--minutes", 0.02, "--batch-size", 4, "--arguments", json.dumps(arguments), "--output", tmp_path,
+    ]  # fmt: skip
+    result = compare(*command)
+    assert result.returncode == 0, result.stderr[-3000:] + result.stdout
+    assert "failed" not in result.stdout
+    with (tmp_path / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["budget"] for row in rows] == ["2 steps", "3 steps", "0.02 min"]
+    for row in rows:
+        assert 0 <= float(row["mean_of_seven"]) <= 1
+        assert float(row["training_seconds"]) > 0
+        assert float(row["multiply_adds"]) > 1e6
+        assert float(row["learnable_parameters"]) > 1e5
+        assert float(row["images_per_second"]) > 1
+    assert (tmp_path / "results.md").read_text().count("\n| DecAD |") == 3
+    assert (tmp_path / "results.png").stat().st_size > 1000
+    again = compare(*command)
+    assert again.returncode == 0
+    assert "DecAD-2" not in again.stdout.replace("results", "")
+
+
+def test_a_missing_folder_is_one_clear_line(tmp_path):
+    result = compare("--data", tmp_path / "none")
+    assert result.returncode == 1
+    assert result.stderr.strip().splitlines()[-1] == f"--data: no such folder: {tmp_path / 'none'}"
+
+
+def test_counts_meet_the_paper_within_five_per_cent():
+    result = subprocess.run(
+        [sys.executable, str(SCRIPT.with_name("count.py"))], capture_output=True, text=True, timeout=200, check=True
+    )
+    last = result.stdout.strip().splitlines()[-1].split()
+    parameters, multiply_adds = float(last[-4]), float(last[-2])
+    assert parameters == pytest.approx(23.2, rel=0.05)
+    assert multiply_adds == pytest.approx(48.6, rel=0.05)
