@@ -121,3 +121,12 @@ def test_state_dict_makes_the_weights_unnecessary():
     encoder.load_state_dict(source.state_dict())
     images = torch.randn(1, 3, 32, 32)
     torch.testing.assert_close(encoder(images), source(images))
+
+
+def test_downloading_weights_uses_no_random_numbers(monkeypatch):
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained=False, **kwargs: create(name, **kwargs))
+    encoder = ViTEncoder("test_vit", [1, 3])
+    state = torch.get_rng_state()
+    encoder.load_weights()
+    assert torch.equal(torch.get_rng_state(), state)

@@ -152,7 +152,9 @@ class ViTEncoder(nn.Module):
 
     def _download_weights(self) -> Mapping[str, torch.Tensor]:
         """Get timm's pretrained weights from the hub or its local cache."""
-        return timm.create_model(self.name, pretrained=True, num_classes=0).state_dict()
+        # timm draws random weights first; the random numbers of a training must not depend on where weights come from.
+        with torch.random.fork_rng(devices=[]):
+            return timm.create_model(self.name, pretrained=True, num_classes=0).state_dict()
 
     def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
         """Encode images.

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A training step with and without the feature cache: time, losses, peak memory.
+
+usage: python benchmarks/training.py --data ROOT --categories bottle [--steps 20]
+
+ROOT is a folder in MVTec AD's layout. Each mode is a process of its own; all get the same seed, so that the losses of
+each step can be compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback
+
+MODES = ("off", "ram", "disk")
+_WARM_UP = 3
+
+
+class Recorder(Callback):
+    """Keeps the loss of each step, and the time from the end of one step to the end of the next."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.ends: list[float] = []
+
+    def on_train_batch_end(self, _trainer: Any, _module: Any, outputs: Any, *_: Any) -> None:
+        """Note a step."""
+        self.losses.append(float(outputs["loss"]))
+        self.ends.append(time.perf_counter())
+
+
+def run(args: argparse.Namespace, mode: str) -> dict[str, Any]:
+    """Train in this process."""
+    from anomalib.engine import Engine
+    from lightning.pytorch import seed_everything
+
+    from anomalib_decad import DecAD, MultiCategory
+
+    seed_everything(0)
+    recorder = Recorder()
+    with tempfile.TemporaryDirectory() as folder:
+        size = (args.image_size, args.image_size)
+        model = DecAD(args.encoder, image_size=size, feature_cache=mode, feature_cache_dir=folder, max_steps=args.steps)
+        data = MultiCategory(
+            "MVTecAD",
+            root=args.data,
+            categories=args.categories,
+            num_workers=0,
+            train_batch_size=args.batch_size,
+            eval_batch_size=args.batch_size,
+        )
+        engine = Engine(
+            max_steps=args.steps,
+            limit_val_batches=0,
+            logger=False,
+            callbacks=[recorder],
+            default_root_dir=folder,
+            enable_progress_bar=False,
+        )
+        start = time.perf_counter()
+        engine.fit(model, datamodule=data)
+    steps = [after - before for before, after in zip(recorder.ends, recorder.ends[1:], strict=False)]
+    return {
+        "before the first step, s": recorder.ends[0] - start,
+        "step, s": statistics.median(steps[_WARM_UP:]),
+        "peak MiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "losses": recorder.losses,
+    }
+
+
+def main() -> None:
+    """Train in each mode and print a Markdown table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--categories", nargs="+")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--encoder", default="vit_small_patch14_dinov2")
+    parser.add_argument("--image-size", type=int, default=280)
+    parser.add_argument("--worker", choices=MODES, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        print("RESULT " + json.dumps(run(args, args.worker)))
+        return
+    results: dict[str, dict[str, Any]] = {}
+    for mode in MODES:
+        command = [sys.executable, __file__, *sys.argv[1:], "--worker", mode]
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
+        output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment).stdout
+        line = next(line for line in output.splitlines() if line.startswith("RESULT "))
+        results[mode] = json.loads(line.removeprefix("RESULT "))
+    reference = results["off"]
+    print("| feature cache | step, s | faster | before the first step, s | peak MiB | largest change of a loss |")
+    print("|---" * 6 + "|")
+    for mode, result in results.items():
+        pairs = zip(result["losses"], reference["losses"], strict=True)
+        change = max(abs(loss - expected) / expected for loss, expected in pairs)
+        print(
+            f"| {mode} | {result['step, s']:.2f} | {reference['step, s'] / result['step, s']:.2f} "
+            f"| {result['before the first step, s']:.0f} | {result['peak MiB']:.0f} | {change:.1e} |"
+        )
+
+
+if __name__ == "__main__":
+    main()
