@@ -125,7 +125,7 @@ def test_state_dict_makes_the_weights_unnecessary():
 
 def test_downloading_weights_uses_no_random_numbers(monkeypatch):
     create = timm.create_model
-    monkeypatch.setattr(timm, "create_model", lambda name, pretrained=False, **kwargs: create(name, **kwargs))
+    monkeypatch.setattr(timm, "create_model", lambda name, **kwargs: create(name, **{**kwargs, "pretrained": False}))
     encoder = ViTEncoder("test_vit", [1, 3])
     state = torch.get_rng_state()
     encoder.load_weights()
