@@ -103,7 +103,7 @@ def start(args: argparse.Namespace, name: str, steps: int | None, probe: bool = 
     """Run a model in a process of its own; its log and result stay in the output folder."""
     folder = args.output / "runs"
     folder.mkdir(parents=True, exist_ok=True)
-    stem = f"{name}-{'probe' if probe else steps or 'once'}-seed{args.seed}"
+    stem = f"{name}-{'probe-' if probe else ''}{steps or 'once'}-seed{args.seed}"
     result = folder / f"{stem}.json"
     if result.is_file():
         return json.loads(result.read_text())
@@ -153,8 +153,7 @@ def steps_in(args: argparse.Namespace, name: str, minutes: float) -> int:
     """Find how many steps a model can do in a time, by two short runs."""
     shorter = start(args, name, 1, probe=True)
     shorter_seconds = shorter["training_seconds"] if shorter else 0.0
-    probe_args = argparse.Namespace(**{**vars(args), "output": args.output / "longer"})
-    longer = start(probe_args, name, _PROBE_STEPS + 1, probe=True)
+    longer = start(args, name, _PROBE_STEPS + 1, probe=True)
     if longer is None:
         return 1
     per_step = max((longer["training_seconds"] - shorter_seconds) / _PROBE_STEPS, 1e-3)

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from anomalib_decad.components import ViTEncoder
 from anomalib_decad.data.feature_cache import (
+    GIB,
     CachedFeatures,
     FeatureCode,
     FeatureFile,
@@ -33,7 +34,6 @@ __all__ = ["FeatureCaching"]
 
 logger = logging.getLogger(__name__)
 
-_GIB = 2**30
 # Images that choose the code of the features.
 _CODE_IMAGES = 32
 # An image is prepared so many times to find out whether that is random.
@@ -129,7 +129,7 @@ class FeatureCaching(Callback):
 
     def _find_or_build(self, trainer: Trainer, source: "_Source") -> tuple[np.ndarray | Path, FeatureCode]:
         shape = source.shape
-        size = num_bytes(shape) / _GIB
+        size = num_bytes(shape) / GIB
         if size > self.limit:
             msg = (
                 f"feature_cache: the features of {shape[0]} images need {size:.2f} GiB, more than the limit of "

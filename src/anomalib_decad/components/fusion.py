@@ -7,6 +7,8 @@ from typing import cast
 import torch
 from torch import nn
 
+from anomalib_decad.components.precision import at_least_float32
+
 __all__ = ["FeatureStandardiser", "fuse"]
 
 # Factor of an embedding times the root of its dimension: brings its norm to about 4, whatever the encoder.
@@ -55,8 +57,7 @@ class FeatureStandardiser(nn.Module):
 
     @staticmethod
     def _standardise(feature: torch.Tensor, statistics: nn.BatchNorm1d) -> torch.Tensor:
-        feature = feature.detach()
-        feature = feature.float() if feature.dtype in {torch.float16, torch.bfloat16} else feature
+        feature = at_least_float32(feature.detach())
         if statistics.training:
             statistics(feature.flatten(0, -2))
         # Always by the running statistics: those of a batch depend on which categories are in it.

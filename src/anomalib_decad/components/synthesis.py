@@ -7,6 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from anomalib_decad.components.precision import at_least_float32
+
 __all__ = ["AdversarialSynthesis"]
 
 # A region covers this share of an image's patches.
@@ -83,7 +85,7 @@ class AdversarialSynthesis(nn.Module):
         return perturbed, mask
 
     def _perturbation(self, x: torch.Tensor, energy: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        x = x.float() if x.dtype in {torch.float16, torch.bfloat16} else x
+        x = at_least_float32(x)
         eps = self._to_sphere(torch.randn_like(x))
         for _ in range(self.num_steps):
             point = (x + eps).requires_grad_()

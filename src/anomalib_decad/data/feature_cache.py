@@ -18,12 +18,21 @@ import torch
 from filelock import FileLock
 from torch.utils.data import Dataset
 
-__all__ = ["CachedFeatures", "FeatureBatch", "FeatureCode", "FeatureFile", "default_folder", "fingerprint", "num_bytes"]
+__all__ = [
+    "GIB",
+    "CachedFeatures",
+    "FeatureBatch",
+    "FeatureCode",
+    "FeatureFile",
+    "default_folder",
+    "fingerprint",
+    "num_bytes",
+]
 
 logger = logging.getLogger(__name__)
 
 _FEATURES, _CODE, _DONE = "features.npy", "code.npy", "done.json"
-_GIB = 2**30
+GIB = 2**30
 
 
 def default_folder() -> Path:
@@ -205,11 +214,11 @@ class FeatureFile:
         """
         shutil.rmtree(self.partial, ignore_errors=True)
         size = num_bytes(shape)
-        self._make_room(limit * _GIB - size)
+        self._make_room(limit * GIB - size)
         free = shutil.disk_usage(self.folder).free
         if size > free:
             msg = (
-                f"feature_cache: the features need {size / _GIB:.1f} GiB, but {self.folder} has only {free / _GIB:.1f} "
+                f"feature_cache: the features need {size / GIB:.1f} GiB, but {self.folder} has only {free / GIB:.1f} "
                 "left. Give another folder (feature_cache_dir) or train without (feature_cache=off)"
             )
             raise OSError(msg)

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from anomalib_decad.components.invertible.dense_net import FoldedDenseNet, dense
+from anomalib_decad.components.precision import at_least_float32
 from anomalib_decad.components.solver import fixed_point
 
 __all__ = ["FoldedUnit", "FrozenNetwork"]
@@ -144,9 +145,7 @@ class FrozenNetwork(nn.Module):
     @staticmethod
     def _run(units: nn.Module, x: torch.Tensor) -> torch.Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            rows = x.flatten(0, -2)
-            rows = rows.float() if rows.dtype in {torch.float16, torch.bfloat16} else rows
-            return units(rows).view(x.shape)
+            return units(at_least_float32(x.flatten(0, -2))).view(x.shape)
 
 
 class _FrozenUnit(nn.Module):

@@ -9,6 +9,7 @@ from torch.nn.utils import parametrize
 from anomalib_decad.components.invertible.act_norm import ActNorm
 from anomalib_decad.components.invertible.folded import FoldedUnit, FrozenNetwork
 from anomalib_decad.components.invertible.unit import DEFAULT_ITERATIONS, MonotoneUnit, SolverIterations
+from anomalib_decad.components.precision import at_least_float32
 
 __all__ = ["InvertibleNetwork"]
 
@@ -142,8 +143,6 @@ class InvertibleNetwork(nn.Module):
     def _run(self, x: torch.Tensor, rev: bool) -> torch.Tensor:
         # Nested in the cache of a caller, if any, the normalised weights are shared with its other passes.
         with torch.autocast(x.device.type, enabled=False), parametrize.cached():
-            rows = x.reshape(-1, self.dim)
-            if rows.dtype in {torch.float16, torch.bfloat16}:
-                rows = rows.float()
+            rows = at_least_float32(x.reshape(-1, self.dim))
             output, _ = self.sequence(rows, rev=rev, jac=False)
             return output.reshape(x.shape)
