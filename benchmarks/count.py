@@ -18,7 +18,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from anomalib_decad import DecADModel
-from anomalib_decad.components import fuse
 
 _PAPER = "the paper, ViT-B/14: 23.2 M learnable parameters, 48.6 G multiply-adds"
 
@@ -42,8 +41,7 @@ def main() -> None:
     model.train()(images)  # initialises what a first batch does
     model.eval()
     whole = timm.create_model(args.encoder, num_classes=0, dynamic_img_size=True).eval()
-    features = model.standardiser(model.encoder(images))
-    x = fuse(features)
+    x = model.fusion(model.encoder(images))
     encoder = multiply_adds(lambda: model.encoder(images))
     all_blocks = multiply_adds(lambda: whole.forward_features(images))
     total = multiply_adds(lambda: model(images))

@@ -106,7 +106,6 @@ def measure_parts(args: argparse.Namespace) -> dict[str, float]:
     import torch
 
     from anomalib_decad import DecAD
-    from anomalib_decad.components import fuse
 
     size, batch_size = args.image_size, 8
     model = DecAD.load_from_checkpoint(args.checkpoint) if args.checkpoint else None
@@ -115,18 +114,21 @@ def measure_parts(args: argparse.Namespace) -> dict[str, float]:
     grid = net.encoder.grid(size, size)
     with torch.inference_mode():
         images = torch.randn(batch_size, 3, size, size)
-        features = net.standardiser(net.encoder(images))
-        x = fuse(features)
+        taps = net.encoder(images)
+        features = net.standardiser(taps)
+        x = net.fusion(taps)
         latent = net.decoupler.network(x)
-        clean, _ = net.decoupler(x)
+        clean, energy = net.decoupler(x)
         reconstructions = net.decoder(clean)
         parts: dict[str, Callable[[], Any]] = {
             "encoder": lambda: net.encoder(images),
-            "standardisation and fusion": lambda: fuse(net.standardiser(features)),
+            "standardisation and fusion": lambda: (net.standardiser(taps), net.fusion(taps)),
             "network, forward": lambda: net.decoupler.network(x),
             "network, inverse": lambda: net.decoupler.network.inverse(latent),
             "decoder": lambda: net.decoder(clean),
-            "anomaly map and score": lambda: net.anomaly_map_generator(features, reconstructions, grid, (size, size)),
+            "anomaly map and score": lambda: net.anomaly_map_generator(
+                features, reconstructions, grid, (size, size), energy
+            ),
             "all": lambda: net(images),
         }
         times: dict[str, list[float]] = {part: [] for part in parts}

@@ -125,10 +125,12 @@ def test_bf16_mixed(make_engine, make_model, make_data):
 
 
 def test_loss_that_is_not_finite_stops_with_what_to_do(make_engine, make_model, make_data):
-    model = make_model()
-    torch.nn.init.constant_(model.model.decoder.heads[0][1].weight, float("inf"))
+    class Break(Callback):
+        def on_train_start(self, trainer, pl_module):
+            torch.nn.init.constant_(pl_module.model.decoder.heads[0][1].weight, float("inf"))
+
     with pytest.raises(RuntimeError, match="not finite at step 0 .*reconstruction nan.* Lower learning_rate"):
-        make_engine().fit(model, datamodule=make_data())
+        make_engine(Break()).fit(make_model(), datamodule=make_data())
 
 
 def test_default_is_fifteen_thousand_steps(make_engine, make_model, make_data, caplog):

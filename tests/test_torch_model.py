@@ -7,7 +7,7 @@ from anomalib_decad.loss import DecADLoss
 
 @pytest.fixture
 def model():
-    return DecADModel(encoder="test_vit", blocks=[1, 2, 3], hidden_dim=8, pretrained=False)
+    return DecADModel(encoder="test_vit", blocks=[1, 2, 3], hidden_dim=8, num_prototypes=16, pretrained=False)
 
 
 def test_prediction(model):
@@ -60,7 +60,7 @@ def test_training_lowers_the_loss(model):
 
 
 def test_synthesis_never_calls_the_encoder(model, monkeypatch):
-    features = model.standardiser.train()(model.encoder(torch.rand(2, 3, 64, 64)))
+    features = model.encoder(torch.rand(2, 3, 64, 64))
     monkeypatch.setattr(model.encoder, "forward", lambda *_: pytest.fail("called the encoder"))
     output = model.train().training_output(features, (4, 4))
     assert not output.x.requires_grad
@@ -72,10 +72,32 @@ def test_margin_is_checked():
         DecADLoss(margin=0)
 
 
-def test_evaluation_before_training_leaves_the_actnorms_uninitialised(model):
+def test_evaluation_before_training_leaves_the_model_uninitialised(model):
     model.eval()(torch.rand(2, 3, 64, 64))
     initialised = [buffer for name, buffer in model.named_buffers() if name.endswith("initialised")]
-    assert len(initialised) == 3
+    assert len(initialised) == 4  # three ActNorms and the model
     assert not any(initialised)
     model.train()(torch.rand(2, 3, 64, 64))
     assert all(initialised)
+
+
+def test_without_decoupling_it_is_a_plain_reconstruction():
+    model = DecADModel(encoder="test_vit", blocks=[1, 2, 3], num_prototypes=16, pretrained=False, decouple=False)
+    terms = DecADLoss()(model.train()(torch.rand(4, 3, 64, 64)))
+    assert terms["loss"].item() == pytest.approx(terms["reconstruction"].item())
+    terms["loss"].backward()
+    assert all(parameter.grad is not None for parameter in model.decoder.parameters())
+    assert model.eval().frozen((64, 64))(torch.rand(2, 3, 64, 64)).anomaly_map.shape == (2, 1, 64, 64)
+
+
+def test_preparation_by_a_sample_is_done_once(model):
+    model.train()
+    model.initialise([torch.randn(50, 64) for _ in range(3)])
+    before = {name: value.clone() for name, value in model.named_buffers() if not name.startswith("decoupler")}
+    model(torch.rand(4, 3, 64, 64))
+    assert all(torch.equal(value, before[name]) for name, value in model.named_buffers() if name in before)
+
+
+def test_preparation_needs_training_mode(model):
+    with pytest.raises(RuntimeError, match="training mode"):
+        model.eval().initialise([torch.randn(50, 64) for _ in range(3)])

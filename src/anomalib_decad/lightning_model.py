@@ -18,7 +18,9 @@ from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
 from lightning.pytorch import Callback
+from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import Metric
@@ -45,6 +47,9 @@ _DEFAULT_GRID = 20
 
 #: The lowest ONNX operator set that torch writes without a conversion.
 _OPSET = 18
+
+#: How many training images, and how many of their patches, the model is prepared with.
+_SAMPLE_IMAGES, _SAMPLE_PATCHES = 256, 32_768
 
 _RNG_KEY = "anomalib_decad_rng"
 
@@ -97,11 +102,19 @@ class DecAD(AnomalibModule):
         restoration_weight (float): Weight of the loss that has removal restore the embeddings before perturbation.
             Defaults to ``1.0``.
         decoder_depth (int): Transformer blocks of the decoder.
-            Defaults to ``3``.
+            Defaults to ``2``.
+        num_prototypes (int): Prototypes of normal patches in the decoder's memory; 0 for no memory.
+            Defaults to ``2048``.
+        energy_power (float): Exponent of the abnormal energy, whose power multiplies the reconstruction error; 0 leaves
+            it out.
+            Defaults to ``0.25``.
         blur_sigma (float): Standard deviation of the blur of anomaly maps, in pixels; 0 for none.
             Defaults to ``4.0``.
         score_fraction (float): Share of an anomaly map's pixels, the largest, whose mean is the image score.
             Defaults to ``0.01``.
+        decouple (bool): Whether anomalies are synthesised and removed. Without, it is a plain reconstruction, to compare
+            with.
+            Defaults to ``True``.
         max_steps (int): Training steps where the trainer is given neither max_steps nor max_epochs, for example in
             ``anomalib benchmark``, which gives it none.
             Defaults to ``15000``, as in the paper.
@@ -170,9 +183,12 @@ class DecAD(AnomalibModule):
         normal_weight: float = 1.0,
         abnormal_weight: float = 1.0,
         restoration_weight: float = 1.0,
-        decoder_depth: int = 3,
+        decoder_depth: int = 2,
+        num_prototypes: int = 2048,
+        energy_power: float = 0.25,
         blur_sigma: float = 4.0,
         score_fraction: float = 0.01,
+        decouple: bool = True,
         max_steps: int = 15_000,
         learning_rate: float = 1e-3,
         weight_decay: float = 1e-4,
@@ -210,8 +226,11 @@ class DecAD(AnomalibModule):
             synthesis_fraction=synthesis_fraction,
             synthesis_steps=synthesis_steps,
             decoder_depth=decoder_depth,
+            num_prototypes=num_prototypes,
+            energy_power=energy_power,
             blur_sigma=blur_sigma,
             score_fraction=score_fraction,
+            decouple=decouple,
         )
         self.loss = DecADLoss(margin, reconstruction_weight, normal_weight, abnormal_weight, restoration_weight)
         self.feature_caching = (
@@ -293,6 +312,58 @@ class DecAD(AnomalibModule):
         callbacks = super().configure_callbacks()
         callbacks = list(callbacks) if isinstance(callbacks, Sequence) else [callbacks]
         return [*callbacks, self.feature_caching] if self.feature_caching else callbacks
+
+    def on_fit_start(self) -> None:
+        """Load the encoder's weights, and prepare the model by a sample of training images.
+
+        A model that has been prepared, as one from a checkpoint, stays as it is. The first process of several prepares
+        it for all.
+
+        Raises:
+            EncoderWeightsError: If the weights cannot be had and no checkpoint brought them.
+        """
+        # Not earlier: only now has Lightning loaded the checkpoint, if any.
+        self.model.encoder.load_weights()
+        if self.model.initialised:
+            return
+        # Nothing here may change the random numbers of the training.
+        with isolate_rng():
+            self.trainer.fit_loop.setup_data()
+            if self.trainer.is_global_zero:
+                self.model.train()
+                self.model.initialise(self._sample_features())
+            if self.trainer.world_size > 1:
+                own = {name: value for name, value in self.model.state_dict().items() if not name.startswith("encoder.")}
+                self.model.load_state_dict(self.trainer.strategy.broadcast(own), strict=False)
+
+    @torch.no_grad()
+    def _sample_features(self) -> list[torch.Tensor]:
+        """Encode a sample of patches of training images.
+
+        Returns:
+            list[torch.Tensor]: Features of shape (K, dim), one for each tap.
+        """
+        logger.info("Preparing the model with up to %d training images.", _SAMPLE_IMAGES)
+        trainer, transform = self.trainer, getattr(self.pre_processor, "transform", None)
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+        chosen: list[torch.Tensor] = []
+        count = 0
+        with Progress(*columns, disable=trainer.progress_bar_callback is None) as progress:
+            task = progress.add_task("Looking at training images", total=_SAMPLE_IMAGES)
+            for batch in trainer.train_dataloader:
+                batch = trainer.strategy.batch_to_device(batch)
+                if isinstance(batch, FeatureBatch):
+                    features = batch.features()
+                else:
+                    features = self.model.encoder(transform(batch.image) if transform else batch.image)
+                rows = torch.stack(features, dim=2).flatten(0, 1)
+                patches = len(rows) * _SAMPLE_PATCHES // (_SAMPLE_IMAGES * features[0].shape[1]) + 1
+                chosen.append(rows[torch.randperm(len(rows), device=rows.device)[:patches]])
+                count += len(features[0])
+                progress.update(task, completed=min(count, _SAMPLE_IMAGES))
+                if count >= _SAMPLE_IMAGES:
+                    break
+        return list(torch.cat(chosen).unbind(1))
 
     def training_step(self, batch: Batch | FeatureBatch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         """Compute the loss of a batch of normal images.
@@ -416,15 +487,6 @@ class DecAD(AnomalibModule):
             device = self.trainer.strategy.root_device
             if device.type == "cuda" and "cuda" in checkpoint[_RNG_KEY]:
                 torch.cuda.set_rng_state(checkpoint[_RNG_KEY]["cuda"].cpu(), device)
-
-    def on_fit_start(self) -> None:
-        """Load the encoder's weights.
-
-        Raises:
-            EncoderWeightsError: If the weights cannot be had and no checkpoint brought them.
-        """
-        # Not earlier: only now has Lightning loaded the checkpoint, if any.
-        self.model.encoder.load_weights()
 
     def to_torch(self, *args: Any, **kwargs: Any) -> Path:
         """Export to PyTorch; arguments and result are those of ``AnomalibModule.to_torch``."""

@@ -16,9 +16,9 @@ from anomalib_decad.components import (
     AdversarialSynthesis,
     Decoupler,
     FeatureDecoder,
+    FeatureFusion,
     FeatureStandardiser,
     ViTEncoder,
-    fuse,
 )
 
 __all__ = ["DecADModel", "TrainingOutput"]
@@ -47,9 +47,12 @@ class TrainingOutput(NamedTuple):
 class DecADModel(nn.Module):
     """Detects anomalies as what a decoder cannot reconstruct after their removal in a latent space.
 
-    A frozen vision transformer gives feature maps, which are standardised; their fusion is cleaned patch by patch
-    (:class:`Decoupler`), and a decoder reconstructs the feature maps from it. In training mode, anomalies are
-    synthesised in feature space.
+    A frozen vision transformer gives feature maps. Their fusion is cleaned patch by patch (:class:`Decoupler`), and a
+    decoder reconstructs the standardised feature maps from it. In training mode, anomalies are synthesised in feature
+    space.
+
+    What depends on the data alone (statistics, principal axes, prototypes) comes from a sample of normal images, given
+    to :meth:`initialise` before training or taken from the first batch.
 
     Args:
         encoder (str): Name of a timm vision transformer.
@@ -66,8 +69,11 @@ class DecADModel(nn.Module):
         synthesis_fraction (float): Share of training images that get a synthetic anomaly, in (0, 1].
         synthesis_steps (int): Gradient steps of a synthetic anomaly; 0 for random noise.
         decoder_depth (int): Transformer blocks of the decoder.
+        num_prototypes (int): Prototypes in the decoder's memory; 0 for no memory.
+        energy_power (float): Exponent of the abnormal energy in the anomaly map; 0 leaves it out.
         blur_sigma (float): Standard deviation of the anomaly map's blur in pixels; 0 for none.
         score_fraction (float): Share of an anomaly map's pixels whose mean is the image score, in (0, 1].
+        decouple (bool): Whether anomalies are synthesised and removed; without, it is a plain reconstruction.
         pretrained (bool): Whether the encoder gets weights at all; a random one is good for tests only.
 
     Raises:
@@ -83,6 +89,8 @@ class DecADModel(nn.Module):
         DecAD, ICCV 2025.
     """
 
+    initialised: torch.Tensor
+
     def __init__(
         self,
         encoder: str = "vit_base_patch14_dinov2",
@@ -97,27 +105,36 @@ class DecADModel(nn.Module):
         delta: float = 2.5,
         synthesis_fraction: float = 0.5,
         synthesis_steps: int = 1,
-        decoder_depth: int = 3,
+        decoder_depth: int = 2,
+        num_prototypes: int = 2048,
+        energy_power: float = 0.25,
         blur_sigma: float = 4.0,
         score_fraction: float = 0.01,
+        decouple: bool = True,
         pretrained: bool = True,
     ) -> None:
         super().__init__()
         self.encoder = ViTEncoder(encoder, blocks, encoder_weights, pretrained)
         dim = self.encoder.dim
         self.standardiser = FeatureStandardiser(dim, len(blocks))
-        self.decoupler = Decoupler(
-            dim,
-            abnormal_fraction=abnormal_fraction,
-            num_blocks=num_blocks,
-            num_units=num_units,
-            hidden_dim=hidden_dim,
-            lipschitz=lipschitz,
-            k=pila_k,
+        self.fusion = FeatureFusion(dim)
+        self.decoupler = (
+            Decoupler(
+                dim,
+                abnormal_fraction=abnormal_fraction,
+                num_blocks=num_blocks,
+                num_units=num_units,
+                hidden_dim=hidden_dim,
+                lipschitz=lipschitz,
+                k=pila_k,
+            )
+            if decouple
+            else None
         )
         self.synthesis = AdversarialSynthesis(delta, synthesis_fraction, synthesis_steps)
-        self.decoder = FeatureDecoder(dim, len(blocks), decoder_depth, self.encoder.num_heads)
-        self.anomaly_map_generator = AnomalyMapGenerator(blur_sigma, score_fraction)
+        self.decoder = FeatureDecoder(dim, len(blocks), decoder_depth, self.encoder.num_heads, num_prototypes)
+        self.anomaly_map_generator = AnomalyMapGenerator(blur_sigma, score_fraction, energy_power if decouple else 0.0)
+        self.register_buffer("initialised", torch.tensor(False))
 
     def forward(self, images: torch.Tensor) -> TrainingOutput | InferenceBatch:
         """Run the model.
@@ -137,10 +154,52 @@ class DecADModel(nn.Module):
         features = self.encoder(images)
         if self.training:
             return self.training_output(features, grid)
-        features = self.standardiser(features)
-        x_clean, _ = self.decoupler(fuse(features))
-        maps, scores = self.anomaly_map_generator(features, self.decoder(x_clean), grid, (height, width))
+        return self.inference_output(features, grid, (height, width))
+
+    def inference_output(
+        self, features: Sequence[torch.Tensor], grid: tuple[int, int], image_size: tuple[int, int]
+    ) -> InferenceBatch:
+        """Remove anomalies, reconstruct and compare.
+
+        Args:
+            features (Sequence[torch.Tensor]): Feature maps of the encoder, each of shape (B, N, dim).
+            grid (tuple[int, int]): Patch rows and columns, N = rows * columns.
+            image_size (tuple[int, int]): Height and width of the anomaly maps in pixels.
+
+        Returns:
+            InferenceBatch: ``pred_score`` of shape (B,) and ``anomaly_map`` of shape (B, 1, H, W).
+        """
+        x = self.fusion(features)
+        x_clean, energy = self.decoupler(x) if self.decoupler else (x, x.new_ones(x.shape[:-1]))
+        reconstructions = self.decoder(x_clean)
+        maps, scores = self.anomaly_map_generator(
+            self.standardiser(features), reconstructions, grid, image_size, energy
+        )
         return InferenceBatch(pred_score=scores, anomaly_map=maps)
+
+    @torch.no_grad()
+    def initialise(self, features: Sequence[torch.Tensor]) -> None:
+        """Set what depends on the data alone: statistics, principal axes, ActNorms, prototypes, linear maps.
+
+        Args:
+            features (Sequence[torch.Tensor]): Feature maps of normal patches from the encoder, each of shape
+                (..., dim): some ten thousand patches of all that is normal.
+
+        Raises:
+            RuntimeError: If the model is not in training mode.
+        """
+        if not self.training:
+            msg = "initialise needs a model in training mode: call train() first"
+            raise RuntimeError(msg)
+        rows = [feature.reshape(-1, feature.shape[-1]).float() for feature in features]
+        self.standardiser.initialise(rows)
+        self.fusion.initialise(rows)
+        x = self.fusion(rows)
+        if self.decoupler:
+            self.decoupler.initialise(x)
+            x, _ = self.decoupler(x)
+        self.decoder.initialise(x, self.standardiser(rows))
+        self.initialised.fill_(True)
 
     def frozen(self, image_size: tuple[int, int] | None) -> "DecADModel":
         """Copy the model for inference, faster and the same within rounding.
@@ -162,7 +221,8 @@ class DecADModel(nn.Module):
         model.encoder.load_weights()
         if image_size is not None:
             model.encoder.freeze(*image_size)
-        model.decoupler.freeze()
+        if model.decoupler:
+            model.decoupler.freeze()
         return model.requires_grad_(False)
 
     def training_output(self, features: Sequence[torch.Tensor], grid: tuple[int, int] | None = None) -> TrainingOutput:
@@ -176,9 +236,13 @@ class DecADModel(nn.Module):
         Returns:
             TrainingOutput: The input of the loss.
         """
+        if not self.initialised:
+            self.initialise(features)
         standardised = self.standardiser(features)
-        x = fuse(standardised)
-        self.decoupler.initialise(x)
+        x = self.fusion(features)
+        if self.decoupler is None:
+            zeros = x.new_zeros(x.shape[:-1])
+            return TrainingOutput(standardised, self.decoder(x), x, x, zeros, zeros.bool())
         # One cache around all passes of the step: the spectral norms are computed once.
         with parametrize.cached():
             perturbed, mask = self.synthesis(x, self.decoupler.energy, grid)

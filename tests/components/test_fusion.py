@@ -1,36 +1,68 @@
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from anomalib_decad.components import FeatureStandardiser, fuse
-
-
-def test_channels_get_mean_zero_and_variance_one_over_the_training_images():
-    standardiser = FeatureStandardiser(4, 2).train()
-    scale, shift = torch.tensor([1.0, 100.0, 0.01, 5.0]), torch.tensor([0.0, 1000.0, -3.0, 1.0])
-    data = [torch.randn(40, 25, 4) * scale * (tap + 1) + shift for tap in range(2)]
-    for start in range(0, 40, 8):
-        standardiser([tap[start : start + 8] for tap in data])
-    standardiser.eval()
-    for output in standardiser(data):
-        torch.testing.assert_close(output.mean((0, 1)), torch.zeros(4), rtol=0, atol=2e-2)
-        torch.testing.assert_close(output.std((0, 1)), torch.ones(4), rtol=2e-2, atol=0)
+from anomalib_decad.components import FeatureFusion, FeatureStandardiser
 
 
-def test_evaluation_changes_no_statistics():
-    standardiser = FeatureStandardiser(4, 1).train()
-    standardiser([torch.randn(8, 25, 4)])
-    before = [buffer.clone() for buffer in standardiser.buffers()]
-    standardiser.eval()([torch.randn(8, 25, 4) + 5])
-    assert all(torch.equal(a, b) for a, b in zip(before, standardiser.buffers(), strict=True))
+def features(dim=6, taps=3, count=500, seed=0):
+    """Correlated channels of very different means and scales."""
+    torch.manual_seed(seed)
+    mixing = torch.randn(dim, dim)
+    scale, shift = 10 ** torch.linspace(-2, 2, dim), 10 * torch.randn(dim)
+    return [torch.randn(count, dim) @ mixing * scale * (tap + 1) + shift for tap in range(taps)]
 
 
-def test_fusion_is_the_scaled_mean():
-    taps = [torch.randn(2, 9, 4) for _ in range(3)]
-    torch.testing.assert_close(fuse(taps), sum(taps) / 3 * 5 / 4**0.5)
+def covariance(rows):
+    return torch.cov(rows.double().T)
 
 
-@pytest.mark.parametrize("dim", [64, 384, 768])
-def test_norm_does_not_depend_on_the_width(dim):
-    correlated = torch.randn(4, 25, dim)
-    taps = [0.7 * correlated + 0.7 * torch.randn(4, 25, dim) for _ in range(3)]
-    assert 3 < fuse(taps).norm(dim=-1).mean() < 5
+@given(st.integers(0, 1000))
+@settings(max_examples=20, deadline=None)
+def test_standardised_directions_are_uncorrelated_with_the_root_of_their_variance_left(seed):
+    data = features(seed=seed)
+    standardiser = FeatureStandardiser(6, 3)
+    standardiser.initialise(data)
+    for tap, output in zip(data, standardiser(data), strict=True):
+        # Of the channels at variance 1: the correlation matrix.
+        variances = torch.linalg.eigvalsh(torch.corrcoef(tap.double().T)).clamp(min=1e-7)
+        got = covariance(output)
+        torch.testing.assert_close(output.mean(0), torch.zeros(6), rtol=0, atol=2e-2)
+        torch.testing.assert_close(got, torch.diag(variances.sqrt()), rtol=2e-2, atol=2e-2)
+
+
+def test_standardisation_ignores_shifts_and_scales_of_channels():
+    data = features()
+    scaled = [tap * torch.linspace(0.5, 50, 6) + 3 for tap in data]
+    outputs = []
+    for version in (data, scaled):
+        standardiser = FeatureStandardiser(6, 3)
+        standardiser.initialise(version)
+        outputs.append(torch.stack(standardiser(version)))
+    # The axes' signs are free; norms are not.
+    torch.testing.assert_close(outputs[0].norm(dim=-1), outputs[1].norm(dim=-1), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("dim", [8, 64, 384])
+def test_embeddings_have_norm_five_whatever_the_width_and_the_scale(dim):
+    data = [1000 * tap for tap in features(dim)]
+    fusion = FeatureFusion(dim)
+    fusion.initialise(data)
+    assert fusion(data).square().sum(-1).mean().sqrt().item() == pytest.approx(5, rel=1e-3)
+
+
+def test_the_first_channels_of_an_embedding_vary_least():
+    data = features(16)
+    fusion = FeatureFusion(16)
+    fusion.initialise(data)
+    variances = fusion(data).var(0)
+    assert (variances.diff() > -1e-4).all()
+
+
+def test_a_single_patch_and_constant_features_are_no_error():
+    for data in ([torch.randn(1, 6)] * 3, [torch.ones(40, 6)] * 3):
+        standardiser, fusion = FeatureStandardiser(6, 3), FeatureFusion(6)
+        standardiser.initialise(data)
+        fusion.initialise(data)
+        assert all(torch.isfinite(output).all() for output in [*standardiser(data), fusion(data)])

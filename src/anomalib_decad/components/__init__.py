@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parts of DecAD. They know nothing of Lightning or anomalib."""
+"""The parts of DecAD. They know nothing of Lightning."""
 
 from anomalib_decad.components.decoder import FeatureDecoder
 from anomalib_decad.components.decoupler import Decoupler
 from anomalib_decad.components.encoder import EncoderWeightsError, ViTEncoder
-from anomalib_decad.components.fusion import FeatureStandardiser, fuse
+from anomalib_decad.components.fusion import FeatureFusion, FeatureStandardiser
 from anomalib_decad.components.invertible import InvertibleNetwork, LipschitzDenseNet, MonotoneUnit, Pila
+from anomalib_decad.components.memory import PrototypeMemory
 from anomalib_decad.components.solver import fixed_point
 from anomalib_decad.components.synthesis import AdversarialSynthesis
 
@@ -14,12 +15,13 @@ __all__ = [
     "Decoupler",
     "EncoderWeightsError",
     "FeatureDecoder",
+    "FeatureFusion",
     "FeatureStandardiser",
     "InvertibleNetwork",
     "LipschitzDenseNet",
     "MonotoneUnit",
     "Pila",
+    "PrototypeMemory",
     "ViTEncoder",
     "fixed_point",
-    "fuse",
 ]

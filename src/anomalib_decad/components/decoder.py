@@ -1,40 +1,84 @@
 # SPDX-License-Identifier: Apache-2.0
 """The decoder that reconstructs the encoder's features from cleaned embeddings."""
 
+from collections.abc import Iterable, Sequence
+from typing import cast
+
 import torch
 from timm.models.vision_transformer import Block
 from torch import nn
 
+from anomalib_decad.components.memory import PrototypeMemory
+
 __all__ = ["FeatureDecoder"]
+
+# Of the mean eigenvalue: keeps the least squares of the start well posed when there are few patches.
+_RIDGE = 1e-3
 
 
 class FeatureDecoder(nn.Module):
-    """Transformer blocks with an output head for each tapped encoder block.
+    """A memory of normal embeddings, transformer blocks, and outputs for each tapped encoder block.
 
-    As in reverse distillation the order is reversed: early decoder blocks reconstruct deep encoder blocks. With as
-    many decoder blocks as taps each head reads a block of its own; otherwise the heads are spread evenly.
+    The embeddings are looked up in the memory, and the blocks refine what it returns by its surroundings. A feature map
+    is reconstructed as a linear map of the memory's output plus an output head on the blocks. As in reverse
+    distillation the order is reversed: early decoder blocks reconstruct deep encoder blocks. With as many decoder
+    blocks as taps each head reads a block of its own; otherwise the heads are spread evenly.
+
+    Before training (:meth:`initialise`) the linear maps are least squares and the blocks and heads add nothing, so that
+    training starts from what the memory alone can do.
 
     Args:
         dim (int): Number of channels of an embedding.
         num_taps (int): Number of feature maps to reconstruct.
         depth (int): Number of transformer blocks.
-            Defaults to ``3``.
+            Defaults to ``2``.
         num_heads (int): Attention heads of a block; must divide ``dim``.
             Defaults to ``6``.
+        num_prototypes (int): Prototypes in the memory; 0 for no memory.
+            Defaults to ``2048``.
 
     Raises:
-        ValueError: If ``depth`` is below 1.
+        ValueError: If ``depth`` is below 1 or ``num_prototypes`` below 0.
     """
 
-    def __init__(self, dim: int, num_taps: int, depth: int = 3, num_heads: int = 6) -> None:
+    def __init__(
+        self, dim: int, num_taps: int, depth: int = 2, num_heads: int = 6, num_prototypes: int = 2048
+    ) -> None:
         super().__init__()
         if depth < 1:
             msg = f"decoder_depth must be at least 1, got {depth}"
             raise ValueError(msg)
+        self.memory = PrototypeMemory(dim, num_prototypes) if num_prototypes else None
         self.blocks = nn.ModuleList(Block(dim, num_heads, mlp_ratio=4.0, qkv_bias=True) for _ in range(depth))
         self.heads = nn.ModuleList(nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim)) for _ in range(num_taps))
+        self.linears = nn.ModuleList(nn.Linear(dim, dim) for _ in range(num_taps)) if num_prototypes else None
         # The last tap, the deepest, is read first.
         self.sources = [((num_taps - tap) * depth - 1) // num_taps for tap in range(num_taps)]
+
+    @torch.no_grad()
+    def initialise(self, x: torch.Tensor, features: Sequence[torch.Tensor]) -> None:
+        """Fit the memory and the linear maps to normal patches.
+
+        Args:
+            x (torch.Tensor): Cleaned embeddings of shape (K, dim).
+            features (Sequence[torch.Tensor]): The feature maps of the same patches, of shape (K, dim).
+        """
+        if self.memory is None or self.linears is None:
+            return
+        self.memory.initialise(x)
+        remembered = self.memory(x).double()
+        centred = remembered - remembered.mean(0)
+        gram = centred.T @ centred
+        gram += _RIDGE * gram.diagonal().mean().clamp(min=1e-12) * torch.eye(len(gram)).to(gram)
+        for linear, feature in zip(cast("Iterable[nn.Linear]", self.linears), features, strict=True):
+            mean = feature.double().mean(0)
+            weight = torch.linalg.solve(gram, centred.T @ (feature.double() - mean)).T
+            linear.weight.copy_(weight)
+            linear.bias.copy_(mean - weight @ remembered.mean(0))
+        last = [block.attn.proj for block in self.blocks] + [block.mlp.fc2 for block in self.blocks]
+        for layer in [*last, *(head[1] for head in self.heads)]:
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
 
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
         """Reconstruct the feature maps.
@@ -45,8 +89,16 @@ class FeatureDecoder(nn.Module):
         Returns:
             list[torch.Tensor]: A reconstruction of shape (B, N, dim) for each tap, in the encoder's order.
         """
-        outputs = []
+        if self.memory is not None:
+            x = self.memory(x)
+        remembered, outputs = x, []
         for block in self.blocks:
             x = block(x)
             outputs.append(x)
-        return [head(outputs[max(source, 0)]) for head, source in zip(self.heads, self.sources, strict=True)]
+        reconstructions = [head(outputs[max(source, 0)]) for head, source in zip(self.heads, self.sources, strict=True)]
+        if self.linears is None:
+            return reconstructions
+        return [
+            reconstruction + linear(remembered)
+            for reconstruction, linear in zip(reconstructions, self.linears, strict=True)
+        ]

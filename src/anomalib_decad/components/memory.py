@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A memory of normal embeddings."""
+
+import torch
+from anomalib.models.components.cluster import KMeans
+from torch import nn
+
+from anomalib_decad.components.precision import at_least_float32
+
+__all__ = ["PrototypeMemory"]
+
+
+class PrototypeMemory(nn.Module):
+    r"""Replaces each embedding by a mixture of prototypes of normal ones.
+
+    :math:`m(x) = \sum_i w_i v_i` with :math:`w = \mathrm{softmax}(-\beta \|x - k_i\|^2)`: attention to prototypes with
+    keys :math:`k_i`, values :math:`v_i` and sharpness :math:`\beta`, all learned. Keys and values start as cluster
+    centres of normal embeddings. Nothing of the input bypasses the prototypes, so an anomaly cannot be copied.
+
+    Args:
+        dim (int): Number of channels of an embedding.
+        num_prototypes (int): Number of prototypes; at least 1.
+            Defaults to ``2048``.
+        sharpness (float): Start of beta times the mean squared distance between embeddings and keys; positive.
+            Defaults to ``20.0``.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+    """
+
+    def __init__(self, dim: int, num_prototypes: int = 2048, sharpness: float = 20.0) -> None:
+        super().__init__()
+        if num_prototypes < 1:
+            msg = f"num_prototypes must be at least 1, got {num_prototypes}"
+            raise ValueError(msg)
+        if not sharpness > 0:
+            msg = f"sharpness must be positive, got {sharpness}"
+            raise ValueError(msg)
+        self.sharpness = sharpness
+        self.keys = nn.Parameter(torch.randn(num_prototypes, dim))
+        self.values = nn.Parameter(self.keys.detach().clone())
+        self.log_beta = nn.Parameter(torch.tensor(sharpness / (2 * dim)).log())
+
+    @torch.no_grad()
+    def initialise(self, x: torch.Tensor, max_iter: int = 6) -> None:
+        """Set the prototypes to cluster centres.
+
+        Args:
+            x (torch.Tensor): Normal embeddings of shape (K, dim).
+            max_iter (int): Iterations of k-means.
+        """
+        _, centres = KMeans(len(self.keys), max_iter).fit(x)
+        self.keys.copy_(centres)
+        self.values.copy_(centres)
+        distance = torch.cdist(x, centres).square().mean().clamp(min=1e-6)
+        self.log_beta.copy_((self.sharpness / distance).log())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Look embeddings up.
+
+        Args:
+            x (torch.Tensor): Embeddings of shape (..., dim).
+
+        Returns:
+            torch.Tensor: Mixtures of prototypes, shape (..., dim), in float32 or wider: the weights are exponentials
+                of differences between large numbers.
+        """
+        with torch.autocast(x.device.type, enabled=False):
+            x, keys = at_least_float32(x), self.keys
+            # |x|^2 is the same for all prototypes: the softmax does not see it.
+            similarity = self.log_beta.exp() * (2 * x @ keys.T - keys.square().sum(-1))
+            return similarity.softmax(-1) @ self.values
