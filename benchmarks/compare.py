@@ -27,7 +27,7 @@ from typing import Any
 
 import peers
 
-MEMORY_BANKS = {"Patchcore", "AnomalyDINO"}
+MEMORY_BANKS = {"Patchcore", "AnomalyDINO", "NearestNeighbour"}
 _PROBE_STEPS = 6
 _COLUMNS = (
     "model", "budget", "steps", "image_AUROC", "image_AP", "image_F1Max", "pixel_AUROC", "pixel_AP", "pixel_F1Max",
@@ -61,6 +61,7 @@ def run(args: argparse.Namespace, name: str, steps: int | None) -> dict[str, flo
         "MVTecAD",
         root=args.data,
         categories=args.categories,
+        sampling="natural" if name in MEMORY_BANKS else args.sampling,
         num_workers=0,
         train_batch_size=args.batch_size,
         eval_batch_size=args.batch_size,
@@ -71,6 +72,7 @@ def run(args: argparse.Namespace, name: str, steps: int | None) -> dict[str, flo
         enable_progress_bar=args.progress,
         limit_val_batches=0,
         num_sanity_val_steps=0,
+        precision="32-true" if name in MEMORY_BANKS else args.precision,
         **({"max_steps": steps} if steps else {"max_epochs": 1}),
     )
     start = time.perf_counter()
@@ -220,6 +222,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--image-size", type=int, default=280)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--coreset-ratio", type=float, default=0.01, help="share of patches that memory banks keep")
+    parser.add_argument("--sampling", default="balanced", choices=["natural", "balanced"], help="not of memory banks")
+    parser.add_argument("--precision", default="32-true", help="of Lightning's trainer, for methods that are trained in steps")
     parser.add_argument("--feature-cache", default="ram", choices=["off", "ram", "disk"], help="of DecAD")
     parser.add_argument("--arguments", default="{}", help='more arguments, as JSON: {"DecAD": {"delta": 2.0}}')
     parser.add_argument("--progress", action="store_true", help="progress bars in the logs")

@@ -46,10 +46,17 @@ _BLOCKS = ((3, 6, 9), (1, 6, 12), (2, 4, 8), (2, 8, 12), (3, 6, 10), (4, 8, 10))
 
 #: Lists of settings that are compared, by name.
 ABLATIONS: dict[str, list[dict[str, Any]]] = {
-    "decoupling": [{}, {"decouple": False}, {"synthesis_steps": 0}],
+    "decoupling": [
+        {},
+        {"synthesis_steps": 0},
+        {"decouple": False},
+        {"num_prototypes": 0},
+        {"num_prototypes": 0, "synthesis_steps": 0},
+        {"num_prototypes": 0, "decouple": False},
+    ],
     "blocks": [{"blocks": list(blocks)} for blocks in _BLOCKS],
     "delta": [{"delta": delta} for delta in (1.0, 1.5, 2.0, 2.5, 3.0)],
-    "memory": [{"num_prototypes": number} for number in (0, 512, 2048, 4096)],
+    "memory": [{"num_prototypes": number} for number in (0, 512, 1536, 3072)],
     "energy": [{"energy_power": power} for power in (0.0, 0.25, 0.5)],
     "latent": [{"abnormal_fraction": fraction} for fraction in (0.25, 0.5, 0.75)],
     "depth": [{"decoder_depth": depth} for depth in (1, 2, 3)],

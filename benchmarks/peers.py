@@ -8,10 +8,11 @@ from anomalib.pre_processing import PreProcessor
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 
 from anomalib_decad import DecAD
+from nearest_neighbour import NearestNeighbour
 
 __all__ = ["MODELS", "create"]
 
-MODELS = ("DecAD", "Dinomaly", "InpFormer", "Patchcore", "AnomalyDINO")
+MODELS = ("DecAD", "Dinomaly", "InpFormer", "Patchcore", "AnomalyDINO", "NearestNeighbour")
 
 # Of the encoder, counted from 1, where a method is not bound to others.
 _BLOCKS = (3, 6, 9)
@@ -46,6 +47,8 @@ def create(name: str, encoder: str, size: int, **kwargs: object) -> AnomalibModu
         return InpFormer(encoder_name=encoder, **kwargs)
     if name == "AnomalyDINO":
         return AnomalyDINO(encoder_name=encoder, **kwargs)
+    if name == "NearestNeighbour":
+        return NearestNeighbour(encoder=encoder, blocks=_BLOCKS, **kwargs)
     if name == "Patchcore":
         return Patchcore(backbone=encoder, layers=[f"blocks.{block - 1}" for block in _BLOCKS], **kwargs)
     msg = f"no model {name}; there are {', '.join(MODELS)}"

@@ -73,12 +73,26 @@ class AnomalyMapGenerator(nn.Module):
             errors = self.patch_errors(features, reconstructions)
             if self.energy_power:
                 errors = errors * energy.float().pow(self.energy_power)
-            patches = errors.unflatten(1, grid).unsqueeze(1)
-            rows, columns = (
-                self._interpolation(patches, num_patches, size)
-                for num_patches, size in zip(grid, image_size, strict=True)
-            )
-            maps = rows @ patches @ columns.T
+            return self.maps_and_scores(errors, grid, image_size)
+
+    def maps_and_scores(
+        self, errors: torch.Tensor, grid: tuple[int, int], image_size: tuple[int, int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Bring errors of patches to the size of the image, blur them and compute scores.
+
+        Args:
+            errors (torch.Tensor): Shape (B, N).
+            grid (tuple[int, int]): Patch rows and columns, N = rows * columns.
+            image_size (tuple[int, int]): Height and width of the maps in pixels.
+
+        Returns:
+            tuple[torch.Tensor, torch.Tensor]: Maps of shape (B, 1, height, width) and scores of shape (B,).
+        """
+        patches = errors.unflatten(1, grid).unsqueeze(1)
+        rows, columns = (
+            self._interpolation(patches, num_patches, size) for num_patches, size in zip(grid, image_size, strict=True)
+        )
+        maps = rows @ patches @ columns.T
         count = max(round(self.score_fraction * image_size[0] * image_size[1]), 1)
         return maps, maps.flatten(1).topk(count, dim=1).values.mean(1)
 

@@ -104,7 +104,7 @@ class DecAD(AnomalibModule):
         decoder_depth (int): Transformer blocks of the decoder.
             Defaults to ``2``.
         num_prototypes (int): Prototypes of normal patches in the decoder's memory; 0 for no memory.
-            Defaults to ``2048``.
+            Defaults to ``3072``.
         energy_power (float): Exponent of the abnormal energy, whose power multiplies the reconstruction error; 0 leaves
             it out.
             Defaults to ``0.25``.
@@ -184,7 +184,7 @@ class DecAD(AnomalibModule):
         abnormal_weight: float = 1.0,
         restoration_weight: float = 1.0,
         decoder_depth: int = 2,
-        num_prototypes: int = 2048,
+        num_prototypes: int = 3072,
         energy_power: float = 0.25,
         blur_sigma: float = 4.0,
         score_fraction: float = 0.01,

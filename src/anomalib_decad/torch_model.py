@@ -106,7 +106,7 @@ class DecADModel(nn.Module):
         synthesis_fraction: float = 0.5,
         synthesis_steps: int = 1,
         decoder_depth: int = 2,
-        num_prototypes: int = 2048,
+        num_prototypes: int = 3072,
         energy_power: float = 0.25,
         blur_sigma: float = 4.0,
         score_fraction: float = 0.01,

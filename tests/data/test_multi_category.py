@@ -5,6 +5,8 @@ import pytest
 import torch
 from anomalib.data import Folder, MVTecAD
 from anomalib.data.utils import ValSplitMode
+from lightning.pytorch import Trainer
+from torch.utils.data import RandomSampler, WeightedRandomSampler
 
 from anomalib_decad import MultiCategory
 from anomalib_decad.data import CategoryBatch
@@ -62,6 +64,14 @@ def test_balanced_sampling(tmp_path):
     counts = Counter(c for _ in range(10) for batch in datamodule.train_dataloader() for c in batch.category)
     assert counts.total() == 400
     assert counts["few"] == pytest.approx(200, abs=50)
+
+
+@pytest.mark.parametrize(("epochs", "balanced"), [(1, False), (2, True), (-1, True)])
+def test_sampling_is_balanced_unless_the_training_is_one_epoch(epochs, balanced, mvtec_root):
+    datamodule = loaded(MultiCategory("MVTecAD", root=mvtec_root, **OPTIONS))
+    assert type(datamodule.train_dataloader().sampler) is RandomSampler
+    datamodule.trainer = Trainer(max_epochs=epochs, max_steps=5, logger=False, accelerator="cpu")
+    assert type(datamodule.train_dataloader().sampler) is (WeightedRandomSampler if balanced else RandomSampler)
 
 
 @pytest.mark.parametrize("wrapped", ["MVTecAD", "anomalib.data.MVTecAD", MVTecAD])

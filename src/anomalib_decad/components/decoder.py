@@ -35,14 +35,14 @@ class FeatureDecoder(nn.Module):
         num_heads (int): Attention heads of a block; must divide ``dim``.
             Defaults to ``6``.
         num_prototypes (int): Prototypes in the memory; 0 for no memory.
-            Defaults to ``2048``.
+            Defaults to ``3072``.
 
     Raises:
         ValueError: If ``depth`` is below 1 or ``num_prototypes`` below 0.
     """
 
     def __init__(
-        self, dim: int, num_taps: int, depth: int = 2, num_heads: int = 6, num_prototypes: int = 2048
+        self, dim: int, num_taps: int, depth: int = 2, num_heads: int = 6, num_prototypes: int = 3072
     ) -> None:
         super().__init__()
         if depth < 1:

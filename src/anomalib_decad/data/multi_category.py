@@ -43,9 +43,10 @@ class MultiCategory(AnomalibDataModule):
             Defaults to ``None``: all that the dataset defines, or, where ``root`` has none of these, all in ``root``.
         root (Path | str | None): Folder of the dataset, with a folder for each category.
             Defaults to ``None``: that of the wrapped datamodule.
-        sampling (Literal["natural", "balanced"]): How training images are drawn: each once in an epoch, or from every
-            category equally often, with replacement.
-            Defaults to ``"natural"``.
+        sampling (Literal["auto", "natural", "balanced"]): How training images are drawn: each once in an epoch
+            (natural), or from every category equally often, with replacement (balanced).
+            Defaults to ``"auto"``: balanced, but natural where a training is a single epoch, as that of memory banks:
+            with replacement, it would miss images.
         train_batch_size (int): Images in a training batch.
             Defaults to ``16``.
         eval_batch_size (int): Images in a validation, test or prediction batch.
@@ -81,7 +82,7 @@ class MultiCategory(AnomalibDataModule):
         datamodule: str | type[AnomalibDataModule] | AnomalibDataModule | Sequence[AnomalibDataModule],
         categories: Sequence[str] | None = None,
         root: Path | str | None = None,
-        sampling: Literal["natural", "balanced"] = "natural",
+        sampling: Literal["auto", "natural", "balanced"] = "auto",
         train_batch_size: int = 16,
         eval_batch_size: int = 32,
         num_workers: int = 8,
@@ -110,8 +111,8 @@ class MultiCategory(AnomalibDataModule):
             val_split_ratio=val_split_ratio,
             seed=seed,
         )
-        if sampling not in {"natural", "balanced"}:
-            msg = f"sampling must be 'natural' or 'balanced', got {sampling!r}"
+        if sampling not in {"auto", "natural", "balanced"}:
+            msg = f"sampling must be 'auto', 'natural' or 'balanced', got {sampling!r}"
             raise ValueError(msg)
         self.sampling = sampling
         settings = {
@@ -192,9 +193,15 @@ class MultiCategory(AnomalibDataModule):
             ),
         )
 
+    @property
+    def _is_balanced(self) -> bool:
+        if self.sampling == "auto":
+            return self.trainer is not None and self.trainer.max_epochs != 1
+        return self.sampling == "balanced"
+
     def train_dataloader(self) -> TRAIN_DATALOADERS:
         """Create the training dataloader, with the chosen sampling."""
-        if self.sampling == "natural":
+        if not self._is_balanced:
             return super().train_dataloader()
         category = self.train_data.samples["category"]
         weights = 1 / category.map(category.value_counts()).to_numpy(dtype=float)

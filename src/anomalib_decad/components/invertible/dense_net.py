@@ -16,6 +16,9 @@ __all__ = ["DenseLayer", "FoldedDenseNet", "LipschitzDenseNet", "dense"]
 # One power iteration a training step lags behind the weights at high learning rates, and the estimate is from below.
 _POWER_ITERATIONS = 3
 
+# Of G before training.
+_GAIN = 0.05
+
 
 def _normalised_linear(in_features: int, out_features: int) -> nn.Linear:
     linear = nn.Linear(in_features, out_features)
@@ -55,10 +58,11 @@ class DenseLayer(nn.Module):
 
 
 class LipschitzDenseNet(nn.Module):
-    r"""i-DenseNet between two spectrally normalised linear maps: :math:`G(u) = L\,(B\,D(Au + a) + b)`.
+    r"""i-DenseNet between two spectrally normalised linear maps: :math:`G(u) = L\,g\,(B\,D(Au + a) + b)`.
 
-    A (dim to hidden_dim) and B (back to dim) have spectral norm 1 and D, a stack of :class:`DenseLayer`, is
-    1-Lipschitz, so the Lipschitz constant of G is at most L. As hidden_dim is small, the fixed point of a unit can be
+    A (dim to hidden_dim) and B (back to dim) have spectral norm 1, D, a stack of :class:`DenseLayer`, is 1-Lipschitz, and
+    the learned gain g lies in (0, 1), so the Lipschitz constant of G is at most L. The gain starts at 0.05: a unit starts
+    near the identity, and the latent near the axes of the embedding. As hidden_dim is small, the fixed point of a unit can be
     iterated in hidden_dim channels (see :class:`MonotoneUnit`), which is what makes the invertible network cheap.
 
     Args:
@@ -94,6 +98,7 @@ class LipschitzDenseNet(nn.Module):
         self.encode = _normalised_linear(dim, hidden_dim)
         self.dense = nn.Sequential(*(DenseLayer(hidden_dim + i * growth, growth, k) for i in range(depth)))
         self.decode = _normalised_linear(hidden_dim + depth * growth, dim)
+        self.gain = nn.Parameter(torch.tensor(_GAIN).logit())
 
     def forward(self, u: torch.Tensor) -> torch.Tensor:
         """Compute G.
@@ -104,7 +109,7 @@ class LipschitzDenseNet(nn.Module):
         Returns:
             torch.Tensor: Shape (..., dim).
         """
-        return self.lipschitz * self.decode(self.dense(self.encode(u)))
+        return self.lipschitz * self.gain.sigmoid() * self.decode(self.dense(self.encode(u)))
 
     def folded(self) -> "FoldedDenseNet":
         """Compute all normalised weights once, for many evaluations of D.
@@ -121,7 +126,8 @@ class LipschitzDenseNet(nn.Module):
             layers.append((k * layer.linear.weight * scale, k * layer.linear.bias))
             eta = layer.eta()
             scale = torch.cat([eta[0] * scale, (eta[1] / (2 * k)).expand(len(layer.linear.bias))])
-        return FoldedDenseNet(encode, self.encode.bias, decode * scale, self.decode.bias, layers)
+        gain = self.gain.sigmoid()
+        return FoldedDenseNet(encode, self.encode.bias, gain * decode * scale, gain * self.decode.bias, layers)
 
 
 class FoldedDenseNet(NamedTuple):
