@@ -326,9 +326,11 @@ class DecAD(AnomalibModule):
         self.model.encoder.load_weights()
         if self.model.initialised:
             return
-        # Nothing here may change the random numbers of the training.
+        # Lightning begins the first epoch here, whose random numbers are those of the training.
+        self.trainer.fit_loop.setup_data()
         with isolate_rng():
-            self.trainer.fit_loop.setup_data()
+            # How many have been used up by now depends on the number of workers.
+            torch.manual_seed(torch.initial_seed())
             if self.trainer.is_global_zero:
                 self.model.train()
                 self.model.initialise(self._sample_features())
@@ -345,12 +347,15 @@ class DecAD(AnomalibModule):
         """
         logger.info("Preparing the model with up to %d training images.", _SAMPLE_IMAGES)
         trainer, transform = self.trainer, getattr(self.pre_processor, "transform", None)
+        datamodule = getattr(trainer, "datamodule", None)
+        # Not the loader of the training, which has begun to read.
+        loader = datamodule.train_dataloader() if datamodule else trainer.train_dataloader
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
         chosen: list[torch.Tensor] = []
         count = 0
         with Progress(*columns, disable=trainer.progress_bar_callback is None) as progress:
             task = progress.add_task("Looking at training images", total=_SAMPLE_IMAGES)
-            for batch in trainer.train_dataloader:
+            for batch in loader:
                 batch = trainer.strategy.batch_to_device(batch)
                 if isinstance(batch, FeatureBatch):
                     features = batch.features()
