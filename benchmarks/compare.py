@@ -223,7 +223,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--coreset-ratio", type=float, default=0.01, help="share of patches that memory banks keep")
     parser.add_argument("--sampling", default="balanced", choices=["natural", "balanced"], help="not of memory banks")
-    parser.add_argument("--precision", default="32-true", help="of Lightning's trainer, for methods that are trained in steps")
+    parser.add_argument(
+        "--precision", default="32-true", help="of Lightning's trainer, for methods that are trained in steps"
+    )
     parser.add_argument("--feature-cache", default="ram", choices=["off", "ram", "disk"], help="of DecAD")
     parser.add_argument("--arguments", default="{}", help='more arguments, as JSON: {"DecAD": {"delta": 2.0}}')
     parser.add_argument("--progress", action="store_true", help="progress bars in the logs")

@@ -117,20 +117,16 @@ def load(args: argparse.Namespace, blocks: Sequence[int]) -> dict[str, Split]:
 
 
 @torch.inference_mode()
-def encode(
-    model: DecAD, encoder: ViTEncoder, dataset: Any, folder: Path, blocks: Sequence[int], split: str
-) -> None:
+def encode(model: DecAD, encoder: ViTEncoder, dataset: Any, folder: Path, blocks: Sequence[int], split: str) -> None:
     """Write the features of some blocks, and the masks, to a folder."""
     prepare = model.pre_processor.transform
     wanted = [index for index, block in enumerate(encoder.indices) if block + 1 in blocks]
     files: list[np.ndarray] = []
-    codes: list[FeatureCode] = []
     masks: list[torch.Tensor] = []
     step = 8
     order = np.random.default_rng(0).permutation(len(dataset))[: 2 * step]
     images = torch.stack([prepare(dataset[int(index)].image[None])[0] for index in order])
-    for tap in [features for index, features in enumerate(encoder(images)) if index in wanted]:
-        codes.append(FeatureCode.of(tap[:, None]))
+    codes = [FeatureCode.of(tap[:, None]) for index, tap in enumerate(encoder(images)) if index in wanted]
     for start in track(range(0, len(dataset), step), description=f"Encoding {split} images"):
         items = [dataset[index] for index in range(start, min(start + step, len(dataset)))]
         images = torch.cat([prepare(item.image[None]) for item in items])
@@ -181,7 +177,7 @@ class Leakage(Callback):
         net = pl_module.model.eval()
         sums = dict.fromkeys(("defect", "normal", "defect_kept", "normal_kept"), 0.0)
         counts = dict.fromkeys(("defect", "normal"), 0)
-        indices = [index for index in range(0, len(self.test.labels), self.args.leakage_stride)]
+        indices = range(0, len(self.test.labels), self.args.leakage_stride)
         for chunk in _chunks(indices, 16):
             batch = self.test.batch(chunk, pl_module.blocks, self.args.grid)
             features = batch.features()
@@ -244,7 +240,10 @@ def run(args: argparse.Namespace, splits: dict[str, Split], settings: dict[str, 
         "image_size": args.image_size,
         "precision": args.precision,
         "sampling": args.sampling,
-        "images": {name: {c: split.categories.count(c) for c in dict.fromkeys(split.categories)} for name, split in splits.items()},
+        "images": {
+            name: {c: split.categories.count(c) for c in dict.fromkeys(split.categories)}
+            for name, split in splits.items()
+        },
         "training_seconds": round(seconds, 1),
         "metrics": {name: {key: round(value, 5) for key, value in row.items()} for name, row in table.items()},
         "leakage": [{key: round(value, 5) for key, value in point.items()} for point in leakage.curve],
@@ -288,7 +287,7 @@ def machine() -> dict[str, str]:
         names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
         cpu = names[0] if names else cpu
     commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],  # noqa: S607
+        ["git", "describe", "--always", "--dirty"],
         capture_output=True, text=True, check=False, cwd=Path(__file__).parent,
     ).stdout.strip()  # fmt: skip
     return {
@@ -338,9 +337,7 @@ def summarise(lines: Sequence[dict[str, Any]], args: argparse.Namespace) -> str:
 
     def half(chosen: bool) -> Callable[[dict[str, Any]], float]:
         return lambda metrics: statistics.mean(
-            row["mean_of_seven"]
-            for name, row in metrics.items()
-            if name != "mean" and (name in args.choose) == chosen
+            row["mean_of_seven"] for name, row in metrics.items() if name != "mean" and (name in args.choose) == chosen
         )
 
     cells = [of(lambda metrics, key=metric: metrics["mean"][key]) for metric in (*METRICS, "mean_of_seven")]
@@ -378,7 +375,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sampling", choices=["balanced", "natural"], default="balanced")
     parser.add_argument("--precision", default="bf16-mixed", help="of Lightning's trainer")
     parser.add_argument("--choose", nargs="+", default=[], help="categories that choices are made by")
-    parser.add_argument("--leakage-every", type=int, default=0, help="measure the leakage every so many steps; 0: never")
+    parser.add_argument(
+        "--leakage-every", type=int, default=0, help="measure the leakage every so many steps; 0: never"
+    )
     parser.add_argument("--leakage-stride", type=int, default=4, help="... on every so many test images")
     parser.add_argument("--encoder", default="vit_small_patch14_dinov2")
     parser.add_argument("--blocks", type=int, nargs="+", default=[3, 6, 9])

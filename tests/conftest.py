@@ -65,7 +65,13 @@ class Losses(Callback):
 @pytest.fixture
 def make_model(encoder_weights):
     def make(**kwargs):
-        options = {"encoder": ENCODER, "encoder_weights": encoder_weights, "blocks": [1, 2, 3], "hidden_dim": 8, "num_prototypes": 16}
+        options = {
+            "encoder": ENCODER,
+            "encoder_weights": encoder_weights,
+            "blocks": [1, 2, 3],
+            "hidden_dim": 8,
+            "num_prototypes": 16,
+        }
         options["image_size"] = None if "pre_processor" in kwargs else (IMAGE_SIZE, IMAGE_SIZE)
         return DecAD(**{"visualizer": False, **options, **kwargs})
 

@@ -57,7 +57,9 @@ def test_score_is_the_mean_of_the_largest_values():
     torch.testing.assert_close(scores, expected)
 
 
-@pytest.mark.parametrize("arguments", [{"sigma": -1}, {"score_fraction": 0}, {"score_fraction": 1.5}, {"energy_power": -1}])
+@pytest.mark.parametrize(
+    "arguments", [{"sigma": -1}, {"score_fraction": 0}, {"score_fraction": 1.5}, {"energy_power": -1}]
+)
 def test_bad_arguments_are_refused(arguments):
     with pytest.raises(ValueError, match=next(iter(arguments))):
         AnomalyMapGenerator(**arguments)

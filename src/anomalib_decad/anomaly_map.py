@@ -14,9 +14,9 @@ __all__ = ["AnomalyMapGenerator"]
 class AnomalyMapGenerator(nn.Module):
     """Turns reconstructed feature maps into an anomaly map and a score for each image.
 
-    The error of a patch is the mean over the taps of 1 - cosine similarity between a feature map and its reconstruction,
-    times a power of the abnormal energy H that was removed. Brought to the size of the image bilinearly and blurred, the
-    errors are the map. The score is the mean of the largest values of the map.
+    The error of a patch is the mean over the taps of 1 - cosine similarity between a feature map and its
+    reconstruction, times a power of the abnormal energy H that was removed. Brought to the size of the image bilinearly
+    and blurred, the errors are the map. The score is the mean of the largest values of the map.
 
     Bilinear interpolation and the Gaussian blur are linear and separable, so both together are one small matrix for
     each axis, applied to the errors of the patches: the same map as that of a blur at full resolution.
@@ -66,7 +66,8 @@ class AnomalyMapGenerator(nn.Module):
             energy (torch.Tensor): Abnormal energies of the patches, shape (B, N), not negative.
 
         Returns:
-            tuple[torch.Tensor, torch.Tensor]: Maps of shape (B, 1, height, width) and scores of shape (B,), not negative.
+            tuple[torch.Tensor, torch.Tensor]: Maps of shape (B, 1, height, width) and scores of shape (B,), neither
+                negative.
         """
         # In float32 also under automatic mixed precision: bfloat16 has too few digits for ranks.
         with torch.autocast(features[0].device.type, enabled=False):

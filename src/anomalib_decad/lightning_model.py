@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from anomalib import LearningType, TaskType
@@ -23,6 +23,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
 from torchmetrics import Metric
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 
@@ -112,8 +113,8 @@ class DecAD(AnomalibModule):
             Defaults to ``4.0``.
         score_fraction (float): Share of an anomaly map's pixels, the largest, whose mean is the image score.
             Defaults to ``0.01``.
-        decouple (bool): Whether anomalies are synthesised and removed. Without, it is a plain reconstruction, to compare
-            with.
+        decouple (bool): Whether anomalies are synthesised and removed. Without, it is a plain reconstruction, to
+            compare with.
             Defaults to ``True``.
         max_steps (int): Training steps where the trainer is given neither max_steps nor max_epochs, for example in
             ``anomalib benchmark``, which gives it none.
@@ -335,7 +336,9 @@ class DecAD(AnomalibModule):
                 self.model.train()
                 self.model.initialise(self._sample_features())
             if self.trainer.world_size > 1:
-                own = {name: value for name, value in self.model.state_dict().items() if not name.startswith("encoder.")}
+                own = {
+                    name: value for name, value in self.model.state_dict().items() if not name.startswith("encoder.")
+                }
                 self.model.load_state_dict(self.trainer.strategy.broadcast(own), strict=False)
 
     @torch.no_grad()
@@ -355,7 +358,7 @@ class DecAD(AnomalibModule):
         count = 0
         with Progress(*columns, disable=trainer.progress_bar_callback is None) as progress:
             task = progress.add_task("Looking at training images", total=_SAMPLE_IMAGES)
-            for batch in loader:
+            for batch in cast("DataLoader", loader):
                 batch = trainer.strategy.batch_to_device(batch)
                 if isinstance(batch, FeatureBatch):
                     features = batch.features()

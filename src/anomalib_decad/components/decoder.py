@@ -41,9 +41,7 @@ class FeatureDecoder(nn.Module):
         ValueError: If ``depth`` is below 1 or ``num_prototypes`` below 0.
     """
 
-    def __init__(
-        self, dim: int, num_taps: int, depth: int = 2, num_heads: int = 6, num_prototypes: int = 3072
-    ) -> None:
+    def __init__(self, dim: int, num_taps: int, depth: int = 2, num_heads: int = 6, num_prototypes: int = 3072) -> None:
         super().__init__()
         if depth < 1:
             msg = f"decoder_depth must be at least 1, got {depth}"
@@ -75,10 +73,11 @@ class FeatureDecoder(nn.Module):
             weight = torch.linalg.solve(gram, centred.T @ (feature.double() - mean)).T
             linear.weight.copy_(weight)
             linear.bias.copy_(mean - weight @ remembered.mean(0))
-        last = [block.attn.proj for block in self.blocks] + [block.mlp.fc2 for block in self.blocks]
-        for layer in [*last, *(head[1] for head in self.heads)]:
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        for block in cast("Iterable[Block]", self.blocks):
+            _zero(block.attn.proj)
+            _zero(block.mlp.fc2)
+        for head in cast("Iterable[nn.Sequential]", self.heads):
+            _zero(cast("nn.Linear", head[-1]))
 
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
         """Reconstruct the feature maps.
@@ -102,3 +101,8 @@ class FeatureDecoder(nn.Module):
             reconstruction + linear(remembered)
             for reconstruction, linear in zip(reconstructions, self.linears, strict=True)
         ]
+
+
+def _zero(layer: nn.Linear) -> None:
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)

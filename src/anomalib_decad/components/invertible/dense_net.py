@@ -60,10 +60,11 @@ class DenseLayer(nn.Module):
 class LipschitzDenseNet(nn.Module):
     r"""i-DenseNet between two spectrally normalised linear maps: :math:`G(u) = L\,g\,(B\,D(Au + a) + b)`.
 
-    A (dim to hidden_dim) and B (back to dim) have spectral norm 1, D, a stack of :class:`DenseLayer`, is 1-Lipschitz, and
-    the learned gain g lies in (0, 1), so the Lipschitz constant of G is at most L. The gain starts at 0.05: a unit starts
-    near the identity, and the latent near the axes of the embedding. As hidden_dim is small, the fixed point of a unit can be
-    iterated in hidden_dim channels (see :class:`MonotoneUnit`), which is what makes the invertible network cheap.
+    A (dim to hidden_dim) and B (back to dim) have spectral norm 1, D, a stack of :class:`DenseLayer`, is 1-Lipschitz,
+    and the learned gain g lies in (0, 1), so the Lipschitz constant of G is at most L. The gain starts at 0.05: a unit
+    starts near the identity, and the latent near the axes of the embedding. As hidden_dim is small, the fixed point of
+    a unit can be iterated in hidden_dim channels (see :class:`MonotoneUnit`), which is what makes the invertible
+    network cheap.
 
     Args:
         dim (int): Number of channels of the input and the output.
