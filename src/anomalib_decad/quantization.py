@@ -21,6 +21,9 @@ __all__ = ["quantize", "quantize_with_accuracy_control"]
 # NNCF's own default, beyond which statistics hardly change.
 _CALIBRATION_IMAGES = 300
 
+# Parts of DecAD whose weights stay in floating point.
+_PRECISE_PARTS = (".fusion.", ".standardiser.", ".decoupler.", ".memory.")
+
 
 def quantize(model: Any, datamodule: AnomalibDataModule | None) -> Any:
     """Quantise encoder and decoder of an exported DecAD.
@@ -131,10 +134,11 @@ def _options(model: Any) -> dict[str, Any]:
 
 
 def _precise_operations(model: Any) -> Iterator[str]:
-    """Name all operations but the matrix products of the encoder's and the decoder's transformer blocks.
+    """Name all operations but the matrix products of the encoder's and the decoder's transformer blocks and heads.
 
-    Resizing and the anomaly map are exact interpolations, and removal is only faithful if the network is inverted
-    accurately. The embedding of patches and elementwise operations are cheap, and OpenVINO 2026.4 fails on them.
+    Resizing and the anomaly map are exact interpolations, removal is only faithful if the network is inverted
+    accurately, and the memory takes exponentials of differences between large numbers. The embedding of patches and
+    elementwise operations are cheap, and OpenVINO 2026.4 fails on them.
     """
     encoding = False
     for operation in model.get_ordered_ops():
@@ -142,9 +146,9 @@ def _precise_operations(model: Any) -> Iterator[str]:
         # The encoder begins with its patches.
         encoding = encoding or kind == "Convolution"
         constants = [value.get_node() for value in operation.input_values() if _is_constant(value.get_node())]
-        is_network = any(".decoupler." in constant.get_friendly_name() for constant in constants)
+        is_precise = any(part in constant.get_friendly_name() for constant in constants for part in _PRECISE_PARTS)
         is_interpolation = bool(constants) and len(operation.get_output_partial_shape(0)) == 4
-        if kind == "MatMul" and encoding and not is_network and not is_interpolation:
+        if kind == "MatMul" and encoding and not is_precise and not is_interpolation:
             continue
         if kind not in {"Constant", "Parameter", "Result"}:
             yield operation.get_friendly_name()

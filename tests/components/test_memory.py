@@ -24,15 +24,15 @@ def test_what_is_remembered_lies_between_the_prototypes(clusters):
     memory = PrototypeMemory(8, 24)
     memory.initialise(clusters[1])
     output = memory(100 * torch.randn(50, 8))
-    assert (output <= memory.values.max(0).values + 1e-4).all()
-    assert (output >= memory.values.min(0).values - 1e-4).all()
+    assert (output <= memory.values.max(1).values + 1e-4).all()
+    assert (output >= memory.values.min(1).values - 1e-4).all()
 
 
 def test_weights_are_those_of_squared_distances():
     memory = PrototypeMemory(4, 5).double()
     x = torch.randn(2, 7, 4, dtype=torch.float64)
     weights = (-memory.log_beta.exp() * torch.cdist(x, memory.keys).square()).softmax(-1)
-    torch.testing.assert_close(memory(x), weights @ memory.values)
+    torch.testing.assert_close(memory(x), weights @ memory.values.T)
 
 
 def test_gradients():

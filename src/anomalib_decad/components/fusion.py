@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is reconstructed and from what: standardised feature maps, and their fusion into one embedding a patch."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import cast
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-from anomalib_decad.components.precision import at_least_float32
+from anomalib_decad.components.precision import at_least_float32, linear_rows
 
 __all__ = ["FeatureFusion", "FeatureStandardiser"]
 
@@ -37,13 +38,9 @@ class FeatureStandardiser(nn.Module):
         num_taps (int): Number of feature maps.
     """
 
-    mean: torch.Tensor
-    matrix: torch.Tensor
-
     def __init__(self, dim: int, num_taps: int) -> None:
         super().__init__()
-        self.register_buffer("mean", torch.zeros(num_taps, dim))
-        self.register_buffer("matrix", torch.eye(dim).repeat(num_taps, 1, 1))
+        self.axes = nn.ModuleList(_Axes(dim) for _ in range(num_taps))
 
     @torch.no_grad()
     def initialise(self, features: Sequence[torch.Tensor]) -> None:
@@ -52,12 +49,10 @@ class FeatureStandardiser(nn.Module):
         Args:
             features (Sequence[torch.Tensor]): Feature maps of normal images, of shape (..., dim), one for each tap.
         """
-        for tap, feature in enumerate(features):
-            rows = at_least_float32(feature.reshape(-1, feature.shape[-1]))
+        for feature, axes in zip(features, cast("Iterable[_Axes]", self.axes), strict=True):
+            rows = at_least_float32(feature.flatten(0, -2))
             scale = rows.std(0, correction=0).clamp(min=1e-6)
-            _, axes = _partial_whitening(rows / scale)
-            self.mean[tap] = rows.mean(0)
-            self.matrix[tap] = axes / scale[:, None]
+            axes.set(rows.mean(0), _partial_whitening(rows / scale) / scale)
 
     def forward(self, features: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Standardise feature maps.
@@ -68,11 +63,7 @@ class FeatureStandardiser(nn.Module):
         Returns:
             list[torch.Tensor]: Standardised feature maps of the same shapes, in float32 or wider.
         """
-        with torch.autocast(features[0].device.type, enabled=False):
-            return [
-                (at_least_float32(feature.detach()) - mean) @ matrix
-                for feature, mean, matrix in zip(features, self.mean, self.matrix, strict=True)
-            ]
+        return [axes(feature.detach()) for feature, axes in zip(features, self.axes, strict=True)]
 
 
 class FeatureFusion(nn.Module):
@@ -87,13 +78,9 @@ class FeatureFusion(nn.Module):
         dim (int): Number of channels.
     """
 
-    mean: torch.Tensor
-    matrix: torch.Tensor
-
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.register_buffer("mean", torch.zeros(dim))
-        self.register_buffer("matrix", torch.eye(dim) * _NORM / dim**0.5)
+        self.axes = _Axes(dim)
 
     @torch.no_grad()
     def initialise(self, features: Sequence[torch.Tensor]) -> None:
@@ -103,10 +90,9 @@ class FeatureFusion(nn.Module):
             features (Sequence[torch.Tensor]): Feature maps of normal images, of shape (..., dim), one for each tap.
         """
         rows = self._average(features).flatten(0, -2)
-        mean, axes = _partial_whitening(rows)
-        norm = ((rows - mean) @ axes).square().sum(-1).mean().sqrt()
-        self.mean.copy_(mean)
-        self.matrix.copy_(axes * _NORM / norm.clamp(min=1e-6))
+        mean, matrix = rows.mean(0), _partial_whitening(rows)
+        norm = ((rows - mean) @ matrix.T).square().sum(-1).mean().sqrt()
+        self.axes.set(mean, matrix * _NORM / norm.clamp(min=1e-6))
 
     def forward(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
         """Fuse feature maps.
@@ -118,7 +104,7 @@ class FeatureFusion(nn.Module):
             torch.Tensor: Embeddings of shape (..., dim), in float32 or wider.
         """
         with torch.autocast(features[0].device.type, enabled=False):
-            return (self._average(features) - self.mean) @ self.matrix
+            return self.axes(self._average(features))
 
     @staticmethod
     def _average(features: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -126,17 +112,36 @@ class FeatureFusion(nn.Module):
         return torch.stack(normalised).mean(0)
 
 
-def _partial_whitening(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+class _Axes(nn.Module):
+    """Coordinates along axes: subtracts a mean, then applies a matrix of shape (dim, dim)."""
+
+    mean: torch.Tensor
+    matrix: torch.Tensor
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("matrix", torch.eye(dim))
+
+    def set(self, mean: torch.Tensor, matrix: torch.Tensor) -> None:
+        self.mean.copy_(mean)
+        self.matrix.copy_(matrix)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return linear_rows(at_least_float32(x) - self.mean, self.matrix)
+
+
+def _partial_whitening(rows: torch.Tensor) -> torch.Tensor:
     """Find the principal axes of rows, each divided by a power of its variance, in increasing order of variance.
 
     Args:
         rows (torch.Tensor): Shape (K, dim).
 
     Returns:
-        tuple[torch.Tensor, torch.Tensor]: Mean of shape (dim,), and axes as the columns of a matrix (dim, dim).
+        torch.Tensor: The axes, as the rows of a matrix (dim, dim).
     """
-    mean = rows.mean(0)
     # correction=0, because a sample may be a single patch.
-    variances, axes = torch.linalg.eigh(torch.cov((rows - mean).double().T, correction=0))
+    variances, axes = torch.linalg.eigh(torch.cov((rows - rows.mean(0)).double().T, correction=0))
     variances = variances.clamp(min=max(_FLOOR * variances[-1].item(), _TINY))
-    return mean, (axes * variances.pow(-_POWER / 2)).to(rows.dtype)
+    return (axes * variances.pow(-_POWER / 2)).T.to(rows.dtype)

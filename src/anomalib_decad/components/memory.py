@@ -5,7 +5,7 @@ import torch
 from anomalib.models.components.cluster import KMeans
 from torch import nn
 
-from anomalib_decad.components.precision import at_least_float32
+from anomalib_decad.components.precision import at_least_float32, linear_rows
 
 __all__ = ["PrototypeMemory"]
 
@@ -38,7 +38,7 @@ class PrototypeMemory(nn.Module):
             raise ValueError(msg)
         self.sharpness = sharpness
         self.keys = nn.Parameter(torch.randn(num_prototypes, dim))
-        self.values = nn.Parameter(self.keys.detach().clone())
+        self.values = nn.Parameter(self.keys.detach().T.clone())
         self.log_beta = nn.Parameter(torch.tensor(sharpness / (2 * dim)).log())
 
     @torch.no_grad()
@@ -51,7 +51,7 @@ class PrototypeMemory(nn.Module):
         """
         _, centres = KMeans(len(self.keys), max_iter).fit(x)
         self.keys.copy_(centres)
-        self.values.copy_(centres)
+        self.values.copy_(centres.T)
         distance = torch.cdist(x, centres).square().mean().clamp(min=1e-6)
         self.log_beta.copy_((self.sharpness / distance).log())
 
@@ -66,7 +66,7 @@ class PrototypeMemory(nn.Module):
                 of differences between large numbers.
         """
         with torch.autocast(x.device.type, enabled=False):
-            x, keys = at_least_float32(x), self.keys
+            beta = self.log_beta.exp()
             # |x|^2 is the same for all prototypes: the softmax does not see it.
-            similarity = self.log_beta.exp() * (2 * x @ keys.T - keys.square().sum(-1))
-            return similarity.softmax(-1) @ self.values
+            similarity = linear_rows(2 * beta * at_least_float32(x), self.keys, -beta * self.keys.square().sum(-1))
+            return linear_rows(similarity.softmax(-1), self.values)

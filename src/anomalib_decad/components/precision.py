@@ -2,8 +2,9 @@
 """The precision that statistics, inverses and perturbations are computed in."""
 
 import torch
+from torch.nn import functional
 
-__all__ = ["at_least_float32"]
+__all__ = ["at_least_float32", "linear_rows"]
 
 
 def at_least_float32(x: torch.Tensor) -> torch.Tensor:
@@ -16,3 +17,17 @@ def at_least_float32(x: torch.Tensor) -> torch.Tensor:
         torch.Tensor: Same shape as ``x``, in float32 or wider.
     """
     return x.float() if x.dtype in {torch.float16, torch.bfloat16} else x
+
+
+def linear_rows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Apply a linear map to all rows at once: exported, its weight keeps its name, by which quantisation spares it.
+
+    Args:
+        x (torch.Tensor): Shape (..., in_features).
+        weight (torch.Tensor): Shape (out_features, in_features).
+        bias (torch.Tensor | None): Shape (out_features,).
+
+    Returns:
+        torch.Tensor: Shape (..., out_features).
+    """
+    return functional.linear(x.flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1])
