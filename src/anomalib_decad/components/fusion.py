@@ -33,6 +33,9 @@ class FeatureStandardiser(nn.Module):
 
     The statistics are those of a sample of normal patches, see :meth:`initialise`.
 
+    Measured (``benchmarks/NOTES.md``, "Accuracy"): after 150 steps the reconstruction error alone has a mean of the
+    seven metrics of 81.9 with partly whitened targets and 80.8 with channels of variance 1 only.
+
     Args:
         dim (int): Number of channels.
         num_taps (int): Number of feature maps.
@@ -73,6 +76,10 @@ class FeatureFusion(nn.Module):
     channels of a latent near the embedding, which hold the abnormal component, start as what normal patches hardly use.
     A direction of variance :math:`\lambda` is divided by :math:`\lambda^{1/4}`, and all by one number that gives the
     normal embeddings a root mean square norm of 5, for any encoder: this is the scale of the radius delta.
+
+    Measured without any training (``benchmarks/NOTES.md``, "Accuracy"): the energy of the half of the axes with least
+    variance, each at variance 1, has a mean of the seven metrics of 78.8 for layer-normalised and 74.9 for standardised
+    feature maps.
 
     Args:
         dim (int): Number of channels.

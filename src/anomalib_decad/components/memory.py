@@ -17,6 +17,9 @@ class PrototypeMemory(nn.Module):
     keys :math:`k_i`, values :math:`v_i` and sharpness :math:`\beta`, all learned. Keys and values start as cluster
     centres of normal embeddings. Nothing of the input bypasses the prototypes, so an anomaly cannot be copied.
 
+    Measured (``benchmarks/NOTES.md``, "Accuracy"): after 150 steps a decoder of transformer blocks alone reaches a mean
+    of the seven metrics of 77 by its errors, and 82 behind a memory.
+
     Args:
         dim (int): Number of channels of an embedding.
         num_prototypes (int): Number of prototypes; at least 1.
