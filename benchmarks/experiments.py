@@ -93,7 +93,8 @@ class Split:
 def load(args: argparse.Namespace, blocks: Sequence[int]) -> dict[str, Split]:
     """Find the features of the encoder's blocks, or compute them."""
     size = (args.image_size, args.image_size)
-    model = DecAD(encoder=args.encoder, image_size=size, blocks=blocks, visualizer=False).eval()
+    weights = args.encoder_weights
+    model = DecAD(args.encoder, encoder_weights=weights, image_size=size, blocks=blocks, visualizer=False).eval()
     encoder: ViTEncoder = model.model.encoder
     datamodule = MultiCategory("MVTecAD", root=args.data, categories=args.categories, num_workers=0)
     datamodule.setup()
@@ -101,7 +102,7 @@ def load(args: argparse.Namespace, blocks: Sequence[int]) -> dict[str, Split]:
     for name in ("train", "test"):
         dataset = getattr(datamodule, f"{name}_data")
         paths = [Path(path) for path in dataset.samples.image_path]
-        folder = args.features / fingerprint(args.encoder, size, *paths)
+        folder = args.features / fingerprint(args.encoder, str(weights), size, *paths)
         folder.mkdir(parents=True, exist_ok=True)
         missing = [block for block in blocks if not (folder / f"{block}.done").is_file()]
         if missing or not (folder / "masks.npy").is_file():
@@ -201,7 +202,14 @@ def run(args: argparse.Namespace, splits: dict[str, Split], settings: dict[str, 
     seed_everything(seed, verbose=False)
     blocks = settings.get("blocks", args.blocks)
     size = (args.image_size, args.image_size)
-    options = {"encoder": args.encoder, "image_size": size, "blocks": blocks, "visualizer": False, "evaluator": False}
+    options = {
+        "encoder": args.encoder,
+        "encoder_weights": args.encoder_weights,
+        "image_size": size,
+        "blocks": blocks,
+        "visualizer": False,
+        "evaluator": False,
+    }
     model = DecAD(**{**options, **settings})
     model.blocks = blocks
     train = splits["train"]
@@ -380,6 +388,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--leakage-stride", type=int, default=4, help="... on every so many test images")
     parser.add_argument("--encoder", default="vit_small_patch14_dinov2")
+    parser.add_argument("--encoder-weights", type=Path, help="a local file instead of timm's")
     parser.add_argument("--blocks", type=int, nargs="+", default=[3, 6, 9])
     parser.add_argument("--image-size", type=int, default=280)
     parser.add_argument("--features", type=Path, default=Path("results/features"), help="folder of the features")

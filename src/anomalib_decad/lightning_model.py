@@ -317,8 +317,8 @@ class DecAD(AnomalibModule):
     def on_fit_start(self) -> None:
         """Load the encoder's weights, and prepare the model by a sample of training images.
 
-        A model that has been prepared, as one from a checkpoint, stays as it is. The first process of several prepares
-        it for all.
+        A model that has been prepared, as one from a checkpoint, stays as it is. Of several processes, all end with the
+        model of the first.
 
         Raises:
             EncoderWeightsError: If the weights cannot be had and no checkpoint brought them.
@@ -332,9 +332,8 @@ class DecAD(AnomalibModule):
         with isolate_rng():
             # How many have been used up by now depends on the number of workers.
             torch.manual_seed(torch.initial_seed())
-            if self.trainer.is_global_zero:
-                self.model.train()
-                self.model.initialise(self._sample_features())
+            self.model.train()
+            self.model.initialise(self._sample_features())
             if self.trainer.world_size > 1:
                 own = {
                     name: value for name, value in self.model.state_dict().items() if not name.startswith("encoder.")
@@ -356,7 +355,7 @@ class DecAD(AnomalibModule):
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
         chosen: list[torch.Tensor] = []
         count = 0
-        with Progress(*columns, disable=trainer.progress_bar_callback is None) as progress:
+        with Progress(*columns, disable=not (trainer.is_global_zero and trainer.progress_bar_callback)) as progress:
             task = progress.add_task("Looking at training images", total=_SAMPLE_IMAGES)
             for batch in cast("DataLoader", loader):
                 batch = trainer.strategy.batch_to_device(batch)

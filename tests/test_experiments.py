@@ -1,0 +1,61 @@
+"""The experiment runner, on the tiny encoder."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from anomalib_decad.metrics import METRICS
+from conftest import ENCODER
+
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "experiments.py"
+
+
+def run(*arguments):
+    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
+
+
+@pytest.mark.slow
+def test_each_run_is_a_line_and_features_are_computed_once(encoder_weights, mvtec_root, tmp_path):
+    log = tmp_path / "log.jsonl"
+    command = [
+        "--data", mvtec_root, "--encoder", ENCODER, "--encoder-weights", encoder_weights, "--image-size", 64,
+        "--blocks", 1, 3, "--set", "hidden_dim=8", "num_prototypes=16", "--steps", 3, "--batch-size", 4,
+        "--leakage-every", 2, "--leakage-stride", 1, "--features", tmp_path / "features", "--log", log,
+        "--choose", "bolts",
+    ]  # fmt: skip
+    result = run(*command, "--vary", "decouple=true,false", "--seeds", 0, 1)
+    assert result.returncode == 0, result.stderr[-3000:]
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [(line["settings"]["decouple"], line["seed"]) for line in lines] == [
+        (True, 0), (True, 1), (False, 0), (False, 1),
+    ]  # fmt: skip
+    for line in lines:
+        assert line["images"] == {"train": {"bolts": 6, "cloth": 6}, "test": {"bolts": 6, "cloth": 6}}
+        assert set(line["metrics"]) == {"bolts", "cloth", "mean"}
+        assert all(0 <= line["metrics"]["cloth"][metric] <= 1 for metric in METRICS)
+        assert [point["step"] for point in line["leakage"]] == [0, 2, 3]
+        assert all(math.isfinite(value) for point in line["leakage"] for value in point.values())
+    # Without decoupling nothing is removed.
+    assert all(point["defect"] == point["defect_kept"] for point in lines[-1]["leakage"])
+    table = result.stdout.splitlines()[-2:]
+    assert all(row.count(" ± ") == 10 for row in table)
+
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "features").rglob("*.npy")}
+    again = run(*command, "--vary", "delta=1.0")
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert files == {path: path.stat().st_mtime_ns for path in (tmp_path / "features").rglob("*.npy")}
+    assert len(log.read_text().splitlines()) == 5
+    # Fewer blocks than were computed, and one more.
+    more = run(*command[:9], 2, 3, *command[11:])
+    assert more.returncode == 0, more.stderr[-3000:]
+
+
+def test_a_missing_folder_is_one_clear_line(tmp_path):
+    result = run("--data", tmp_path / "none")
+    assert result.returncode == 1
+    assert result.stderr.strip().splitlines()[-1] == f"--data: no such folder: {tmp_path / 'none'}"
