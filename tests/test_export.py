@@ -46,8 +46,9 @@ def datamodule(data):
 def checkpoint(datamodule, encoder_weights, tmp_path_factory):
     torch.manual_seed(0)
     model = DecAD(
-        encoder=ENCODER, encoder_weights=encoder_weights, blocks=[1, 2, 3], image_size=SIZE, hidden_dim=16, num_units=1
-    )
+        encoder=ENCODER, encoder_weights=encoder_weights, blocks=[1, 2, 3], image_size=SIZE, hidden_dim=16, num_units=1,
+        num_prototypes=64,
+    )  # fmt: skip
     engine = Engine(
         max_steps=60, logger=False, accelerator="cpu", default_root_dir=tmp_path_factory.mktemp("run"), devices=1
     )

@@ -33,7 +33,7 @@ from anomalib_decad.loss import DecADLoss
 from anomalib_decad.metrics import CategoryEvaluator
 from anomalib_decad.post_processor import BoundedPostProcessor
 from anomalib_decad.pre_processor import for_export
-from anomalib_decad.quantization import quantize, quantize_with_accuracy_control
+from anomalib_decad.quantization import compress, quantize, quantize_with_accuracy_control
 from anomalib_decad.torch_model import DecADModel
 
 __all__ = ["DecAD"]
@@ -568,6 +568,12 @@ class DecAD(AnomalibModule):
             msg = f"{compression.value} needs images to calibrate with: give the data of the training (--data ...)"
             raise ValueError(msg)
         return super().to_openvino(export_root, model_file_name, input_size, compression, datamodule, *args, **kwargs)
+
+    def _compress_ov_model(self, model: Any, compression_type: CompressionType | None = None, *args: Any) -> Any:
+        """Compress as anomalib does, but keep some weights in floating point for ``INT8``, too."""
+        if compression_type == CompressionType.INT8:
+            return compress(model)
+        return super()._compress_ov_model(model, compression_type, *args)
 
     @staticmethod
     def _post_training_quantization_ov(model: Any, datamodule: AnomalibDataModule | None = None) -> Any:

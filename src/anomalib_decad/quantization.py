@@ -16,13 +16,29 @@ from anomalib.metrics import F1Score
 from torchmetrics import Metric
 from torchvision.transforms.v2.functional import InterpolationMode, resize
 
-__all__ = ["quantize", "quantize_with_accuracy_control"]
+__all__ = ["compress", "quantize", "quantize_with_accuracy_control"]
 
 # NNCF's own default, beyond which statistics hardly change.
 _CALIBRATION_IMAGES = 300
 
 # Parts of DecAD whose weights stay in floating point.
 _PRECISE_PARTS = (".fusion.", ".standardiser.", ".decoupler.", ".memory.")
+
+
+def compress(model: Any) -> Any:
+    """Store the weights of an exported DecAD as 8-bit integers, but for those that need their precision.
+
+    Args:
+        model (openvino.Model): The exported model.
+
+    Returns:
+        openvino.Model: The compressed model, which computes in floating point.
+    """
+    import nncf
+
+    names = [operation.get_friendly_name() for operation in model.get_ordered_ops() if _has_precise_weight(operation)]
+    with _quiet():
+        return nncf.compress_weights(model, ignored_scope=nncf.IgnoredScope(names=names, validate=False))
 
 
 def quantize(model: Any, datamodule: AnomalibDataModule | None) -> Any:
@@ -146,12 +162,16 @@ def _precise_operations(model: Any) -> Iterator[str]:
         # The encoder begins with its patches.
         encoding = encoding or kind == "Convolution"
         constants = [value.get_node() for value in operation.input_values() if _is_constant(value.get_node())]
-        is_precise = any(part in constant.get_friendly_name() for constant in constants for part in _PRECISE_PARTS)
         is_interpolation = bool(constants) and len(operation.get_output_partial_shape(0)) == 4
-        if kind == "MatMul" and encoding and not is_precise and not is_interpolation:
+        if kind == "MatMul" and encoding and not _has_precise_weight(operation) and not is_interpolation:
             continue
         if kind not in {"Constant", "Parameter", "Result"}:
             yield operation.get_friendly_name()
+
+
+def _has_precise_weight(operation: Any) -> bool:
+    names = (value.get_node().get_friendly_name() for value in operation.input_values())
+    return any(part in name for name in names for part in _PRECISE_PARTS)
 
 
 def _is_constant(node: Any) -> bool:

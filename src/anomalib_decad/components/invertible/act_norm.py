@@ -8,6 +8,9 @@ from FrEIA import modules
 
 __all__ = ["ActNorm"]
 
+# Deviation of a channel, relative to the largest, below which it is not scaled to 1.
+_SMALLEST = 1e-2
+
 
 class ActNorm(modules.ActNorm):
     """Channel-wise scale and bias that start from the statistics of the first training batch.
@@ -70,8 +73,9 @@ class ActNorm(modules.ActNorm):
             torch.distributed.all_reduce(moments)
         count, total, total_square = moments
         mean = total / count
-        # A channel that does not vary keeps its scale instead of an infinite one.
         std = (total_square / count - mean.square()).clamp(min=0).sqrt()
+        # What varies less is rounding error, which must not be blown up: in bfloat16 it would be all there is.
+        std = std.clamp(min=_SMALLEST * std.max().item())
         std = torch.where(std > 1e-6, std, torch.ones_like(std))
         self.scale.copy_(-std.log().view_as(self.scale))
         self.bias.copy_((-mean / std).view_as(self.bias))
