@@ -64,13 +64,15 @@ class FeatureDecoder(nn.Module):
         if self.memory is None or self.linears is None:
             return
         self.memory.initialise(x)
-        remembered = self.memory(x).double()
+        # On the CPU, as not every device has float64.
+        remembered = self.memory(x).cpu().double()
         centred = remembered - remembered.mean(0)
         gram = centred.T @ centred
-        gram += _RIDGE * gram.diagonal().mean().clamp(min=1e-12) * torch.eye(len(gram)).to(gram)
+        gram += _RIDGE * gram.diagonal().mean().clamp(min=1e-12) * torch.eye(len(gram), dtype=gram.dtype)
         for linear, feature in zip(cast("Iterable[nn.Linear]", self.linears), features, strict=True):
-            mean = feature.double().mean(0)
-            weight = torch.linalg.solve(gram, centred.T @ (feature.double() - mean)).T
+            target = feature.cpu().double()
+            mean = target.mean(0)
+            weight = torch.linalg.solve(gram, centred.T @ (target - mean)).T
             linear.weight.copy_(weight)
             linear.bias.copy_(mean - weight @ remembered.mean(0))
         for block in cast("Iterable[Block]", self.blocks):

@@ -149,7 +149,7 @@ def _partial_whitening(rows: torch.Tensor) -> torch.Tensor:
     Returns:
         torch.Tensor: The axes, as the rows of a matrix (dim, dim).
     """
-    # correction=0, because a sample may be a single patch.
-    variances, axes = torch.linalg.eigh(torch.cov((rows - rows.mean(0)).double().T, correction=0))
+    # On the CPU, as not every device has float64; correction=0, because a sample may be a single patch.
+    variances, axes = torch.linalg.eigh(torch.cov((rows - rows.mean(0)).cpu().double().T, correction=0))
     variances = variances.clamp(min=max(_FLOOR * variances[-1].item(), _TINY))
-    return (axes * variances.pow(-_POWER / 2)).T.to(rows.dtype)
+    return (axes * variances.pow(-_POWER / 2)).T.to(rows.dtype).to(rows.device)
