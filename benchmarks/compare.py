@@ -61,7 +61,7 @@ def run(args: argparse.Namespace, name: str, steps: int | None) -> dict[str, flo
         "MVTecAD",
         root=args.data,
         categories=args.categories,
-        sampling="natural" if name in MEMORY_BANKS else args.sampling,
+        sampling=args.sampling,
         num_workers=0,
         train_batch_size=args.batch_size,
         eval_batch_size=args.batch_size,
@@ -222,7 +222,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--image-size", type=int, default=280)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--coreset-ratio", type=float, default=0.01, help="share of patches that memory banks keep")
-    parser.add_argument("--sampling", default="balanced", choices=["natural", "balanced"], help="not of memory banks")
+    parser.add_argument("--sampling", default="auto", choices=["auto", "natural"], help="of MultiCategory")
     parser.add_argument(
         "--precision", default="32-true", help="of Lightning's trainer, for methods that are trained in steps"
     )

@@ -37,7 +37,6 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, WeightedRandomSampler
 
 from anomalib_decad import DecAD, MultiCategory
-from anomalib_decad.components import ViTEncoder
 from anomalib_decad.data.feature_cache import FeatureBatch, FeatureCode, fingerprint
 from anomalib_decad.metrics import METRICS
 from anomalib_decad.metrics.category_metrics import CategoryMetrics
@@ -95,7 +94,6 @@ def load(args: argparse.Namespace, blocks: Sequence[int]) -> dict[str, Split]:
     size = (args.image_size, args.image_size)
     weights = args.encoder_weights
     model = DecAD(args.encoder, encoder_weights=weights, image_size=size, blocks=blocks, visualizer=False).eval()
-    encoder: ViTEncoder = model.model.encoder
     datamodule = MultiCategory("MVTecAD", root=args.data, categories=args.categories, num_workers=0)
     datamodule.setup()
     splits = {}
@@ -106,7 +104,7 @@ def load(args: argparse.Namespace, blocks: Sequence[int]) -> dict[str, Split]:
         folder.mkdir(parents=True, exist_ok=True)
         missing = [block for block in blocks if not (folder / f"{block}.done").is_file()]
         if missing or not (folder / "masks.npy").is_file():
-            encode(model, encoder, dataset, folder, missing, name)
+            encode(model, dataset, folder, missing, name)
         splits[name] = Split(
             {block: np.load(folder / f"{block}.npy", mmap_mode="r") for block in blocks},
             {block: FeatureCode(*torch.from_numpy(np.load(folder / f"{block}.code.npy"))) for block in blocks},
@@ -118,10 +116,10 @@ def load(args: argparse.Namespace, blocks: Sequence[int]) -> dict[str, Split]:
 
 
 @torch.inference_mode()
-def encode(model: DecAD, encoder: ViTEncoder, dataset: Any, folder: Path, blocks: Sequence[int], split: str) -> None:
+def encode(model: DecAD, dataset: Any, folder: Path, blocks: Sequence[int], split: str) -> None:
     """Write the features of some blocks, and the masks, to a folder."""
-    prepare = model.pre_processor.transform
-    wanted = [index for index, block in enumerate(encoder.indices) if block + 1 in blocks]
+    prepare, encoder = model.pre_processor.transform, model.model.encoder
+    wanted = [index for index, block in enumerate(_blocks(model)) if block in blocks]
     files: list[np.ndarray] = []
     masks: list[torch.Tensor] = []
     step = 8
@@ -180,7 +178,7 @@ class Leakage(Callback):
         counts = dict.fromkeys(("defect", "normal"), 0)
         indices = range(0, len(self.test.labels), self.args.leakage_stride)
         for chunk in _chunks(indices, 16):
-            batch = self.test.batch(chunk, pl_module.blocks, self.args.grid)
+            batch = self.test.batch(chunk, _blocks(pl_module), self.args.grid)
             features = batch.features()
             x, targets = net.fusion(features), net.standardiser(features)
             clean = net.decoupler(x)[0] if net.decoupler else x
@@ -211,7 +209,6 @@ def run(args: argparse.Namespace, splits: dict[str, Split], settings: dict[str, 
         "evaluator": False,
     }
     model = DecAD(**{**options, **settings})
-    model.blocks = blocks
     train = splits["train"]
     weights = None
     if args.sampling == "balanced":
@@ -265,7 +262,7 @@ def score(args: argparse.Namespace, model: DecAD, test: Split) -> dict[str, dict
     size = (args.image_size, args.image_size)
     metrics = CategoryMetrics()
     for chunk in _chunks(range(len(test.labels)), 16):
-        batch = test.batch(chunk, model.blocks, args.grid)
+        batch = test.batch(chunk, _blocks(model), args.grid)
         output = net.inference_output(batch.features(), args.grid, size)
         metrics.update(
             [test.categories[index] for index in chunk],
@@ -278,6 +275,11 @@ def score(args: argparse.Namespace, model: DecAD, test: Split) -> dict[str, dict
         name: {**{metric: row[metric] for metric in METRICS}, "mean_of_seven": metrics.mean_of_seven(row)}
         for name, row in metrics.compute().items()
     }
+
+
+def _blocks(model: LightningModule) -> list[int]:
+    """Name the encoder's blocks that a DecAD reads, counted from 1."""
+    return [index + 1 for index in model.model.encoder.indices]
 
 
 def _chunks(indices: Sequence[int], length: int) -> list[list[int]]:

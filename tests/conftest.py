@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 # Before any hub client is imported: a test that reaches for the hub is wrong.
@@ -19,6 +21,7 @@ from anomalib_decad import DecAD, MultiCategory
 
 ENCODER = "test_vit"  # timm's own tiny transformer: 6 blocks, 64 channels, patch of 16
 IMAGE_SIZE = 64
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
 @pytest.fixture(autouse=True)
@@ -101,6 +104,12 @@ def losses_of(make_engine, model, data, *callbacks, seed=7, ckpt_path=None, **kw
     losses = Losses()
     make_engine(losses, *callbacks, **kwargs).fit(model, datamodule=data, ckpt_path=ckpt_path)
     return losses.values
+
+
+def run_benchmark(name, *arguments):
+    """Run a script of benchmarks/ as a user does."""
+    command = [sys.executable, str(BENCHMARKS / f"{name}.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
 
 
 def make_dataset(root: Path, categories: tuple[str, ...], num_train: int = 6, num_test: int = 3) -> None:

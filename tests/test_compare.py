@@ -2,20 +2,10 @@
 
 import csv
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-from conftest import ENCODER
-
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "compare.py"
-
-
-def compare(*arguments):
-    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
+from conftest import ENCODER, run_benchmark
 
 
 @pytest.mark.slow
@@ -25,7 +15,7 @@ def test_a_race_writes_a_table_and_a_plot_and_is_not_run_twice(encoder_weights, 
         "--data", mvtec_root, "--models", "DecAD", "--encoder", ENCODER, "--image-size", 64, "--steps", 2, 3,
         "--minutes", 0.02, "--batch-size", 4, "--arguments", json.dumps(arguments), "--output", tmp_path,
     ]  # fmt: skip
-    result = compare(*command)
+    result = run_benchmark("compare", *command)
     assert result.returncode == 0, result.stderr[-3000:] + result.stdout
     assert "failed" not in result.stdout
     with (tmp_path / "results.csv").open() as file:
@@ -39,21 +29,20 @@ def test_a_race_writes_a_table_and_a_plot_and_is_not_run_twice(encoder_weights, 
         assert float(row["images_per_second"]) > 1
     assert (tmp_path / "results.md").read_text().count("\n| DecAD |") == 3
     assert (tmp_path / "results.png").stat().st_size > 1000
-    again = compare(*command)
+    again = run_benchmark("compare", *command)
     assert again.returncode == 0
     assert "DecAD-2" not in again.stdout.replace("results", "")
 
 
 def test_a_missing_folder_is_one_clear_line(tmp_path):
-    result = compare("--data", tmp_path / "none")
+    result = run_benchmark("compare", "--data", tmp_path / "none")
     assert result.returncode == 1
     assert result.stderr.strip().splitlines()[-1] == f"--data: no such folder: {tmp_path / 'none'}"
 
 
 def test_counts_meet_the_paper_within_five_per_cent():
-    result = subprocess.run(
-        [sys.executable, str(SCRIPT.with_name("count.py"))], capture_output=True, text=True, timeout=200, check=True
-    )
+    result = run_benchmark("count")
+    assert result.returncode == 0, result.stderr[-3000:]
     last = result.stdout.strip().splitlines()[-1].split()
     parameters, multiply_adds = float(last[-4]), float(last[-2])
     assert parameters == pytest.approx(23.2, rel=0.05)

@@ -2,21 +2,11 @@
 
 import json
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from anomalib_decad.metrics import METRICS
-from conftest import ENCODER
-
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "experiments.py"
-
-
-def run(*arguments):
-    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
+from conftest import ENCODER, run_benchmark
 
 
 @pytest.mark.slow
@@ -28,7 +18,7 @@ def test_each_run_is_a_line_and_features_are_computed_once(encoder_weights, mvte
         "--leakage-every", 2, "--leakage-stride", 1, "--features", tmp_path / "features", "--log", log,
         "--choose", "bolts",
     ]  # fmt: skip
-    result = run(*command, "--vary", "decouple=true,false", "--seeds", 0, 1)
+    result = run_benchmark("experiments", *command, "--vary", "decouple=true,false", "--seeds", 0, 1)
     assert result.returncode == 0, result.stderr[-3000:]
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert [(line["settings"]["decouple"], line["seed"]) for line in lines] == [
@@ -46,16 +36,16 @@ def test_each_run_is_a_line_and_features_are_computed_once(encoder_weights, mvte
     assert all(row.count(" ± ") == 10 for row in table)
 
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "features").rglob("*.npy")}
-    again = run(*command, "--vary", "delta=1.0")
+    again = run_benchmark("experiments", *command, "--vary", "delta=1.0")
     assert again.returncode == 0, again.stderr[-3000:]
     assert files == {path: path.stat().st_mtime_ns for path in (tmp_path / "features").rglob("*.npy")}
     assert len(log.read_text().splitlines()) == 5
     # Fewer blocks than were computed, and one more.
-    more = run(*command[:9], 2, 3, *command[11:])
+    more = run_benchmark("experiments", *command[:9], 2, 3, *command[11:])
     assert more.returncode == 0, more.stderr[-3000:]
 
 
 def test_a_missing_folder_is_one_clear_line(tmp_path):
-    result = run("--data", tmp_path / "none")
+    result = run_benchmark("experiments", "--data", tmp_path / "none")
     assert result.returncode == 1
     assert result.stderr.strip().splitlines()[-1] == f"--data: no such folder: {tmp_path / 'none'}"

@@ -133,7 +133,7 @@ class DecADModel(nn.Module):
         )
         self.synthesis = AdversarialSynthesis(delta, synthesis_fraction, synthesis_steps)
         self.decoder = FeatureDecoder(dim, len(blocks), decoder_depth, self.encoder.num_heads, num_prototypes)
-        self.anomaly_map_generator = AnomalyMapGenerator(blur_sigma, score_fraction, energy_power if decouple else 0.0)
+        self.anomaly_map_generator = AnomalyMapGenerator(blur_sigma, score_fraction, energy_power)
         self.register_buffer("initialised", torch.tensor(False))
 
     def forward(self, images: torch.Tensor) -> TrainingOutput | InferenceBatch:
@@ -191,7 +191,7 @@ class DecADModel(nn.Module):
         if not self.training:
             msg = "initialise needs a model in training mode: call train() first"
             raise RuntimeError(msg)
-        rows = [feature.reshape(-1, feature.shape[-1]).float() for feature in features]
+        rows = [feature.flatten(0, -2) for feature in features]
         self.standardiser.initialise(rows)
         self.fusion.initialise(rows)
         x = self.fusion(rows)

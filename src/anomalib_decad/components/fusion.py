@@ -111,8 +111,7 @@ class FeatureFusion(nn.Module):
         Returns:
             torch.Tensor: Embeddings of shape (..., dim), in float32 or wider.
         """
-        with torch.autocast(features[0].device.type, enabled=False):
-            return self.axes(self._average(features))
+        return self.axes(self._average(features))
 
     @staticmethod
     def _average(features: Sequence[torch.Tensor]) -> torch.Tensor:
