@@ -7,6 +7,7 @@ left in floating point, and calibrated on training images instead of test images
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -99,15 +100,18 @@ def quantize_with_accuracy_control(
         return float(score.compute())
 
     size = _static_size(model)
-    with _quiet():
-        return nncf.quantize_with_accuracy_control(
+    # In a thread of its own: OpenVINO's CPU plugin replaces the stack for signal handlers of the thread that calls it, and
+    # frees it. On the main thread the next process to end, such as a data loader's worker, would then end this one.
+    with _quiet(), ThreadPoolExecutor(max_workers=1) as executor:
+        return executor.submit(
+            nncf.quantize_with_accuracy_control,
             model,
             calibration_dataset=_calibration(model, data),
             validation_dataset=nncf.Dataset(_items(data.val_data)),
             validation_fn=accuracy,
             max_drop=max_drop,
             **_options(model),
-        )
+        ).result()
 
 
 @contextmanager
