@@ -100,8 +100,8 @@ def quantize_with_accuracy_control(
         return float(score.compute())
 
     size = _static_size(model)
-    # In a thread of its own: OpenVINO's CPU plugin replaces the stack for signal handlers of the thread that calls it, and
-    # frees it. On the main thread the next process to end, such as a data loader's worker, would then end this one.
+    # In a thread of its own: OpenVINO's CPU plugin replaces the stack for signal handlers of the thread that calls it,
+    # and frees it. On the main thread the next process to end, such as a data loader's worker, would then end this one.
     with _quiet(), ThreadPoolExecutor(max_workers=1) as executor:
         return executor.submit(
             nncf.quantize_with_accuracy_control,
