@@ -12,16 +12,27 @@ from typing import TYPE_CHECKING, Any
 from anomalib_decad import plugin
 
 if TYPE_CHECKING:
+    from anomalib_decad.adapters import DecoupledMambaAD, DecoupledReverseDistillation, DecoupledUniAD
     from anomalib_decad.data import MultiCategory
     from anomalib_decad.lightning_model import DecAD
     from anomalib_decad.torch_model import DecADModel
 
 __version__ = "0.1.0"
-__all__ = ["DecAD", "DecADModel", "MultiCategory"]
+__all__ = [
+    "DecAD",
+    "DecADModel",
+    "DecoupledMambaAD",
+    "DecoupledReverseDistillation",
+    "DecoupledUniAD",
+    "MultiCategory",
+]
 
 _MODULES = {
     "DecAD": "anomalib_decad.lightning_model",
     "DecADModel": "anomalib_decad.torch_model",
+    "DecoupledMambaAD": "anomalib_decad.adapters",
+    "DecoupledReverseDistillation": "anomalib_decad.adapters",
+    "DecoupledUniAD": "anomalib_decad.adapters",
     "MultiCategory": "anomalib_decad.data",
 }
 

@@ -1,61 +1,43 @@
 # SPDX-License-Identifier: Apache-2.0
 """DecAD as an anomalib model."""
 
-import copy
 import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
-from anomalib import LearningType, TaskType
-from anomalib.data import AnomalibDataModule, Batch
-from anomalib.deploy import CompressionType
+from anomalib.data import Batch
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
 from lightning.pytorch import Callback
-from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from torch.optim import AdamW, Optimizer
+from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader
-from torchmetrics import Metric
-from torchvision.transforms.v2 import Compose, Normalize, Resize
 
+from anomalib_decad.base_module import BaseModule
 from anomalib_decad.data.feature_cache import FeatureBatch
 from anomalib_decad.feature_caching import FeatureCaching
 from anomalib_decad.loss import DecADLoss
-from anomalib_decad.metrics import CategoryEvaluator
-from anomalib_decad.post_processor import BoundedPostProcessor
-from anomalib_decad.pre_processor import for_export
-from anomalib_decad.quantization import compress, quantize, quantize_with_accuracy_control
 from anomalib_decad.torch_model import DecADModel
 
 __all__ = ["DecAD"]
 
 logger = logging.getLogger(__name__)
 
-#: What Lightning sets max_epochs to when it is given neither max_steps nor max_epochs nor max_time.
-_LIGHTNING_MAX_EPOCHS = 1000
-
 #: Side of the default image, in patches: 280 pixels with a patch of 14.
 _DEFAULT_GRID = 20
-
-#: The lowest ONNX operator set that torch writes without a conversion.
-_OPSET = 18
 
 #: How many training images, and how many of their patches, the model is prepared with.
 _SAMPLE_IMAGES, _SAMPLE_PATCHES = 256, 32_768
 
-_RNG_KEY = "anomalib_decad_rng"
 
-
-class DecAD(AnomalibModule):
+class DecAD(BaseModule):
     """Anomaly detection by decoupling: one model for all product categories.
 
     A frozen vision transformer encodes the image. Each patch embedding is mapped by an invertible network to a latent
@@ -163,6 +145,9 @@ class DecAD(AnomalibModule):
     """
 
     model: DecADModel
+    shape_arguments = (
+        "encoder", "blocks", "num_blocks", "num_units", "hidden_dim", "decoder_depth", "num_prototypes", "decouple",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -204,15 +189,16 @@ class DecAD(AnomalibModule):
         visualizer: Visualizer | bool = True,
     ) -> None:
         super().__init__(
+            max_steps,
+            gradient_clip_val,
             pre_processor=pre_processor,
             post_processor=post_processor,
             evaluator=evaluator,
             visualizer=visualizer,
         )
-        for name, value in (("learning_rate", learning_rate), ("max_steps", max_steps)):
-            if not value > 0:
-                msg = f"{name} must be positive, got {value}"
-                raise ValueError(msg)
+        if not learning_rate > 0:
+            msg = f"learning_rate must be positive, got {learning_rate}"
+            raise ValueError(msg)
         self.model = DecADModel(
             encoder=encoder,
             encoder_weights=encoder_weights,
@@ -237,32 +223,13 @@ class DecAD(AnomalibModule):
         self.feature_caching = (
             None if feature_cache == "off" else FeatureCaching(feature_cache, feature_cache_dir, feature_cache_limit)
         )
-        self.max_steps = max_steps
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.warmup_steps = warmup_steps
-        self.gradient_clip_val = gradient_clip_val
-        if pre_processor is True:
-            self.pre_processor = self._encoder_pre_processor(image_size)
-        elif image_size is not None:
-            msg = "image_size belongs to the default pre_processor: give the size to the pre_processor instead"
-            raise ValueError(msg)
+        height, width = self.model.encoder.patch_size
+        self.resize_for_encoder(pre_processor, image_size, (_DEFAULT_GRID * height, _DEFAULT_GRID * width))
         if self.input_size is not None:
             self.model.encoder.grid(*self.input_size)
-
-    def _encoder_pre_processor(self, image_size: tuple[int, int] | None) -> PreProcessor:
-        """Create the pre-processor that fits the encoder: its patch size and the statistics of its training images."""
-        encoder = self.model.encoder
-        height, width = encoder.patch_size
-        size = tuple(image_size) if image_size else (_DEFAULT_GRID * height, _DEFAULT_GRID * width)
-        return PreProcessor(
-            transform=Compose(
-                [
-                    Resize(size, antialias=True),
-                    Normalize(mean=list(encoder.image_mean), std=list(encoder.image_std)),
-                ]
-            ),
-        )
 
     @staticmethod
     def configure_pre_processor(image_size: tuple[int, int] | None = None) -> PreProcessor:
@@ -277,68 +244,20 @@ class DecAD(AnomalibModule):
         """
         return AnomalibModule.configure_pre_processor(image_size or (280, 280))
 
-    def configure_post_processor(self) -> PostProcessor:
-        """Configure anomalib's post-processor, in bounded memory."""
-        return BoundedPostProcessor()
-
-    @staticmethod
-    def configure_evaluator() -> Evaluator:
-        """Configure the evaluator of the seven metrics for each category."""
-        return CategoryEvaluator()
-
-    @property
-    def learning_type(self) -> LearningType:
-        """One-class: only normal images are trained with."""
-        return LearningType.ONE_CLASS
-
-    @property
-    def trainer_arguments(self) -> dict[str, Any]:
-        """Trainer arguments that the model sets."""
-        return {"num_sanity_val_steps": 0}
-
-    def setup(self, stage: str) -> None:
-        """Set the default number of training steps.
-
-        Args:
-            stage (str): ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``.
-        """
-        trainer = self.trainer
-        if stage == "fit" and trainer.max_steps == -1 and trainer.max_epochs == _LIGHTNING_MAX_EPOCHS:
-            trainer.fit_loop.epoch_loop.max_steps = self.max_steps
-            trainer.fit_loop.max_epochs = -1
-            logger.info("Neither max_steps nor max_epochs is set: training for %d steps.", self.max_steps)
-
     def configure_callbacks(self) -> Sequence[Callback] | Callback:
         """Configure anomalib's callbacks, and that of the feature cache."""
         callbacks = super().configure_callbacks()
         callbacks = list(callbacks) if isinstance(callbacks, Sequence) else [callbacks]
         return [*callbacks, self.feature_caching] if self.feature_caching else callbacks
 
-    def on_fit_start(self) -> None:
-        """Load the encoder's weights, and prepare the model by a sample of training images.
+    @property
+    def is_prepared(self) -> bool:
+        """Whether the model has been initialised."""
+        return bool(self.model.initialised)
 
-        A model that has been prepared, as one from a checkpoint, stays as it is. Of several processes, all end with the
-        model of the first.
-
-        Raises:
-            EncoderWeightsError: If the weights cannot be had and no checkpoint brought them.
-        """
-        # Not earlier: only now has Lightning loaded the checkpoint, if any.
-        self.model.encoder.load_weights()
-        if self.model.initialised:
-            return
-        # Lightning begins the first epoch here, whose random numbers are those of the training.
-        self.trainer.fit_loop.setup_data()
-        with isolate_rng():
-            # How many have been used up by now depends on the number of workers.
-            torch.manual_seed(torch.initial_seed())
-            self.model.train()
-            self.model.initialise(self._sample_features())
-            if self.trainer.world_size > 1:
-                own = {
-                    name: value for name, value in self.model.state_dict().items() if not name.startswith("encoder.")
-                }
-                self.model.load_state_dict(self.trainer.strategy.broadcast(own), strict=False)
+    def prepare(self) -> None:
+        """Initialise the model by a sample of training images."""
+        self.model.initialise(self._sample_features())
 
     @torch.no_grad()
     def _sample_features(self) -> list[torch.Tensor]:
@@ -349,15 +268,12 @@ class DecAD(AnomalibModule):
         """
         logger.info("Preparing the model with up to %d training images.", _SAMPLE_IMAGES)
         trainer, transform = self.trainer, getattr(self.pre_processor, "transform", None)
-        datamodule = getattr(trainer, "datamodule", None)
-        # Not the loader of the training, which has begun to read.
-        loader = datamodule.train_dataloader() if datamodule else trainer.train_dataloader
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
         chosen: list[torch.Tensor] = []
         count = 0
         with Progress(*columns, disable=not (trainer.is_global_zero and trainer.progress_bar_callback)) as progress:
             task = progress.add_task("Looking at training images", total=_SAMPLE_IMAGES)
-            for batch in cast("DataLoader", loader):
+            for batch in self.training_loader():
                 batch = trainer.strategy.batch_to_device(batch)
                 if isinstance(batch, FeatureBatch):
                     features = batch.features()
@@ -393,31 +309,7 @@ class DecAD(AnomalibModule):
             loss_input = self.model(batch.image)
         terms = self.loss(loss_input)
         loss = terms.pop("loss")
-        if not torch.isfinite(loss):
-            values = ", ".join(f"{name} {value.item():.3g}" for name, value in terms.items())
-            msg = (
-                f"the training loss is not finite at step {self.global_step} ({values}). Lower learning_rate, raise "
-                "warmup_steps, or train with --trainer.precision 32"
-            )
-            raise RuntimeError(msg)
-        batch_size = len(loss_input.x)
-        self.log("train_loss", loss, on_step=True, on_epoch=True, prog_bar=True, batch_size=batch_size)
-        self.log_dict({f"train_{name}": value for name, value in terms.items()}, batch_size=batch_size)
-        return loss
-
-    def validation_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
-        """Predict a batch, for the post-processor's thresholds.
-
-        Args:
-            batch (Batch): Batch with images of shape (B, 3, H, W).
-            *args (Any): Unused.
-            **kwargs (Any): Unused.
-
-        Returns:
-            STEP_OUTPUT: The batch with ``pred_score`` and ``anomaly_map``.
-        """
-        del args, kwargs
-        return batch.update(**self.model(batch.image)._asdict())
+        return self.log_losses(loss, terms, len(loss_input.x))
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Configure AdamW, with warm-up and cosine decay over the trainer's max_steps or max_epochs.
@@ -438,185 +330,6 @@ class DecAD(AnomalibModule):
         scheduler = LambdaLR(optimizer, lambda step: _learning_rate_factor(step, warmup, int(total)))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def configure_gradient_clipping(
-        self,
-        optimizer: Optimizer,
-        gradient_clip_val: int | float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Clip gradients to the trainer's gradient_clip_val or else the model's.
-
-        Args:
-            optimizer (Optimizer): The optimizer.
-            gradient_clip_val (int | float | None): The trainer's value.
-            gradient_clip_algorithm (str | None): The trainer's algorithm.
-        """
-        self.clip_gradients(
-            optimizer,
-            gradient_clip_val=self.gradient_clip_val if gradient_clip_val is None else gradient_clip_val,
-            gradient_clip_algorithm=gradient_clip_algorithm or "norm",
-        )
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the state of the random number generators, so that a resumed run goes on as an unbroken one.
-
-        Args:
-            checkpoint (dict[str, Any]): The checkpoint.
-        """
-        super().on_save_checkpoint(checkpoint)
-        checkpoint[_RNG_KEY] = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            checkpoint[_RNG_KEY]["cuda"] = torch.cuda.get_rng_state(self.device)
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check that the checkpoint fits, and restore the random number generators if a fit is resumed.
-
-        Args:
-            checkpoint (dict[str, Any]): The checkpoint.
-
-        Raises:
-            ValueError: If the checkpoint is of a model of other shape; the message names the arguments to give.
-        """
-        mine, theirs = self.hparams, checkpoint.get("hyper_parameters", {})
-        different = [
-            f"{name} {_plain(theirs[name])}"
-            for name in ("encoder", "blocks", "num_blocks", "num_units", "hidden_dim", "decoder_depth")
-            if name in theirs and name in mine and _plain(theirs[name]) != _plain(mine[name])
-        ]
-        if different:
-            flags = " ".join(f"--model.{item}" for item in different)
-            msg = f"the checkpoint is of a DecAD of another shape: give it the arguments {flags}"
-            raise ValueError(msg)
-        super().on_load_checkpoint(checkpoint)
-        # Before the dataloaders draw their seeds, as when the checkpoint was saved.
-        if self._trainer is not None and self.trainer.training and _RNG_KEY in checkpoint:
-            torch.set_rng_state(checkpoint[_RNG_KEY]["cpu"].cpu())
-            device = self.trainer.strategy.root_device
-            if device.type == "cuda" and "cuda" in checkpoint[_RNG_KEY]:
-                torch.cuda.set_rng_state(checkpoint[_RNG_KEY]["cuda"].cpu(), device)
-
-    def to_torch(self, *args: Any, **kwargs: Any) -> Path:
-        """Export to PyTorch; arguments and result are those of ``AnomalibModule.to_torch``."""
-        return super(DecAD, self._for_export(native=True)).to_torch(*args, **kwargs)
-
-    def to_onnx(  # type: ignore[override]
-        self,
-        export_root: Path | str,
-        model_file_name: str = "model",
-        input_size: tuple[int, int] | None = None,
-        **kwargs: Any,
-    ) -> Path:
-        """Export to ONNX, also on the way to OpenVINO.
-
-        Pre- and post-processing are in the graph, the batch size is free.
-
-        Args:
-            export_root (Path | str): Folder to export to.
-            model_file_name (str): Name of the file, without its ending.
-                Defaults to ``"model"``.
-            input_size (tuple[int, int] | None): Height and width of the input images.
-                Defaults to ``None``: images of any size, which the graph resizes.
-            **kwargs (Any): Arguments of ``AnomalibModule.to_onnx``, and from there of ``torch.onnx.export``.
-
-        Returns:
-            Path: The ONNX file.
-
-        Raises:
-            ValueError: If the model does not resize its input and no fitting ``input_size`` is given.
-        """
-        if self.input_size is None and input_size is None:
-            msg = "the pre_processor does not resize to one size: give that of the images (--input_size)"
-            raise ValueError(msg)
-        kwargs.setdefault("opset_version", _OPSET)
-        return super(DecAD, self._for_export(input_size)).to_onnx(export_root, model_file_name, input_size, **kwargs)
-
-    def to_openvino(
-        self,
-        export_root: Path | str,
-        model_file_name: str = "model",
-        input_size: tuple[int, int] | None = None,
-        compression_type: CompressionType | str | None = None,
-        datamodule: AnomalibDataModule | None = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Path:
-        """Export to OpenVINO.
-
-        Args:
-            export_root (Path | str): Folder to export to.
-            model_file_name (str): Name of the files, without their endings.
-                Defaults to ``"model"``.
-            input_size (tuple[int, int] | None): Height and width of the input images.
-                Defaults to ``None``: images of any size, which the graph resizes.
-            compression_type (CompressionType | str | None): ``"FP16"`` or ``"INT8"`` for smaller files, ``"INT8_PTQ"``
-                or ``"INT8_ACQ"`` (with accuracy control) for speed.
-                Defaults to ``None``: none.
-            datamodule (AnomalibDataModule | None): Images for ``"INT8_PTQ"`` and ``"INT8_ACQ"``: training images for
-                the ranges of the activations, validation images for the accuracy control.
-            *args (Any): Further arguments of ``AnomalibModule.to_openvino``.
-            **kwargs (Any): Further arguments of ``AnomalibModule.to_openvino``.
-
-        Returns:
-            Path: The .xml file, beside which the .bin file is.
-
-        Raises:
-            ValueError: If ``compression_type`` is unknown, or needs a datamodule and there is none.
-        """
-        compression = CompressionType(compression_type.lower()) if isinstance(compression_type, str) else None
-        if compression in {CompressionType.INT8_PTQ, CompressionType.INT8_ACQ} and datamodule is None:
-            # Before the minute that the graph takes.
-            msg = f"{compression.value} needs images to calibrate with: give the data of the training (--data ...)"
-            raise ValueError(msg)
-        return super().to_openvino(export_root, model_file_name, input_size, compression, datamodule, *args, **kwargs)
-
-    def _compress_ov_model(self, model: Any, compression_type: CompressionType | None = None, *args: Any) -> Any:
-        """Compress as anomalib does, but keep some weights in floating point for ``INT8``, too."""
-        if compression_type == CompressionType.INT8:
-            return compress(model)
-        return super()._compress_ov_model(model, compression_type, *args)
-
-    @staticmethod
-    def _post_training_quantization_ov(model: Any, datamodule: AnomalibDataModule | None = None) -> Any:
-        """Quantise for ``INT8_PTQ``."""
-        return quantize(model, datamodule)
-
-    @staticmethod
-    def _accuracy_control_quantization_ov(
-        model: Any,
-        datamodule: AnomalibDataModule | None = None,
-        metric: Metric | None = None,
-        task: TaskType | None = None,
-        max_drop: float = 0.01,
-    ) -> Any:
-        """Quantise for ``INT8_ACQ``."""
-        del task  # unused by anomalib, too
-        return quantize_with_accuracy_control(model, datamodule, metric, max_drop)
-
-    def _for_export(self, input_size: tuple[int, int] | None = None, native: bool = False) -> "DecAD":
-        """Copy the module without what only training needs, specialised for its image size."""
-        module = copy.copy(self)
-        module._trainer = None
-        module._modules = dict(self._modules)
-        module.model = self.model.frozen(self.input_size or input_size)
-        if isinstance(self.pre_processor, PreProcessor):
-            module.pre_processor = for_export(self.pre_processor, native)
-        return module
-
-    @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> "DecAD":  # type: ignore[override]
-        """Load a model from a checkpoint, which has all weights: neither the hub nor a weights file is needed.
-
-        Args:
-            checkpoint_path (str | Path): The checkpoint.
-            *args (Any): Arguments of ``AnomalibModule.load_from_checkpoint``.
-            **kwargs (Any): Arguments of ``AnomalibModule.load_from_checkpoint``, and overriding model arguments.
-
-        Returns:
-            DecAD: The model.
-        """
-        kwargs.setdefault("encoder_weights", None)
-        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)  # type: ignore[return-value]
-
 
 def _learning_rate_factor(step: int, warmup: int, total: int) -> float:
     """Rise linearly for ``warmup`` steps, then fall along a cosine to 1 % at ``total`` steps."""
@@ -624,8 +337,3 @@ def _learning_rate_factor(step: int, warmup: int, total: int) -> float:
         return (step + 1) / warmup
     progress = min((step - warmup) / max(total - warmup, 1), 1.0)
     return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def _plain(value: Any) -> Any:
-    """Make equal sequences compare equal."""
-    return list(value) if isinstance(value, list | tuple) else value

@@ -10,7 +10,7 @@ from torch.nn import functional
 from anomalib_decad.anomaly_map import AnomalyMapGenerator
 from anomalib_decad.torch_model import TrainingOutput
 
-__all__ = ["DecADLoss"]
+__all__ = ["DecADLoss", "decoupling_terms"]
 
 
 class DecADLoss(nn.Module):
@@ -68,15 +68,34 @@ class DecADLoss(nn.Module):
         Returns:
             dict[str, torch.Tensor]: The four terms, unweighted, and their weighted sum ``loss``.
         """
-        perturbed = output.perturbed
         terms = {
             "reconstruction": AnomalyMapGenerator.patch_errors(output.features, output.reconstructions).mean(),
-            "normal_energy": _mean(output.energy[~perturbed]),
-            "abnormal_energy": _mean(functional.relu(self.margin - output.energy[perturbed])),
-            "restoration": (output.x_clean - output.x).square().mean() / output.x.square().mean(),
+            **decoupling_terms(output.x, output.x_clean, output.energy, output.perturbed, self.margin),
         }
         terms["loss"] = torch.stack([weight * terms[name] for name, weight in self.weights.items()]).sum()
         return terms
+
+
+def decoupling_terms(
+    x: torch.Tensor, x_clean: torch.Tensor, energy: torch.Tensor, perturbed: torch.Tensor, margin: float
+) -> dict[str, torch.Tensor]:
+    """Compute the terms of the loss that only need the embeddings, see :class:`DecADLoss`.
+
+    Args:
+        x (torch.Tensor): Embeddings before perturbation, shape (B, N, dim).
+        x_clean (torch.Tensor): Embeddings after removal, shape (B, N, dim).
+        energy (torch.Tensor): Abnormal energies of the perturbed embeddings, shape (B, N).
+        perturbed (torch.Tensor): Which patches were perturbed, booleans of shape (B, N).
+        margin (float): Energy that a perturbed patch should have.
+
+    Returns:
+        dict[str, torch.Tensor]: ``normal_energy``, ``abnormal_energy`` and ``restoration``.
+    """
+    return {
+        "normal_energy": _mean(energy[~perturbed]),
+        "abnormal_energy": _mean(functional.relu(margin - energy[perturbed])),
+        "restoration": (x_clean - x).square().mean() / x.square().mean(),
+    }
 
 
 def _mean(values: torch.Tensor) -> torch.Tensor:

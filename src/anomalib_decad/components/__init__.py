@@ -3,7 +3,7 @@
 
 from anomalib_decad.components.decoder import FeatureDecoder
 from anomalib_decad.components.decoupler import Decoupler
-from anomalib_decad.components.encoder import EncoderWeightsError, ViTEncoder
+from anomalib_decad.components.encoder import EncoderWeightsError, ViTEncoder, check_name
 from anomalib_decad.components.fusion import FeatureFusion, FeatureStandardiser
 from anomalib_decad.components.invertible import InvertibleNetwork, LipschitzDenseNet, MonotoneUnit, Pila
 from anomalib_decad.components.memory import PrototypeMemory
@@ -23,5 +23,6 @@ __all__ = [
     "Pila",
     "PrototypeMemory",
     "ViTEncoder",
+    "check_name",
     "fixed_point",
 ]

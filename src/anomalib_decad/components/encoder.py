@@ -13,7 +13,7 @@ import torch
 from timm.layers import LayerScale, resample_abs_pos_embed
 from torch import nn
 
-__all__ = ["EncoderWeightsError", "ViTEncoder"]
+__all__ = ["EncoderWeightsError", "ViTEncoder", "check_name"]
 
 
 class EncoderWeightsError(RuntimeError):
@@ -239,14 +239,32 @@ class ViTEncoder(nn.Module):
         )
 
 
-def _create_vit(name: str, dynamic_img_size: bool = True) -> Any:  # timm's transformers share an interface, but no type
-    """Create a timm vision transformer with random weights."""
+def check_name(name: str, patterns: str | list[str] = "") -> str:
+    """Check that timm has a model.
+
+    Args:
+        name (str): Name of the model, with or without timm's prefix and tag.
+        patterns (str | list[str]): Which names may be proposed instead.
+            Defaults to ``""``: all.
+
+    Returns:
+        str: Name of its architecture.
+
+    Raises:
+        ValueError: If there is none; the message has names that are close.
+    """
     architecture = name.removeprefix("timm/").partition(".")[0]
     if not timm.is_model(architecture):
-        close = difflib.get_close_matches(architecture, timm.list_models(["vit_*", "deit*", "eva*", "beit*"]), n=3)
+        close = difflib.get_close_matches(architecture, timm.list_models(patterns), n=3)
         hint = f"; close names are {', '.join(close)}" if close else ""
         msg = f"encoder: timm has no model {name!r}{hint}"
         raise ValueError(msg)
+    return architecture
+
+
+def _create_vit(name: str, dynamic_img_size: bool = True) -> Any:  # timm's transformers share an interface, but no type
+    """Create a timm vision transformer with random weights."""
+    check_name(name, ["vit_*", "deit*", "eva*", "beit*"])
     try:
         model = timm.create_model(name, pretrained=False, num_classes=0, dynamic_img_size=dynamic_img_size)
     except TypeError:  # an architecture without image sizes to choose

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Synthesis and decoupling on the embedding between the encoder and the decoder of any model."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from anomalib_decad.components import AdversarialSynthesis, Decoupler
+from anomalib_decad.loss import decoupling_terms
+
+__all__ = ["EmbeddingDecoupling", "attach"]
+
+# Embeddings are scaled to this norm, that of DecAD's own: its delta is in these units.
+_NORM = 5.0
+
+# Share of a batch's norm in the running one, as in torch's batch normalisation.
+_MOMENTUM = 0.1
+
+
+class EmbeddingDecoupling(nn.Module):
+    r"""Layer that removes what is abnormal from the embeddings of another method.
+
+    In training mode it perturbs some of the embeddings (:class:`AdversarialSynthesis`) and then removes their abnormal
+    component (:class:`Decoupler`), so that what comes behind learns to answer with what is normal. :meth:`losses` gives
+    the terms to add to the method's own loss. In eval mode it only removes.
+
+    The method's encoder gets the gradient of the method's loss as if the layer were the identity, and none of the terms:
+    an encoder that followed them would have all embeddings be equal first. As embeddings that are learned have no scale
+    of their own, they are divided by a running mean of their norm before, and multiplied by it behind.
+
+    Args:
+        dim (int): Number of channels of an embedding; at least 2.
+        delta (float): Radius of the synthetic anomalies where the mean norm of an embedding is 5; positive.
+            Defaults to ``2.5``.
+        synthesis_fraction (float): Share of training images that get a synthetic anomaly, in (0, 1].
+            Defaults to ``0.5``.
+        synthesis_steps (int): Gradient steps of a synthetic anomaly; 0 for random noise.
+            Defaults to ``1``.
+        margin (float): Abnormal energy that a perturbed patch should have; positive.
+            Defaults to ``1.0``.
+        **kwargs (Any): Further arguments of :class:`Decoupler`.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+
+    Example:
+        >>> decoupling = EmbeddingDecoupling(dim=32)
+        >>> decoupling(torch.randn(2, 32, 7, 7)).shape
+        torch.Size([2, 32, 7, 7])
+        >>> sorted(decoupling.losses())
+        ['abnormal_energy', 'normal_energy', 'restoration']
+
+    See Also:
+        :func:`attach`: puts it into a model.
+
+    Reference:
+        DecAD, ICCV 2025: the plug-in for RD4AD, UniAD and MambaAD.
+    """
+
+    norm: torch.Tensor
+
+    def __init__(
+        self,
+        dim: int,
+        delta: float = 2.5,
+        synthesis_fraction: float = 0.5,
+        synthesis_steps: int = 1,
+        margin: float = 1.0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__()
+        if not margin > 0:
+            msg = f"margin must be positive, got {margin}"
+            raise ValueError(msg)
+        self.decoupler = Decoupler(dim, **kwargs)
+        self.synthesis = AdversarialSynthesis(delta, synthesis_fraction, synthesis_steps)
+        self.margin = margin
+        self.register_buffer("norm", torch.tensor(0.0))
+        self._losses: dict[str, torch.Tensor] = {}
+
+    @property
+    def is_initialised(self) -> bool:
+        """Whether it has seen a batch in training mode, or was loaded from a state that had."""
+        return bool(self.norm > 0)
+
+    def forward(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Remove what is abnormal.
+
+        Args:
+            embeddings (torch.Tensor): Embeddings, of shape (B, dim, H, W) or (B, N, dim).
+
+        Returns:
+            torch.Tensor: Cleaned embeddings, same shape.
+        """
+        is_map = embeddings.ndim == 4
+        tokens = embeddings.flatten(2).mT if is_map else embeddings
+        if self.training:
+            grid = (embeddings.shape[2], embeddings.shape[3]) if is_map else None
+            clean = self._train(tokens, grid)
+        else:
+            # Not by 0: a model that never trained keeps the scale.
+            scale = _NORM / torch.where(self.norm > 0, self.norm, _NORM)
+            clean = self.decoupler(tokens * scale)[0] / scale
+        clean = clean.to(embeddings.dtype)
+        return clean.mT.contiguous().unflatten(2, embeddings.shape[2:]) if is_map else clean
+
+    def losses(self) -> dict[str, torch.Tensor]:
+        """Give the terms of the last batch that went through in training mode; each is used once.
+
+        Returns:
+            dict[str, torch.Tensor]: The scalars ``normal_energy``, ``abnormal_energy`` and ``restoration``, see
+                :class:`anomalib_decad.loss.DecADLoss`.
+
+        Raises:
+            RuntimeError: If no batch went through since they were last given.
+        """
+        if not self._losses:
+            msg = "no batch went through the decoupling in training mode since its losses were last used"
+            raise RuntimeError(msg)
+        losses, self._losses = self._losses, {}
+        return losses
+
+    def freeze(self) -> None:
+        """Replace the invertible network by a faster one, in place, for inference."""
+        self.decoupler.freeze()
+
+    def _train(self, tokens: torch.Tensor, grid: tuple[int, int] | None) -> torch.Tensor:
+        with torch.no_grad():
+            norm = tokens.float().norm(dim=-1).mean()
+            self.norm.copy_(torch.where(self.norm > 0, self.norm.lerp(norm, _MOMENTUM), norm))
+            # A copy, as the next batch changes the buffer and this one's gradient needs it.
+            scale = _NORM / self.norm.clone().clamp(min=1e-6)
+        x = tokens.float() * scale
+        fixed = x.detach()
+        # Not in the cache below, which would keep weights without a gradient.
+        self.decoupler.initialise(fixed)
+        with parametrize.cached():
+            perturbed, mask = self.synthesis(fixed, self.decoupler.energy, grid)
+            x_clean, energy = self.decoupler(perturbed)
+        self._losses = decoupling_terms(fixed, x_clean, energy, mask, self.margin)
+        return (x_clean + (x - fixed)) / scale
+
+
+def attach(model: nn.Module, layer: str, dim: int, **kwargs: Any) -> EmbeddingDecoupling:
+    """Have the output of one of a model's layers decoupled.
+
+    The layer is replaced by itself and an :class:`EmbeddingDecoupling` behind it. What remains to be done is to add
+    the sum of its ``losses()`` to the loss.
+
+    Args:
+        model (nn.Module): Any reconstruction or distillation model.
+        layer (str): Name of the submodule whose output is the embedding, with dots as in ``named_modules``. The output
+            is a tensor of shape (B, dim, H, W) or (B, N, dim).
+        dim (int): Its number of channels.
+        **kwargs (Any): Further arguments of :class:`EmbeddingDecoupling`.
+
+    Returns:
+        EmbeddingDecoupling: What was put behind the layer.
+
+    Raises:
+        ValueError: If the model has no such layer, or an argument is out of its range.
+
+    Example:
+        >>> autoencoder = nn.ModuleDict({"encoder": nn.Conv2d(3, 16, 4, 4), "decoder": nn.Linear(16, 3)})
+        >>> decoupling = attach(autoencoder, "encoder", dim=16)
+        >>> autoencoder["encoder"](torch.randn(1, 3, 32, 32)).shape
+        torch.Size([1, 16, 8, 8])
+    """
+    modules = dict(model.named_modules())
+    if layer not in modules or not layer:
+        msg = f"layer: the model has no submodule {layer!r}; it has {', '.join(name for name in modules if name)}"
+        raise ValueError(msg)
+    decoupling = EmbeddingDecoupling(dim, **kwargs)
+    parent, _, name = layer.rpartition(".")
+    setattr(modules[parent], name, nn.Sequential(modules[layer], decoupling))
+    return decoupling
