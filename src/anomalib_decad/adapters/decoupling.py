@@ -26,9 +26,9 @@ class EmbeddingDecoupling(nn.Module):
     component (:class:`Decoupler`), so that what comes behind learns to answer with what is normal. :meth:`losses` gives
     the terms to add to the method's own loss. In eval mode it only removes.
 
-    The method's encoder gets the gradient of the method's loss as if the layer were the identity, and none of the terms:
-    an encoder that followed them would have all embeddings be equal first. As embeddings that are learned have no scale
-    of their own, they are divided by a running mean of their norm before, and multiplied by it behind.
+    The method's encoder gets the gradient of the method's loss as if the layer were the identity, and none of the
+    terms: an encoder that followed them would first make all embeddings equal. As embeddings that are learned have no
+    scale of their own, they are divided by a running mean of their norm before, and multiplied by it behind.
 
     Args:
         dim (int): Number of channels of an embedding; at least 2.

@@ -71,6 +71,8 @@ class DecoupledReverseDistillationModel(ReverseDistillationModel):
         # Its own encoder is replaced, so that weights come lazily, from a file as well, or from the checkpoint.
         super().__init__(resnet, image_size, ["layer1", "layer2", "layer3"], anomaly_map_mode, pre_trained=False)
         self.encoder = frozen  # type: ignore[assignment]
+        # Nothing uses them, and data-parallel training stops at parameters without a gradient.
+        del self.bottleneck.conv4, self.bottleneck.bn4
         dim = 2 * frozen.channels[-1]
         self.decoupling: EmbeddingDecoupling | None = attach(self, "bottleneck", dim, **kwargs) if decouple else None
 
