@@ -86,7 +86,9 @@ def _with_antialiasing(transform: Transform, exported: Transform, native: bool) 
         return exported
     if native:
         return transform
-    if transform.interpolation is InterpolationMode.BILINEAR and transform.size and len(transform.size) == 2:
+    # torchvision takes the mode itself, its name or Pillow's number, and keeps what it was given.
+    bilinear = transform.interpolation in {InterpolationMode.BILINEAR, "bilinear", 2}
+    if bilinear and transform.size and len(transform.size) == 2:
         return MatrixResize((transform.size[0], transform.size[1]))
     logger.warning(
         "The export resizes without antialiasing, and scores of larger images will differ from the checkpoint's: only "

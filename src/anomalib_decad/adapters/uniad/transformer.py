@@ -114,7 +114,7 @@ class _DecoderLayer(nn.Module):
     def forward(
         self, output: torch.Tensor, memory: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor
     ) -> torch.Tensor:
-        query = self.query.expand(len(memory), -1, -1)
+        query = self.query.expand(memory.shape[0], -1, -1)
         query = self.memory_attention(query, memory, positions, mask)
         return self.mlp(self.output_attention(query, output, positions, mask))
 
