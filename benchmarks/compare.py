@@ -214,7 +214,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--categories", nargs="+", help="default: those of MVTec AD that are in the folder")
-    parser.add_argument("--models", nargs="+", default=list(peers.MODELS), choices=peers.MODELS)
+    parser.add_argument("--models", nargs="+", default=list(peers.MODELS), choices=[*peers.MODELS, *peers.ADAPTERS])
     parser.add_argument("--steps", type=int, nargs="*", default=[300], help="training steps, for each a run")
     parser.add_argument("--minutes", type=float, nargs="*", default=[], help="training minutes, for each a run")
     parser.add_argument("--batch-size", type=int, default=8)

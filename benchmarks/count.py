@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Count learnable parameters and multiply-adds of DecAD's parts, beside the paper's figures.
+"""Count learnable parameters and multiply-adds of DecAD's parts and of the adapters, beside the papers' figures.
 
 usage: python benchmarks/count.py [--encoder vit_base_patch14_dinov2] [--image-size 280]
 
@@ -18,7 +18,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from anomalib_decad import DecADModel
+from anomalib_decad.adapters import DecoupledMambaADModel, DecoupledReverseDistillationModel, DecoupledUniADModel
 
+# Image size, and what is reported of the method without decoupling.
+_ADAPTERS = {
+    DecoupledReverseDistillationModel: (256, ""),
+    DecoupledUniADModel: (224, ", reported: 24.5 M and 3.6 G"),
+    DecoupledMambaADModel: (256, ""),
+}
 _PAPER = "the paper, ViT-B/14: 23.2 M learnable parameters, 48.6 G multiply-adds"
 
 
@@ -59,6 +66,23 @@ def main() -> None:
     print(f"{args.encoder}, {args.image_size} pixels ({_PAPER})")
     for name, parameters, count in rows:
         print(f"{name:36} {parameters / 1e6:8.2f} M {count / 1e9:8.2f} G")
+    print("\nwith their own encoders, without and with decoupling")
+    for cls, (size, reported) in _ADAPTERS.items():
+        count_adapter(cls, size, reported)
+
+
+def count_adapter(cls: Callable[..., torch.nn.Module], size: int, reported: str) -> None:
+    """Print the size of a method with its own encoder, without and with decoupling."""
+    images = torch.rand(1, 3, size, size)
+    for decouple in (False, True):
+        model = cls(pretrained=False, decouple=decouple).eval()
+        learnable, total = (
+            sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad or with_encoder) / 1e6
+            for with_encoder in (False, True)
+        )
+        count = multiply_adds(lambda: model(images)) / 1e9  # noqa: B023
+        name = cls.__name__.removesuffix("Model").removeprefix("" if decouple else "Decoupled")
+        print(f"{name:36} {learnable:8.2f} M learnable of {total:.2f} M {count:8.2f} G{'' if decouple else reported}")
 
 
 if __name__ == "__main__":

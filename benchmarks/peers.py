@@ -7,12 +7,20 @@ from anomalib.models import AnomalibModule, AnomalyDINO, Dinomaly, InpFormer, Pa
 from anomalib.pre_processing import PreProcessor
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 
-from anomalib_decad import DecAD
+from anomalib_decad import DecAD, DecoupledMambaAD, DecoupledReverseDistillation, DecoupledUniAD
 from nearest_neighbour import NearestNeighbour
 
-__all__ = ["MODELS", "create"]
+__all__ = ["ADAPTERS", "MODELS", "create"]
 
 MODELS = ("DecAD", "Dinomaly", "InpFormer", "Patchcore", "AnomalyDINO", "NearestNeighbour")
+
+#: Methods that can be decoupled, by their names with and without it.
+ADAPTERS = {
+    **{cls.__name__: (cls, True) for cls in (DecoupledReverseDistillation, DecoupledUniAD, DecoupledMambaAD)},
+    "ReverseDistillation": (DecoupledReverseDistillation, False),
+    "UniAD": (DecoupledUniAD, False),
+    "MambaAD": (DecoupledMambaAD, False),
+}
 
 # Of the encoder, counted from 1, where a method is not bound to others.
 _BLOCKS = (3, 6, 9)
@@ -22,7 +30,7 @@ def create(name: str, encoder: str, size: int, **kwargs: object) -> AnomalibModu
     """Create a model with its own defaults but for encoder and image size.
 
     Args:
-        name (str): One of :data:`MODELS`.
+        name (str): One of :data:`MODELS` or :data:`ADAPTERS`.
         encoder (str): A DINOv2 of timm.
         size (int): Side of the square images in pixels.
         **kwargs (object): Further arguments of the model.
@@ -32,6 +40,9 @@ def create(name: str, encoder: str, size: int, **kwargs: object) -> AnomalibModu
     """
     if name == "DecAD":
         return DecAD(encoder=encoder, image_size=(size, size), **kwargs)
+    if name in ADAPTERS:
+        cls, decouple = ADAPTERS[name]
+        return cls(encoder=encoder, image_size=(size, size), decouple=decouple, **kwargs)
     pre_processor = PreProcessor(
         Compose(
             [
@@ -51,5 +62,5 @@ def create(name: str, encoder: str, size: int, **kwargs: object) -> AnomalibModu
         return NearestNeighbour(encoder=encoder, blocks=_BLOCKS, **kwargs)
     if name == "Patchcore":
         return Patchcore(backbone=encoder, layers=[f"blocks.{block - 1}" for block in _BLOCKS], **kwargs)
-    msg = f"no model {name}; there are {', '.join(MODELS)}"
+    msg = f"no model {name}; there are {', '.join((*MODELS, *ADAPTERS))}"
     raise ValueError(msg)

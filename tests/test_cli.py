@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
 import yaml
+from safetensors.torch import save_file
 
 from conftest import ENCODER, IMAGE_SIZE
 
@@ -193,6 +195,33 @@ def test_resume_from_the_command_line(trained, tmp_path, model_args, data_args, 
     assert "`max_steps=5` reached" in result.stderr + result.stdout
 
 
+@pytest.fixture(scope="module")
+def uniad_args(tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "test_resnet.safetensors"
+    save_file(timm.create_model("test_resnet", pretrained=False, num_classes=0).state_dict(), str(path))
+    return [
+        "--model", "DecoupledUniAD", "--model.encoder", "test_resnet", "--model.encoder_weights", path,
+        "--model.image_size", f"[{IMAGE_SIZE},{IMAGE_SIZE}]", "--model.neighbors", "3", "--model.hidden_dim", "16",
+        "--model.num_layers", "1",
+    ]  # fmt: skip
+
+
+def test_an_adapter_from_training_to_export(tmp_path, uniad_args, data_args):
+    anomalib(
+        "train", *uniad_args, *data_args, "--seed_everything", 1, "--trainer.max_steps", 2, "--trainer.accelerator",
+        "cpu", "--trainer.devices", 2, "--trainer.strategy", "ddp", "--default_root_dir", tmp_path,
+    )  # fmt: skip
+    (run,) = tmp_path.glob("DecoupledUniAD/factory/v0")
+    assert json.loads((run / "metrics.json").read_text())["mean"]["image_AUROC"] is not None
+    checkpoint = run / "weights" / "lightning" / "model.ckpt"
+    anomalib("test", *uniad_args, *data_args, "--ckpt_path", checkpoint, "--trainer.accelerator", "cpu")
+    anomalib(
+        "export", *uniad_args, *data_args, "--ckpt_path", checkpoint, "--export_type", "openvino",
+        "--compression_type", "INT8_PTQ", "--export_root", tmp_path / "export",
+    )  # fmt: skip
+    assert list((tmp_path / "export").rglob("*.xml"))
+
+
 def test_two_process_data_parallel(tmp_path, model_args, data_args):
     anomalib(
         "train", "--model", "DecAD", *model_args, *data_args, "--seed_everything", 1, "--trainer.max_steps", 2,
@@ -243,6 +272,9 @@ def test_benchmark(tmp_path, mvtec_root, encoder_weights):
 def test_help_describes_the_arguments():
     output = anomalib("train", "--model.help", "DecAD").stdout
     for text in ("--model.encoder", "--model.delta", "Radius of the synthetic anomalies", "--model.blocks"):
+        assert text in output
+    output = anomalib("train", "--model.help", "DecoupledMambaAD").stdout
+    for text in ("--model.decouple", "--model.scan", "Curve that it scans along"):
         assert text in output
     assert "--data.sampling" in anomalib("train", "--data.help", "MultiCategory").stdout
 

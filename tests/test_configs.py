@@ -4,9 +4,10 @@ import pytest
 from anomalib.cli import AnomalibCLI
 from anomalib.data import MVTecAD
 
-from anomalib_decad import DecAD, MultiCategory
+from anomalib_decad import DecAD, DecoupledMambaAD, DecoupledReverseDistillation, DecoupledUniAD, MultiCategory
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+FOLDER = Path(__file__).parents[1] / "configs"
+CONFIGS = sorted(FOLDER.glob("decad_*.yaml"))
 CATEGORIES = {"mvtecad": 15, "visa": 12, "realiad": 30, "one_class": 1}
 
 
@@ -28,3 +29,13 @@ def test_config_is_parsed_by_the_command_line(path):
     else:
         assert type(cli.datamodule) is MultiCategory
         assert len(cli.datamodule.categories) == number
+
+
+@pytest.mark.parametrize("cls", [DecoupledReverseDistillation, DecoupledUniAD, DecoupledMambaAD])
+def test_adapters_have_one_each(cls):
+    configs = [path for path in FOLDER.glob("decoupled_*.yaml") if cls.__name__ in path.read_text()]
+    assert len(configs) == 1
+    cli = AnomalibCLI(["fit", "--config", str(configs[0]), "--trainer.accelerator", "cpu"], run=False)
+    assert type(cli.model) is cls
+    assert cli.model.model.decoupling is not None
+    assert type(cli.datamodule) is MultiCategory

@@ -12,6 +12,7 @@ import pytest
 
 LOOKUPS = """
 from anomalib.models import DecAD, get_model, list_models
+from anomalib.models import DecoupledMambaAD, DecoupledReverseDistillation, DecoupledUniAD
 from anomalib.models.image import DecAD as image_model
 import anomalib.data, anomalib.models
 from anomalib.data import MultiCategory, get_datamodule
@@ -25,6 +26,10 @@ for name in ("decad", "DecAD", {"class_path": "DecAD"}, {"class_path": "anomalib
              {"class_path": "anomalib.models.image.DecAD"}, {"class_path": "anomalib_decad.DecAD"}):
     model = get_model(name, encoder="test_vit", blocks=[1, 2])
     assert type(model) is DecAD, name
+for name in ("DecoupledUniAD", {"class_path": "anomalib.models.DecoupledUniAD"}):
+    assert type(get_model(name, encoder="test_resnet")) is anomalib_decad.DecoupledUniAD is DecoupledUniAD, name
+assert DecoupledMambaAD is anomalib_decad.DecoupledMambaAD
+assert DecoupledReverseDistillation is anomalib_decad.DecoupledReverseDistillation
 config = {"class_path": "MultiCategory", "init_args": {"datamodule": "MVTecAD", "categories": ["bottle"]}}
 assert type(get_datamodule(config)) is MultiCategory
 print("found everything")
