@@ -93,10 +93,11 @@ def run(args: argparse.Namespace, name: str, steps: int | None) -> dict[str, flo
             model.model(images)
             count += len(images)
         result["images_per_second"] = count / (time.perf_counter() - start)
-    result["multiply_adds"] = multiply_adds(lambda: model.model(images[:1]))
     # Memory banks leave their frozen encoder's parameters with requires_grad, but learn none.
     learnable = [] if name in MEMORY_BANKS else [p for p in model.parameters() if p.requires_grad]
     result["learnable_parameters"] = sum(parameter.numel() for parameter in learnable)
+    model.requires_grad_(False)
+    result["multiply_adds"] = multiply_adds(lambda: model.model(images[:1]))
     result["peak_MiB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return result
 

@@ -80,6 +80,8 @@ def count_adapter(cls: Callable[..., torch.nn.Module], size: int, reported: str)
             sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad or with_encoder) / 1e6
             for with_encoder in (False, True)
         )
+        # Under no_grad the counter stumbles over parameters that are expanded.
+        model.requires_grad_(False)
         count = multiply_adds(lambda: model(images)) / 1e9  # noqa: B023
         name = cls.__name__.removesuffix("Model").removeprefix("" if decouple else "Decoupled")
         print(f"{name:36} {learnable:8.2f} M learnable of {total:.2f} M {count:8.2f} G{'' if decouple else reported}")
