@@ -195,8 +195,8 @@ class BaseModule(AnomalibModule):
         if not torch.isfinite(loss):
             values = ", ".join(f"{name} {value.item():.3g}" for name, value in terms.items())
             msg = (
-                f"the training loss is not finite at step {self.global_step} ({values}). Lower the learning "
-                "rate, or train with --trainer.precision 32"
+                f"the training loss is not finite at step {self.global_step} ({values}). Lower "
+                "learning_rate, or train with --trainer.precision 32"
             )
             raise RuntimeError(msg)
         self.log("train_loss", loss, on_step=True, on_epoch=True, prog_bar=True, batch_size=batch_size)
