@@ -20,6 +20,7 @@ import anomalib_decad
 assert DecAD is image_model is anomalib_decad.DecAD
 assert MultiCategory is anomalib_decad.MultiCategory
 assert "dec_a_d" in list_models() and "DecAD" in list_models("pascal")
+assert not any("module" in name for name in list_models())
 assert "DecAD" in anomalib.models.__all__ and "DecAD" in anomalib.models.image.__all__
 assert "MultiCategory" in anomalib.data.__all__
 for name in ("decad", "DecAD", {"class_path": "DecAD"}, {"class_path": "anomalib.models.DecAD"},

@@ -5,7 +5,7 @@ import copy
 import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from anomalib import LearningType, TaskType
@@ -42,8 +42,15 @@ _OPSET = 18
 _RNG_KEY = "anomalib_decad_rng"
 
 
-class BaseModule(AnomalibModule):
-    """Base of the package's anomalib models.
+# anomalib lists, and finds by name, the direct subclasses of its base class: this must not be one, but the models must.
+if TYPE_CHECKING:
+    _Base = AnomalibModule
+else:
+    _Base = object
+
+
+class BaseModule(_Base):
+    """Base of the package's anomalib models, which also have ``AnomalibModule`` as a base, behind this one.
 
     A subclass sets ``self.model``, a torch module with a frozen part ``encoder`` (with ``load_weights``), a method
     ``frozen(image_size)`` that copies it for inference, and :attr:`is_prepared` and :meth:`prepare` of its own.

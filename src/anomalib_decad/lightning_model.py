@@ -37,7 +37,7 @@ _DEFAULT_GRID = 20
 _SAMPLE_IMAGES, _SAMPLE_PATCHES = 256, 32_768
 
 
-class DecAD(BaseModule):
+class DecAD(BaseModule, AnomalibModule):
     """Anomaly detection by decoupling: one model for all product categories.
 
     A frozen vision transformer encodes the image. Each patch embedding is mapped by an invertible network to a latent

@@ -18,7 +18,7 @@ __all__ = ["DecoupledModule"]
 
 
 class DecoupledModule(BaseModule):
-    """Base of the anomalib models that are another method with decoupling.
+    """Base of the anomalib models that are another method with decoupling; ``AnomalibModule`` comes behind it.
 
     A subclass sets ``self.model``, a torch module that returns (features, reconstructions) in training mode and whose
     attribute ``decoupling`` is an :class:`EmbeddingDecoupling` or ``None``, and ``self.loss``, the method's own loss of

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from anomalib.metrics import Evaluator
+from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
@@ -21,7 +22,7 @@ __all__ = ["DecoupledMambaAD"]
 _LOSS_WEIGHT = 5.0
 
 
-class DecoupledMambaAD(DecoupledModule):
+class DecoupledMambaAD(DecoupledModule, AnomalibModule):
     """MambaAD, whose bottleneck embedding is decoupled.
 
     As reverse distillation, but the decoder is one of selective state spaces, which scan the feature maps along Hilbert

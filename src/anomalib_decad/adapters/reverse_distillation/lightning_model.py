@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from anomalib.metrics import Evaluator
+from anomalib.models.components import AnomalibModule
 from anomalib.models.image.reverse_distillation.anomaly_map import AnomalyMapGenerationMode
 from anomalib.models.image.reverse_distillation.loss import ReverseDistillationLoss
 from anomalib.post_processing import PostProcessor
@@ -19,7 +20,7 @@ from anomalib_decad.adapters.reverse_distillation.torch_model import DecoupledRe
 __all__ = ["DecoupledReverseDistillation"]
 
 
-class DecoupledReverseDistillation(DecoupledModule):
+class DecoupledReverseDistillation(DecoupledModule, AnomalibModule):
     """anomalib's reverse distillation (RD4AD), whose bottleneck embedding is decoupled.
 
     A decoder distils a frozen encoder's feature maps from a bottleneck embedding of them; what it cannot reproduce is

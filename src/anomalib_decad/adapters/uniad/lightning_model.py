@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from anomalib.metrics import Evaluator
+from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
@@ -18,7 +19,7 @@ from anomalib_decad.adapters.uniad.torch_model import DecoupledUniADModel
 __all__ = ["DecoupledUniAD"]
 
 
-class DecoupledUniAD(DecoupledModule):
+class DecoupledUniAD(DecoupledModule, AnomalibModule):
     """UniAD, whose embedding between transformer encoder and decoder is decoupled.
 
     Feature maps of a frozen network are jittered and reconstructed by a transformer that must not look at what it
