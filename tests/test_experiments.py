@@ -3,6 +3,7 @@
 import json
 import math
 
+import cv2
 import pytest
 
 from anomalib_decad.metrics import METRICS
@@ -49,3 +50,18 @@ def test_a_missing_folder_is_one_clear_line(tmp_path):
     result = run_benchmark("experiments", "--data", tmp_path / "none")
     assert result.returncode == 1
     assert result.stderr.strip().splitlines()[-1] == f"--data: no such folder: {tmp_path / 'none'}"
+
+
+def test_the_leakage_is_plotted(tmp_path):
+    log = tmp_path / "log.jsonl"
+    points = [{"step": step, "defect": 1.0 - step / 100, "normal": 1.0 - step / 60} for step in (0, 20, 40)]
+    line = {"name": "leakage", "settings": {"num_prototypes": 0, "decouple": False}, "leakage": points}
+    log.write_text("\n".join(json.dumps(entry) for entry in (line, {**line, "name": "other", "settings": {}})))
+    result = run_benchmark("leakage", "--log", log, "--output", tmp_path / "leakage.png")
+    assert result.returncode == 0, result.stderr[-3000:]
+    expected = "transformer decoder, without removal: defect 0.600, normal 0.333, ratio 1.800\n"
+    assert result.stdout == expected
+    assert cv2.imread(str(tmp_path / "leakage.png")).std() > 10
+    result = run_benchmark("leakage", "--log", tmp_path / "none")
+    assert result.returncode == 1
+    assert "has no run 'leakage'" in result.stderr
