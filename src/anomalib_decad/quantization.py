@@ -43,7 +43,7 @@ def compress(model: Any) -> Any:
 
 
 def quantize(model: Any, datamodule: AnomalibDataModule | None) -> Any:
-    """Quantise encoder and decoder of an exported DecAD.
+    """Quantise encoder and decoder of an exported model.
 
     Args:
         model (openvino.Model): The exported model.
@@ -154,23 +154,30 @@ def _options(model: Any) -> dict[str, Any]:
 
 
 def _precise_operations(model: Any) -> Iterator[str]:
-    """Name all operations but the matrix products of the encoder's and the decoder's transformer blocks and heads.
+    """Name all operations but the matrix products and convolutions of the encoder and the decoder.
 
     Resizing and the anomaly map are exact interpolations, removal is only faithful if the network is inverted
-    accurately, and the memory takes exponentials of differences between large numbers. The embedding of patches and
-    elementwise operations are cheap, and OpenVINO 2026.4 fails on them.
+    accurately, and the memory takes exponentials of differences between large numbers. The first convolution, which is
+    a transformer's embedding of patches, and elementwise operations are cheap, and OpenVINO 2026.4 fails on them.
     """
     encoding = False
     for operation in model.get_ordered_ops():
         kind = operation.get_type_name()
-        # The encoder begins with its patches.
-        encoding = encoding or kind == "Convolution"
         constants = [value.get_node() for value in operation.input_values() if _is_constant(value.get_node())]
         is_interpolation = bool(constants) and len(operation.get_output_partial_shape(0)) == 4
-        if kind == "MatMul" and encoding and not _has_precise_weight(operation) and not is_interpolation:
+        multiplies = (kind == "MatMul" and not is_interpolation) or (kind == "Convolution" and not _is_blur(operation))
+        if multiplies and encoding and not _has_precise_weight(operation):
             continue
+        # The encoder begins with a convolution.
+        encoding = encoding or kind == "Convolution"
         if kind not in {"Constant", "Parameter", "Result"}:
             yield operation.get_friendly_name()
+
+
+def _is_blur(operation: Any) -> bool:
+    """Tell the smoothing of an anomaly map, of one channel, from a network's convolutions."""
+    channels = operation.get_output_partial_shape(0)[1]
+    return channels.is_static and channels.get_length() == 1
 
 
 def _has_precise_weight(operation: Any) -> bool:

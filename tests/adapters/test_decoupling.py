@@ -40,7 +40,7 @@ def test_a_toy_autoencoder_is_decoupled():
     error = functional.mse_loss(model(images), images)
     assert error < 0.25 * images.var()
     # Perturbed embeddings have more energy, and removal brings them back towards the clean ones.
-    x = model.encoder[0](images).flatten(2).mT * 5 / decoupling.norm
+    x = model.encoder.layer(images).flatten(2).mT * 5 / decoupling.norm
     perturbed = x + 2.5 * functional.normalize(torch.randn_like(x), dim=-1)
     energy, clean_energy = decoupling.decoupler.energy(perturbed), decoupling.decoupler.energy(x)
     assert energy.mean() > 3 * clean_energy.mean()

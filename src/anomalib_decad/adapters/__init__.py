@@ -8,11 +8,13 @@ from anomalib_decad.adapters.reverse_distillation import (
     DecoupledReverseDistillation,
     DecoupledReverseDistillationModel,
 )
+from anomalib_decad.adapters.torch_model import DecoupledModel
 from anomalib_decad.adapters.uniad import DecoupledUniAD, DecoupledUniADModel
 
 __all__ = [
     "DecoupledMambaAD",
     "DecoupledMambaADModel",
+    "DecoupledModel",
     "DecoupledModule",
     "DecoupledReverseDistillation",
     "DecoupledReverseDistillationModel",

@@ -143,6 +143,18 @@ class EmbeddingDecoupling(nn.Module):
         return (x_clean + (x - fixed)) / scale
 
 
+class _DecoupledLayer(nn.Module):
+    """A layer and the decoupling of its output."""
+
+    def __init__(self, layer: nn.Module, decoupling: EmbeddingDecoupling) -> None:
+        super().__init__()
+        self.layer = layer
+        self.decoupling = decoupling
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self.decoupling(self.layer(*args, **kwargs))
+
+
 def attach(model: nn.Module, layer: str, dim: int, **kwargs: Any) -> EmbeddingDecoupling:
     """Have the output of one of a model's layers decoupled.
 
@@ -174,5 +186,5 @@ def attach(model: nn.Module, layer: str, dim: int, **kwargs: Any) -> EmbeddingDe
         raise ValueError(msg)
     decoupling = EmbeddingDecoupling(dim, **kwargs)
     parent, _, name = layer.rpartition(".")
-    setattr(modules[parent], name, nn.Sequential(modules[layer], decoupling))
+    setattr(modules[parent], name, _DecoupledLayer(modules[layer], decoupling))
     return decoupling

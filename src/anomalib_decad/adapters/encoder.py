@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The frozen encoders of the adapters: convolutional networks and vision transformers, as pyramids of feature maps."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,17 +10,13 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from anomalib_decad.components import EncoderWeightsError, ViTEncoder, check_name
+from anomalib_decad.components import FrozenEncoder, ViTEncoder, check_name
 
 __all__ = ["CNNEncoder", "ViTPyramid", "create_encoder", "default_size"]
 
 
-class CNNEncoder(nn.Module):
+class CNNEncoder(FrozenEncoder):
     """Frozen timm convolutional network that returns the outputs of chosen stages.
-
-    The parameters get no gradient, and it stays in eval mode whatever :meth:`train` is told. The pretrained weights
-    are loaded by :meth:`load_weights`, at the latest at the first forward pass, unless a state dict is loaded before:
-    a checkpoint brings them, and needs neither the hub nor a weights file.
 
     Args:
         name (str): Name of a timm network, for example ``"resnet34"``.
@@ -37,18 +33,15 @@ class CNNEncoder(nn.Module):
     def __init__(
         self, name: str, stages: Sequence[int], weights: str | Path | None = None, pretrained: bool = True
     ) -> None:
-        super().__init__()
-        if weights is not None and not Path(weights).is_file():
-            msg = f"encoder_weights: no such file: {weights}"
-            raise FileNotFoundError(msg)
-        self.name = name
+        super().__init__(name, weights, pretrained)
         self.stages = tuple(stages)
-        self.weights = None if weights is None else str(weights)
         self.cnn = self._create(pretrained=False)
-        self.cnn.requires_grad_(False)
-        self.cnn.eval()
-        self._pending = pretrained
-        self.register_load_state_dict_post_hook(self._on_state_dict)
+        self.freeze_parameters()
+
+    @property
+    def network(self) -> Any:
+        """The convolutional network."""
+        return self.cnn
 
     @property
     def channels(self) -> list[int]:
@@ -65,21 +58,6 @@ class CNNEncoder(nn.Module):
         """Pixels from one position to the next in the finest feature map."""
         return min(self.strides)
 
-    @property
-    def image_mean(self) -> tuple[float, ...]:
-        """Channel means that the encoder was trained with."""
-        return tuple(self.cnn.pretrained_cfg.get("mean", (0.485, 0.456, 0.406)))
-
-    @property
-    def image_std(self) -> tuple[float, ...]:
-        """Channel standard deviations that the encoder was trained with."""
-        return tuple(self.cnn.pretrained_cfg.get("std", (0.229, 0.224, 0.225)))
-
-    def train(self, mode: bool = True) -> "CNNEncoder":
-        """Do nothing: the encoder stays in eval mode."""
-        del mode
-        return self
-
     def check(self, height: int, width: int) -> None:
         """Check that the feature maps of an image are each half as large as the one before.
 
@@ -92,26 +70,9 @@ class CNNEncoder(nn.Module):
         """
         _check_multiple(self.name, 2 * max(self.strides), (height, width))
 
-    def load_weights(self) -> None:
-        """Load the pretrained weights, unless they or a state dict have been loaded.
-
-        Raises:
-            EncoderWeightsError: If they cannot be had. The message says which were wanted and how to give them.
-        """
-        if not self._pending:
-            return
-        try:
-            if self.weights:
-                state = timm.models.load_state_dict(self.weights, weights_only=True)
-            else:
-                # Its random numbers must not depend on where weights come from.
-                with torch.random.fork_rng(devices=[]):
-                    state = self._create(pretrained=True).state_dict()
-            wanted = self.cnn.state_dict()
-            self.cnn.load_state_dict({key: value for key, value in state.items() if key in wanted})
-        except Exception as error:
-            raise EncoderWeightsError(self._missing_weights(error)) from error
-        self._pending = False
+    def pretrained_weights(self) -> Mapping[str, torch.Tensor]:
+        """Get timm's pretrained weights, from the hub or its local cache."""
+        return self._create(pretrained=True).state_dict()
 
     def forward(self, images: torch.Tensor) -> dict[str | int, torch.Tensor]:
         """Encode images.
@@ -149,22 +110,6 @@ class CNNEncoder(nn.Module):
                 raise
             msg = f"encoder: timm has no network {self.name!r} with the stages {list(self.stages)}: {error}"
             raise ValueError(msg) from error
-
-    @staticmethod
-    def _on_state_dict(module: "CNNEncoder", incompatible_keys: object) -> None:
-        del incompatible_keys
-        module._pending = False
-
-    def _missing_weights(self, error: Exception) -> str:
-        reason = str(error).strip().partition("\n")[0]
-        if self.weights:
-            return f"encoder_weights: {self.weights} holds no weights of the encoder {self.name}: {reason}"
-        return (
-            f"the weights of the encoder {self.name} are not on this machine and could not be downloaded. Either "
-            "download the weights file elsewhere and give its path as encoder_weights (--model.encoder_weights), or "
-            "copy the Hugging Face cache of a machine that has them and set HF_HOME to it and HF_HUB_OFFLINE=1. The "
-            f"cause: {type(error).__name__}: {reason}"
-        )
 
 
 class ViTPyramid(nn.Module):

@@ -20,10 +20,9 @@ __all__ = ["DecoupledModule"]
 class DecoupledModule(BaseModule):
     """Base of the anomalib models that are another method with decoupling; ``AnomalibModule`` comes behind it.
 
-    A subclass sets ``self.model``, a torch module that returns (features, reconstructions) in training mode and whose
-    attribute ``decoupling`` is an :class:`EmbeddingDecoupling` or ``None``, and ``self.loss``, the method's own loss of
-    these two; and it configures the method's optimizer. The loss is the method's own, plus ``decoupling_weight`` times
-    the sum of the decoupling's terms.
+    A subclass sets ``self.model``, a :class:`DecoupledModel`, and ``self.loss``, the method's own loss of what that
+    returns in training mode; and it configures the method's optimizer. The loss is the method's own, plus
+    ``decoupling_weight`` times the sum of the decoupling's terms.
 
     Args:
         decoupling_weight (float): Weight of the decoupling's terms; not negative.

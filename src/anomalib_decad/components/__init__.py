@@ -3,7 +3,7 @@
 
 from anomalib_decad.components.decoder import FeatureDecoder
 from anomalib_decad.components.decoupler import Decoupler
-from anomalib_decad.components.encoder import EncoderWeightsError, ViTEncoder, check_name
+from anomalib_decad.components.encoder import EncoderWeightsError, FrozenEncoder, ViTEncoder, check_name
 from anomalib_decad.components.fusion import FeatureFusion, FeatureStandardiser
 from anomalib_decad.components.invertible import InvertibleNetwork, LipschitzDenseNet, MonotoneUnit, Pila
 from anomalib_decad.components.memory import PrototypeMemory
@@ -17,6 +17,7 @@ __all__ = [
     "FeatureDecoder",
     "FeatureFusion",
     "FeatureStandardiser",
+    "FrozenEncoder",
     "InvertibleNetwork",
     "LipschitzDenseNet",
     "MonotoneUnit",

@@ -12,23 +12,128 @@ import timm
 import torch
 from timm.layers import LayerScale, resample_abs_pos_embed
 from torch import nn
+from typing_extensions import Self
 
-__all__ = ["EncoderWeightsError", "ViTEncoder", "check_name"]
+__all__ = ["EncoderWeightsError", "FrozenEncoder", "ViTEncoder", "check_name"]
 
 
 class EncoderWeightsError(RuntimeError):
     """The pretrained weights of an encoder cannot be loaded."""
 
 
-class ViTEncoder(nn.Module):
+class FrozenEncoder(nn.Module):
+    """Base of frozen timm networks.
+
+    The parameters get no gradient, and the network stays in eval mode whatever :meth:`train` is told. The pretrained
+    weights are loaded by :meth:`load_weights`, at the latest at the first forward pass, unless a state dict is loaded
+    before: a checkpoint brings the encoder's weights, and needs neither the hub nor a weights file.
+
+    A subclass has the network as a submodule, gives it as :attr:`network`, and calls :meth:`freeze_parameters`.
+
+    Args:
+        name (str): Name of the network in timm.
+        weights (str | Path | None): Local ``.safetensors`` or ``.pth`` file; ``None`` for timm's pretrained weights,
+            from the Hugging Face hub or its local cache.
+        pretrained (bool): Whether to load weights at all; random ones are good for tests only.
+
+    Raises:
+        FileNotFoundError: If ``weights`` is no file.
+    """
+
+    def __init__(self, name: str, weights: str | Path | None, pretrained: bool) -> None:
+        super().__init__()
+        if weights is not None and not Path(weights).is_file():
+            msg = f"encoder_weights: no such file: {weights}"
+            raise FileNotFoundError(msg)
+        self.name = name
+        self.weights = None if weights is None else str(weights)
+        self._pending = pretrained
+        self.register_load_state_dict_post_hook(self._on_state_dict)
+
+    @property
+    def network(self) -> Any:  # timm's networks share an interface, but no type
+        """The network."""
+        raise NotImplementedError
+
+    @property
+    def image_mean(self) -> tuple[float, ...]:
+        """Channel means that the encoder was trained with."""
+        return tuple(self.network.pretrained_cfg.get("mean", (0.485, 0.456, 0.406)))
+
+    @property
+    def image_std(self) -> tuple[float, ...]:
+        """Channel standard deviations that the encoder was trained with."""
+        return tuple(self.network.pretrained_cfg.get("std", (0.229, 0.224, 0.225)))
+
+    def freeze_parameters(self) -> None:
+        """Have no gradients, and evaluate."""
+        self.network.requires_grad_(False)
+        self.network.eval()
+
+    def train(self, mode: bool = True) -> Self:
+        """Do nothing: the encoder stays in eval mode."""
+        del mode
+        return self
+
+    def load_weights(self) -> None:
+        """Load the pretrained weights, unless they or a state dict have been loaded.
+
+        Raises:
+            EncoderWeightsError: If they cannot be had. The message says which were wanted and how to give them.
+        """
+        if not self._pending:
+            return
+        try:
+            state = self.read_weights(self.weights) if self.weights else self._download_weights()
+            wanted = self.network.state_dict()
+            self.network.load_state_dict({key: value for key, value in state.items() if key in wanted})
+        except Exception as error:
+            raise EncoderWeightsError(self._missing_weights(error)) from error
+        self._pending = False
+
+    def read_weights(self, path: str) -> Mapping[str, torch.Tensor]:
+        """Read a local file.
+
+        Args:
+            path (str): The file.
+
+        Returns:
+            Mapping[str, torch.Tensor]: The weights in timm's key names.
+        """
+        return timm.models.load_state_dict(path, weights_only=True)
+
+    def pretrained_weights(self) -> Mapping[str, torch.Tensor]:
+        """Get timm's pretrained weights, from the hub or its local cache."""
+        raise NotImplementedError
+
+    def _download_weights(self) -> Mapping[str, torch.Tensor]:
+        # timm draws random weights first; the random numbers of a training must not depend on where weights come from.
+        with torch.random.fork_rng(devices=[]):
+            return self.pretrained_weights()
+
+    @staticmethod
+    def _on_state_dict(module: "FrozenEncoder", incompatible_keys: object) -> None:
+        del incompatible_keys
+        module._pending = False
+
+    def _missing_weights(self, error: Exception) -> str:
+        reason = str(error).strip().partition("\n")[0]
+        if self.weights:
+            return f"encoder_weights: {self.weights} holds no weights of the encoder {self.name}: {reason}"
+        source = self.network.pretrained_cfg.get("hf_hub_id") or self.name
+        return (
+            f"the weights of the encoder {self.name} ({source}) are not on this machine and could not be downloaded. "
+            "Either download the weights file elsewhere and give its path as encoder_weights "
+            "(--model.encoder_weights), or copy the Hugging Face cache of a machine that has them and set "
+            f"HF_HOME to it and HF_HUB_OFFLINE=1. The cause: {type(error).__name__}: {reason}"
+        )
+
+
+class ViTEncoder(FrozenEncoder):
     """Frozen timm vision transformer that returns the patch tokens after chosen blocks.
 
-    Nothing behind the last chosen block is kept or computed. The parameters get no gradient, and the encoder stays in
-    eval mode whatever :meth:`train` is told. Images of any size whose sides are multiples of the patch are taken;
-    position embeddings are resampled to it.
-
-    The pretrained weights are loaded by :meth:`load_weights`, at the latest at the first forward pass, unless a state
-    dict is loaded before: a checkpoint brings the encoder's weights, and needs neither the hub nor a weights file.
+    Nothing behind the last chosen block is kept or computed. Images of any size whose sides are multiples of the patch
+    are taken; position embeddings are resampled to it.
 
     Args:
         name (str): Name of a timm vision transformer, for example ``"vit_base_patch14_dinov2"``.
@@ -51,12 +156,7 @@ class ViTEncoder(nn.Module):
         weights: str | Path | None = None,
         pretrained: bool = True,
     ) -> None:
-        super().__init__()
-        if weights is not None and not Path(weights).is_file():
-            msg = f"encoder_weights: no such file: {weights}"
-            raise FileNotFoundError(msg)
-        self.name = name
-        self.weights = None if weights is None else str(weights)
+        super().__init__(name, weights, pretrained)
         self.vit = _create_vit(name)
         depth = len(self.vit.blocks)
         if (
@@ -69,10 +169,12 @@ class ViTEncoder(nn.Module):
             raise ValueError(msg)
         self.indices = [block - 1 for block in blocks]
         self.vit.prune_intermediate_layers(self.indices, prune_norm=True, prune_head=True)
-        self.vit.requires_grad_(False)
-        self.vit.eval()
-        self._pending = pretrained
-        self.register_load_state_dict_post_hook(self._on_state_dict)
+        self.freeze_parameters()
+
+    @property
+    def network(self) -> Any:
+        """The transformer."""
+        return self.vit
 
     @property
     def dim(self) -> int:
@@ -89,21 +191,6 @@ class ViTEncoder(nn.Module):
         """Height and width of a patch, in pixels."""
         height, width = self.vit.patch_embed.patch_size
         return height, width
-
-    @property
-    def image_mean(self) -> tuple[float, ...]:
-        """Channel means that the encoder was trained with."""
-        return tuple(self.vit.pretrained_cfg.get("mean", (0.485, 0.456, 0.406)))
-
-    @property
-    def image_std(self) -> tuple[float, ...]:
-        """Channel standard deviations that the encoder was trained with."""
-        return tuple(self.vit.pretrained_cfg.get("std", (0.229, 0.224, 0.225)))
-
-    def train(self, mode: bool = True) -> "ViTEncoder":
-        """Do nothing: the encoder stays in eval mode."""
-        del mode
-        return self
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Compute the number of patches in an image.
@@ -128,33 +215,15 @@ class ViTEncoder(nn.Module):
             raise ValueError(msg)
         return height // patch_height, width // patch_width
 
-    def load_weights(self) -> None:
-        """Load the pretrained weights, unless they or a state dict have been loaded.
-
-        Raises:
-            EncoderWeightsError: If they cannot be had. The message says which were wanted and how to give them.
-        """
-        if not self._pending:
-            return
-        try:
-            state = self._read_weights() if self.weights else self._download_weights()
-            wanted = self.vit.state_dict()
-            self.vit.load_state_dict({key: value for key, value in state.items() if key in wanted})
-        except Exception as error:
-            raise EncoderWeightsError(self._missing_weights(error)) from error
-        self._pending = False
-
-    def _read_weights(self) -> Mapping[str, torch.Tensor]:
-        """Read the local file, and convert the key names of the architecture's original release to timm's."""
-        state = timm.models.load_state_dict(self.weights, weights_only=True)
+    def read_weights(self, path: str) -> Mapping[str, torch.Tensor]:
+        """Read a local file, and convert the key names of the architecture's original release to timm's."""
+        state = super().read_weights(path)
         convert = getattr(sys.modules[type(self.vit).__module__], "checkpoint_filter_fn", None)
         return convert(state, self.vit) if convert else state
 
-    def _download_weights(self) -> Mapping[str, torch.Tensor]:
-        """Get timm's pretrained weights from the hub or its local cache."""
-        # timm draws random weights first; the random numbers of a training must not depend on where weights come from.
-        with torch.random.fork_rng(devices=[]):
-            return timm.create_model(self.name, pretrained=True, num_classes=0).state_dict()
+    def pretrained_weights(self) -> Mapping[str, torch.Tensor]:
+        """Get timm's pretrained weights, from the hub or its local cache."""
+        return timm.create_model(self.name, pretrained=True, num_classes=0).state_dict()
 
     def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
         """Encode images.
@@ -220,23 +289,6 @@ class ViTEncoder(nn.Module):
             yield
         finally:
             module.resample_abs_pos_embed = current  # type: ignore[attr-defined]
-
-    @staticmethod
-    def _on_state_dict(module: "ViTEncoder", incompatible_keys: object) -> None:
-        del incompatible_keys
-        module._pending = False
-
-    def _missing_weights(self, error: Exception) -> str:
-        reason = str(error).strip().partition("\n")[0]
-        if self.weights:
-            return f"encoder_weights: {self.weights} holds no weights of the encoder {self.name}: {reason}"
-        source = self.vit.pretrained_cfg.get("hf_hub_id") or self.name
-        return (
-            f"the weights of the encoder {self.name} ({source}) are not on this machine and could not be downloaded. "
-            "Either download the weights file elsewhere and give its path as encoder_weights "
-            "(--model.encoder_weights), or copy the Hugging Face cache of a machine that has them and set "
-            f"HF_HOME to it and HF_HUB_OFFLINE=1. The cause: {type(error).__name__}: {reason}"
-        )
 
 
 def check_name(name: str, patterns: str | list[str] = "") -> str:

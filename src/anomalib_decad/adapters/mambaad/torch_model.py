@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """MambaAD with decoupling, as a torch module."""
 
-import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from anomalib_decad.adapters.encoder import create_encoder
 from anomalib_decad.adapters.mambaad.bottleneck import HalfFPN
 from anomalib_decad.adapters.mambaad.decoder import MambaDecoder
 from anomalib_decad.adapters.mambaad.scan_order import Curve
+from anomalib_decad.adapters.torch_model import DecoupledModel
 
 __all__ = ["DecoupledMambaADModel"]
 
@@ -29,7 +29,7 @@ _TRANSFORMER_CHANNELS = (64, 128, 256)
 _SCALES = 8
 
 
-class DecoupledMambaADModel(nn.Module):
+class DecoupledMambaADModel(DecoupledModel):
     """MambaAD, with decoupling of the bottleneck's embedding.
 
     Args:
@@ -79,7 +79,8 @@ class DecoupledMambaADModel(nn.Module):
         grid = (round(image_size[0] / stride), round(image_size[1] / stride))
         self.decoder = MambaDecoder(dim, grid, depths, num_directions, scan)
         self.anomaly_map_generator = AnomalyMapGenerator(image_size, mode=AnomalyMapGenerationMode.ADD)
-        self.decoupling = attach(self, "bottleneck", dim, **kwargs) if decouple else None
+        if decouple:
+            attach(self, "bottleneck", dim, **kwargs)
 
     def forward(self, images: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]] | InferenceBatch:
         """Run the model.
@@ -98,19 +99,3 @@ class DecoupledMambaADModel(nn.Module):
             return features, reconstructions
         anomaly_map = self.anomaly_map_generator(features, [maps.float() for maps in reconstructions])
         return InferenceBatch(pred_score=anomaly_map.amax(dim=(1, 2, 3)), anomaly_map=anomaly_map)
-
-    def frozen(self, image_size: tuple[int, int] | None) -> "DecoupledMambaADModel":
-        """Copy the model for inference, faster and the same within rounding.
-
-        Args:
-            image_size (tuple[int, int] | None): Height and width of the images.
-
-        Returns:
-            DecoupledMambaADModel: The copy, in eval mode.
-        """
-        model = copy.deepcopy(self).eval()
-        if image_size is not None:
-            model.encoder.freeze(*image_size)
-        if model.decoupling:
-            model.decoupling.freeze()
-        return model.requires_grad_(False)

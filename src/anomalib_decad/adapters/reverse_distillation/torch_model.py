@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reverse distillation with decoupling, as a torch module."""
 
-import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,9 @@ from anomalib.models.components.backbone import get_decoder
 from anomalib.models.image.reverse_distillation.anomaly_map import AnomalyMapGenerationMode
 from anomalib.models.image.reverse_distillation.torch_model import ReverseDistillationModel
 
-from anomalib_decad.adapters.decoupling import EmbeddingDecoupling, attach
+from anomalib_decad.adapters.decoupling import attach
 from anomalib_decad.adapters.encoder import create_encoder
+from anomalib_decad.adapters.torch_model import DecoupledModel
 
 __all__ = ["DecoupledReverseDistillationModel"]
 
@@ -22,7 +22,7 @@ _TRANSFORMER_DECODER, _TRANSFORMER_CHANNELS = "resnet50", (256, 512, 1024)
 _STAGES = (1, 2, 3)
 
 
-class DecoupledReverseDistillationModel(ReverseDistillationModel):
+class DecoupledReverseDistillationModel(DecoupledModel, ReverseDistillationModel):
     """anomalib's reverse distillation, whose bottleneck embedding is decoupled.
 
     Bottleneck, decoder, anomaly map and score are anomalib's own.
@@ -70,24 +70,8 @@ class DecoupledReverseDistillationModel(ReverseDistillationModel):
             resnet = _TRANSFORMER_DECODER
         # Its own encoder is replaced, so that weights come lazily, from a file as well, or from the checkpoint.
         super().__init__(resnet, image_size, ["layer1", "layer2", "layer3"], anomaly_map_mode, pre_trained=False)
-        self.encoder = frozen  # type: ignore[assignment]
+        self.encoder = frozen
         # Nothing uses them, and data-parallel training stops at parameters without a gradient.
         del self.bottleneck.conv4, self.bottleneck.bn4
-        dim = 2 * frozen.channels[-1]
-        self.decoupling: EmbeddingDecoupling | None = attach(self, "bottleneck", dim, **kwargs) if decouple else None
-
-    def frozen(self, image_size: tuple[int, int] | None) -> "DecoupledReverseDistillationModel":
-        """Copy the model for inference, faster and the same within rounding.
-
-        Args:
-            image_size (tuple[int, int] | None): Height and width of the images.
-
-        Returns:
-            DecoupledReverseDistillationModel: The copy, in eval mode.
-        """
-        model = copy.deepcopy(self).eval()
-        if image_size is not None:
-            model.encoder.freeze(*image_size)  # type: ignore[operator]
-        if model.decoupling:
-            model.decoupling.freeze()
-        return model.requires_grad_(False)
+        if decouple:
+            attach(self, "bottleneck", 2 * frozen.channels[-1], **kwargs)

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """UniAD with decoupling, as a torch module."""
 
-import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,9 @@ from anomalib.data import InferenceBatch
 from torch import nn
 from torch.nn import functional
 
-from anomalib_decad.adapters.decoupling import EmbeddingDecoupling
+from anomalib_decad.adapters.decoupling import attach
 from anomalib_decad.adapters.encoder import create_encoder
+from anomalib_decad.adapters.torch_model import DecoupledModel
 from anomalib_decad.adapters.uniad.transformer import PositionEmbedding, QueryDecoder, TransformerEncoder
 
 __all__ = ["DecoupledUniADModel"]
@@ -24,7 +24,7 @@ _STAGES = (0, 1, 2, 3)
 _POOLING = 16
 
 
-class DecoupledUniADModel(nn.Module):
+class DecoupledUniADModel(DecoupledModel):
     """UniAD, with decoupling between the transformer's encoder and decoder.
 
     Args:
@@ -86,7 +86,8 @@ class DecoupledUniADModel(nn.Module):
             for parameter in part.parameters():
                 if parameter.ndim > 1:
                     nn.init.xavier_uniform_(parameter)
-        self.decoupling = EmbeddingDecoupling(hidden_dim, **kwargs) if decouple else None
+        if decouple:
+            attach(self, "transformer_encoder", hidden_dim, **kwargs)
 
     def forward(self, images: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]] | InferenceBatch:
         """Run the model.
@@ -109,8 +110,6 @@ class DecoupledUniADModel(nn.Module):
             tokens = self._with_jitter(tokens)
         positions = self.positions()
         embeddings = self.transformer_encoder(self.input_projection(tokens), positions)
-        if self.decoupling:
-            embeddings = self.decoupling(embeddings)
         decoded = self.output_projection(self.transformer_decoder(embeddings, positions))
         reconstruction = decoded.mT.unflatten(2, self.grid)
         if self.training:
@@ -120,22 +119,6 @@ class DecoupledUniADModel(nn.Module):
         anomaly_map = functional.interpolate(errors, size=size, mode="bilinear", align_corners=True)
         pooled = functional.avg_pool2d(anomaly_map, min(_POOLING, *size), stride=1)
         return InferenceBatch(pred_score=pooled.amax(dim=(1, 2, 3)), anomaly_map=anomaly_map)
-
-    def frozen(self, image_size: tuple[int, int] | None) -> "DecoupledUniADModel":
-        """Copy the model for inference, faster and the same within rounding.
-
-        Args:
-            image_size (tuple[int, int] | None): Height and width of the images.
-
-        Returns:
-            DecoupledUniADModel: The copy, in eval mode.
-        """
-        model = copy.deepcopy(self).eval()
-        if image_size is not None:
-            model.encoder.freeze(*image_size)
-        if model.decoupling:
-            model.decoupling.freeze()
-        return model.requires_grad_(False)
 
     def _with_jitter(self, tokens: torch.Tensor) -> torch.Tensor:
         """Add noise in proportion to each token's norm (UniAD, section 3.3)."""

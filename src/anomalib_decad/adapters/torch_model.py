@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the torch modules of methods with decoupling share."""
+
+import copy
+from typing import Any
+
+from torch import nn
+from typing_extensions import Self
+
+from anomalib_decad.adapters.decoupling import EmbeddingDecoupling
+
+__all__ = ["DecoupledModel"]
+
+
+class DecoupledModel(nn.Module):
+    """Base of the torch modules of methods with decoupling: a frozen encoder, and a copy for inference.
+
+    In training mode a subclass returns (features, reconstructions), lists of tensors, and in eval mode anomalib's
+    ``InferenceBatch``.
+    """
+
+    encoder: Any  # a CNNEncoder or a ViTPyramid
+
+    @property
+    def decoupling(self) -> EmbeddingDecoupling | None:
+        """The decoupling, unless the method is plain."""
+        found = (module for module in self.modules() if isinstance(module, EmbeddingDecoupling))
+        return next(found, None)
+
+    def frozen(self, image_size: tuple[int, int] | None) -> Self:
+        """Copy the model for inference, faster and the same within rounding.
+
+        Args:
+            image_size (tuple[int, int] | None): Height and width of the images in pixels.
+
+        Returns:
+            Self: The copy, in eval mode.
+
+        Raises:
+            EncoderWeightsError: If the encoder's weights had to be loaded and could not.
+        """
+        model = copy.deepcopy(self).eval()
+        if image_size is not None:
+            model.encoder.freeze(*image_size)
+        if model.decoupling:
+            model.decoupling.freeze()
+        return model.requires_grad_(False)
