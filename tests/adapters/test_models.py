@@ -156,6 +156,29 @@ def test_exports_give_the_checkpoints_predictions(cls, make_method, make_engine,
             np.testing.assert_allclose(exported["anomaly_map"][index, 0], anomaly_map, rtol=1e-2, atol=1e-3)
 
 
+@pytest.mark.slow
+def test_integers_hold_the_convolutions(make_method, make_engine, make_data, mvtec_root, tmp_path):
+    openvino = pytest.importorskip("openvino")
+    pytest.importorskip("nncf")
+    model = make_method(DecoupledReverseDistillation)
+    make_engine(max_steps=4).fit(model, datamodule=make_data())
+    path = model.to_openvino(tmp_path, compression_type="INT8_PTQ", datamodule=make_data())
+    operations = openvino.Core().read_model(path).get_ops()
+    convolutions = [operation for operation in operations if operation.get_type_name() == "Convolution"]
+    quantised = [
+        operation for operation in convolutions if operation.input_value(0).get_node().get_type_name() == "FakeQuantize"
+    ]
+    # All but the first, and the blur of the anomaly map.
+    assert len(quantised) >= len(convolutions) - 2 > 20
+    compiled = openvino.compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    for image_path in sorted((mvtec_root / "bolts" / "test" / "square").iterdir()):
+        image = read_image(image_path).astype(np.float32).transpose(2, 0, 1)[None] / 255
+        with torch.no_grad():
+            expected = model.eval()(torch.from_numpy(image)).anomaly_map.flatten()
+        actual = torch.from_numpy(compiled(image)["anomaly_map"]).flatten()
+        assert torch.corrcoef(torch.stack([actual, expected]))[0, 1] > 0.9
+
+
 def read_image(path):
     return cv2.cvtColor(cv2.imread(str(path)), cv2.COLOR_BGR2RGB)
 
