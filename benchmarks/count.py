@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Count learnable parameters and multiply-adds of DecAD's parts and of the adapters, beside the papers' figures.
 
-usage: python benchmarks/count.py [--encoder vit_base_patch14_dinov2] [--image-size 280]
+usage: python benchmarks/count.py [--encoder vit_base_patch14_dinov2] [--image-size 280] [--adapters]
 
 Counts need no trained weights. The solver's iterations are those of a network at its initialisation.
 """
@@ -42,6 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--encoder", default="vit_base_patch14_dinov2")
     parser.add_argument("--image-size", type=int, default=280)
+    parser.add_argument("--adapters", action="store_true", help="count them, too, with their own encoders")
     args = parser.parse_args()
     model = DecADModel(encoder=args.encoder, pretrained=False)
     images = torch.rand(1, 3, args.image_size, args.image_size)
@@ -66,8 +67,7 @@ def main() -> None:
     print(f"{args.encoder}, {args.image_size} pixels ({_PAPER})")
     for name, parameters, count in rows:
         print(f"{name:36} {parameters / 1e6:8.2f} M {count / 1e9:8.2f} G")
-    print("\nwith their own encoders, without and with decoupling")
-    for cls, (size, reported) in _ADAPTERS.items():
+    for cls, (size, reported) in _ADAPTERS.items() if args.adapters else ():
         count_adapter(cls, size, reported)
 
 

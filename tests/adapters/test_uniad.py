@@ -43,6 +43,11 @@ def test_a_position_is_not_decoded_from_its_neighbours():
     assert influence.any(1).all()
 
 
+def test_the_size_is_the_reported_one():
+    model = DecoupledUniADModel(decouple=False, pretrained=False)
+    assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(24.5e6, rel=0.01)
+
+
 def test_shapes():
     positions = PositionEmbedding(GRID, DIM)()
     assert positions.shape == (30, DIM)
