@@ -36,15 +36,29 @@ def _threads():
 
 
 @pytest.fixture(scope="session")
-def encoder_weights(tmp_path_factory) -> Path:
-    """Weights of the tiny encoder, as timm names them."""
+def weights_of(tmp_path_factory):
+    """Random weights of timm networks, as timm names them, in files."""
     import timm
     from safetensors.torch import save_file
 
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("weights") / "test_vit.safetensors"
-    save_file(timm.create_model(ENCODER, pretrained=False, num_classes=0).state_dict(), str(path))
-    return path
+    folder = tmp_path_factory.mktemp("weights")
+
+    def find(name) -> Path:
+        path = folder / f"{name}.safetensors"
+        if not path.is_file():
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                state = timm.create_model(name, pretrained=False, num_classes=0).state_dict()
+            save_file(state, str(path))
+        return path
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def encoder_weights(weights_of) -> Path:
+    """Weights of the tiny encoder."""
+    return weights_of(ENCODER)
 
 
 @pytest.fixture(scope="session")

@@ -7,9 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import timm
 import yaml
-from safetensors.torch import save_file
 
 from conftest import ENCODER, IMAGE_SIZE
 
@@ -196,11 +194,10 @@ def test_resume_from_the_command_line(trained, tmp_path, model_args, data_args, 
 
 
 @pytest.fixture(scope="module")
-def uniad_args(tmp_path_factory):
-    path = tmp_path_factory.mktemp("weights") / "test_resnet.safetensors"
-    save_file(timm.create_model("test_resnet", pretrained=False, num_classes=0).state_dict(), str(path))
+def uniad_args(weights_of):
     return [
-        "--model", "DecoupledUniAD", "--model.encoder", "test_resnet", "--model.encoder_weights", path,
+        "--model", "DecoupledUniAD", "--model.encoder", "test_resnet",
+        "--model.encoder_weights", weights_of("test_resnet"),
         "--model.image_size", f"[{IMAGE_SIZE},{IMAGE_SIZE}]", "--model.neighbors", "3", "--model.hidden_dim", "16",
         "--model.num_layers", "1",
     ]  # fmt: skip

@@ -3,13 +3,11 @@
 import cv2
 import numpy as np
 import pytest
-import timm
 import torch
 from anomalib.callbacks import ModelCheckpoint
 from anomalib.models import ReverseDistillation
 from anomalib.pre_processing import PreProcessor
 from lightning.pytorch import seed_everything
-from safetensors.torch import save_file
 from torchvision.transforms.v2 import Normalize
 
 from anomalib_decad import DecoupledMambaAD, DecoupledReverseDistillation, DecoupledUniAD
@@ -23,22 +21,6 @@ METHODS = {
     DecoupledMambaAD: {"encoder": "resnet18", "depths": [2, 2, 2, 2], "num_directions": 2},
 }
 CLASSES = list(METHODS)
-
-
-@pytest.fixture(scope="session")
-def weights_of(tmp_path_factory):
-    """Random weights of timm networks, in files."""
-
-    def find(name):
-        path = tmp_path_factory.getbasetemp() / f"{name}.safetensors"
-        if not path.is_file():
-            with torch.random.fork_rng():
-                torch.manual_seed(0)
-                state = timm.create_model(name, pretrained=False, num_classes=0).state_dict()
-            save_file(state, str(path))
-        return path
-
-    return find
 
 
 @pytest.fixture(scope="session")

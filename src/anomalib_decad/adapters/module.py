@@ -85,11 +85,12 @@ class DecoupledModule(BaseModule):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Give the parameters to train, and their learning rates, to an optimizer."""
-        decoupling = set(self.model.decoupling.parameters()) if self.model.decoupling else set()
-        own = [p for p in self.model.parameters() if p.requires_grad and p not in decoupling]
+        decoupling = self.model.decoupling
+        extra = [p for p in decoupling.parameters() if p.requires_grad] if decoupling else []
+        theirs = set(extra)
+        own = [p for p in self.model.parameters() if p.requires_grad and p not in theirs]
         groups = [{"params": own, "lr": self.learning_rate}]
-        if decoupling:
-            extra = [p for p in self.model.decoupling.parameters() if p.requires_grad]
+        if extra:
             groups.append({"params": extra, "lr": self.decoupling_learning_rate})
         return groups
 
@@ -140,7 +141,7 @@ class DecoupledModule(BaseModule):
         features, reconstructions = self.model(images)
         terms = {"reconstruction": self.loss(features, reconstructions)}
         loss = terms["reconstruction"]
-        if self.model.decoupling:
-            terms |= (extra := self.model.decoupling.losses())
+        if decoupling := self.model.decoupling:
+            terms |= (extra := decoupling.losses())
             loss = loss + self.decoupling_weight * torch.stack(list(extra.values())).sum()
         return self.log_losses(loss, terms, len(images))

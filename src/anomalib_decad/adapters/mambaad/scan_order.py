@@ -2,6 +2,7 @@
 """Orders in which a feature map is scanned: curves and directions."""
 
 from collections.abc import Callable
+from functools import cache
 from typing import Literal
 
 import numpy as np
@@ -12,6 +13,7 @@ __all__ = ["Curve", "scan_orders"]
 Curve = Literal["hilbert", "sweep", "scan", "zigzag", "zorder"]
 
 
+@cache  # a decoder has many blocks of a few sizes
 def scan_orders(grid: tuple[int, int], curve: Curve, num_directions: int) -> torch.Tensor:
     """Compute the orders of MambaAD's hybrid scan.
 

@@ -24,6 +24,8 @@ __all__ = ["selective_scan"]
 # Steps whose states are computed, and kept, at a time.
 _SEGMENT = 16
 
+_HAS_KERNEL = find_spec("mamba_ssm") is not None
+
 
 def selective_scan(
     x: torch.Tensor,
@@ -48,7 +50,7 @@ def selective_scan(
     """
     with torch.autocast(x.device.type, enabled=False):
         x, delta, a, b, c, d = (at_least_float32(tensor) for tensor in (x, delta, a, b, c, d))
-        if x.is_cuda and find_spec("mamba_ssm"):
+        if x.is_cuda and _HAS_KERNEL:
             return _kernel(x, delta, a, b, c, d)
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             y = _doubling(x, delta, a, b, c)
