@@ -1,8 +1,9 @@
 # make demo: train on three textures and show what is found   make test: run the tests
-# Each makes the virtual environment if it is missing. Override with VENV=..., PYTHON=...
+# Each makes the virtual environment if it is missing. Override with VENV=..., PYTHON=..., JOBS=... (test processes).
 PYTHON ?= python3
 VENV ?= .venv
 STEPS ?= 200
+JOBS ?= 2
 BIN := $(VENV)/bin
 
 .PHONY: demo test lint types clean
@@ -11,7 +12,7 @@ demo: $(VENV)/.demo
 	$(BIN)/python demo/run.py --steps $(STEPS) $(if $(DATA),--data "$(DATA)") $(if $(CATEGORIES),--categories "$(CATEGORIES)")
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest $(TESTS)
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile $(TESTS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -46,12 +46,15 @@ _BLOCKS = ((3, 6, 9), (1, 6, 12), (2, 4, 8), (2, 8, 12), (3, 6, 10), (4, 8, 10))
 #: Lists of settings that are compared, by name.
 ABLATIONS: dict[str, list[dict[str, Any]]] = {
     "decoupling": [
-        {},
-        {"synthesis_steps": 0},
-        {"decouple": False},
-        {"num_prototypes": 0},
-        {"num_prototypes": 0, "synthesis_steps": 0},
-        {"num_prototypes": 0, "decouple": False},
+        {"num_prototypes": number, **settings}
+        for number in (0, 3072)
+        for settings in (
+            {"decouple": False},
+            {"synthesis_noise": "gaussian", "synthesis_steps": 0},
+            {"synthesis_noise": "gaussian"},
+            {"synthesis_steps": 0},
+            {},
+        )
     ],
     "blocks": [{"blocks": list(blocks)} for blocks in _BLOCKS],
     "delta": [{"delta": delta} for delta in (1.0, 1.5, 2.0, 2.5, 3.0)],

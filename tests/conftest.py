@@ -9,6 +9,9 @@ from pathlib import Path
 
 # Before any hub client is imported: a test that reaches for the hub is wrong.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Before torch is: test processes beside each other have a thread each.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import cv2
 import numpy as np

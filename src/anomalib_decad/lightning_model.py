@@ -72,8 +72,11 @@ class DecAD(BaseModule, AnomalibModule):
             Defaults to ``2.5``.
         synthesis_fraction (float): Share of training images that get a synthetic anomaly.
             Defaults to ``0.5``.
-        synthesis_steps (int): Gradient steps that make a synthetic anomaly hard to see; 0 for random noise.
+        synthesis_steps (int): Gradient steps that make a synthetic anomaly hard to see; 0 for its random start.
             Defaults to ``1``.
+        synthesis_noise (Literal["features", "gaussian"]): Where a synthetic anomaly starts: at a difference of two
+            patches of the batch, as features vary, or at Gaussian noise, which is seen at once.
+            Defaults to ``"features"``.
         margin (float): Abnormal energy that a perturbed patch should have.
             Defaults to ``1.0``.
         reconstruction_weight (float): Weight of the loss of reconstructed features.
@@ -164,6 +167,7 @@ class DecAD(BaseModule, AnomalibModule):
         delta: float = 2.5,
         synthesis_fraction: float = 0.5,
         synthesis_steps: int = 1,
+        synthesis_noise: Literal["features", "gaussian"] = "features",
         margin: float = 1.0,
         reconstruction_weight: float = 1.0,
         normal_weight: float = 1.0,
@@ -212,6 +216,7 @@ class DecAD(BaseModule, AnomalibModule):
             delta=delta,
             synthesis_fraction=synthesis_fraction,
             synthesis_steps=synthesis_steps,
+            synthesis_noise=synthesis_noise,
             decoder_depth=decoder_depth,
             num_prototypes=num_prototypes,
             energy_power=energy_power,

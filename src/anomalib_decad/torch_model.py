@@ -4,7 +4,7 @@
 import copy
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from anomalib.data import InferenceBatch
@@ -67,7 +67,8 @@ class DecADModel(nn.Module):
         abnormal_fraction (float): Share of the latent channels that hold the abnormal component, in (0, 1).
         delta (float): Radius of the synthetic anomalies in feature space.
         synthesis_fraction (float): Share of training images that get a synthetic anomaly, in (0, 1].
-        synthesis_steps (int): Gradient steps of a synthetic anomaly; 0 for random noise.
+        synthesis_steps (int): Gradient steps of a synthetic anomaly; 0 for its random start.
+        synthesis_noise (Literal["features", "gaussian"]): Where it starts, see :class:`AdversarialSynthesis`.
         decoder_depth (int): Transformer blocks of the decoder.
         num_prototypes (int): Prototypes in the decoder's memory; 0 for no memory.
         energy_power (float): Exponent of the abnormal energy in the anomaly map; 0 leaves it out.
@@ -105,6 +106,7 @@ class DecADModel(nn.Module):
         delta: float = 2.5,
         synthesis_fraction: float = 0.5,
         synthesis_steps: int = 1,
+        synthesis_noise: Literal["features", "gaussian"] = "features",
         decoder_depth: int = 2,
         num_prototypes: int = 3072,
         energy_power: float = 0.25,
@@ -131,7 +133,7 @@ class DecADModel(nn.Module):
             if decouple
             else None
         )
-        self.synthesis = AdversarialSynthesis(delta, synthesis_fraction, synthesis_steps)
+        self.synthesis = AdversarialSynthesis(delta, synthesis_fraction, synthesis_steps, synthesis_noise)
         self.decoder = FeatureDecoder(dim, len(blocks), decoder_depth, self.encoder.num_heads, num_prototypes)
         self.anomaly_map_generator = AnomalyMapGenerator(blur_sigma, score_fraction, energy_power)
         self.register_buffer("initialised", torch.tensor(False))

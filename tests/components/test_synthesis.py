@@ -10,30 +10,68 @@ def quadratic(x):
     return x.square().mean(-1)
 
 
+noises = pytest.mark.parametrize("noise", ["features", "gaussian"])
+
+
 @settings(max_examples=30, deadline=None)
 @given(
     delta=st.floats(0.01, 100),
     steps=st.integers(0, 3),
+    noise=st.sampled_from(["features", "gaussian"]),
     batch=st.integers(1, 4),
     grid=st.tuples(st.integers(1, 9), st.integers(1, 9)),
     dim=st.integers(2, 16),
 )
-def test_norm_is_delta_on_the_chosen_patches_and_zero_elsewhere(delta, steps, batch, grid, dim):
+def test_norm_is_delta_on_the_chosen_patches_and_zero_elsewhere(delta, steps, noise, batch, grid, dim):
     x = torch.randn(batch, grid[0] * grid[1], dim, dtype=torch.float64)
-    perturbed, mask = AdversarialSynthesis(delta, fraction=1.0, num_steps=steps)(x, quadratic, grid)
+    perturbed, mask = AdversarialSynthesis(delta, fraction=1.0, num_steps=steps, noise=noise)(x, quadratic, grid)
     assert mask.any(1).all()
     norms = (perturbed - x).norm(dim=-1)
     torch.testing.assert_close(norms[mask], torch.full_like(norms[mask], delta), rtol=1e-6, atol=1e-9)
     assert torch.equal(perturbed[~mask], x[~mask])
 
 
-def test_step_lowers_the_energy():
+@noises
+@pytest.mark.parametrize("stiffness", [1.0, 1e4])
+def test_no_step_raises_the_energy_of_any_patch(noise, stiffness):
+    """Neither where the energy rises as in a valley with steep walls, as it does where features hardly vary."""
+    weights = torch.tensor([stiffness, 1.0, 1.0, 1.0])
+    x = torch.randn(8, 64, 4) / weights.sqrt()
+
+    def perturbed_energy(steps):
+        torch.manual_seed(1)
+        synthesis = AdversarialSynthesis(fraction=1.0, num_steps=steps, noise=noise)
+        perturbed, mask = synthesis(x, lambda y: (weights * y.square()).mean(-1))
+        return (weights * perturbed.square()).mean(-1)[mask]
+
+    random_, hard, harder = (perturbed_energy(steps) for steps in (0, 1, 5))
+    assert (hard <= random_ * (1 + 1e-4)).all()
+    assert (harder <= hard * (1 + 1e-4)).all()
+    assert hard.mean() < 0.9 * random_.mean()
+
+
+def test_steps_lower_the_energy_of_a_decoupler():
     decoupler = Decoupler(16, hidden_dim=8).eval()
     x = torch.randn(8, 64, 16)
     random_, mask = AdversarialSynthesis(fraction=1.0, num_steps=0)(x, decoupler.energy)
     hard, hard_mask = AdversarialSynthesis(fraction=1.0, num_steps=1)(x, decoupler.energy)
     with torch.no_grad():
         assert decoupler.energy(hard)[hard_mask].mean() < decoupler.energy(random_)[mask].mean()
+
+
+def test_anomalies_vary_as_features_do():
+    """Embeddings within a plane are not moved out of it."""
+    plane = torch.linalg.qr(torch.randn(6, 2)).Q
+    x = torch.randn(4, 25, 2) @ plane.T
+    perturbed, mask = AdversarialSynthesis(fraction=1.0, num_steps=0)(x, quadratic)
+    off_plane = perturbed - perturbed @ plane @ plane.T
+    assert mask.any()
+    assert off_plane.abs().max() < 1e-5
+
+
+def test_equal_patches_get_gaussian_noise():
+    perturbed, mask = AdversarialSynthesis(1.0, fraction=1.0, num_steps=0)(torch.ones(2, 9, 4), quadratic)
+    torch.testing.assert_close((perturbed - 1).norm(dim=-1)[mask], torch.ones(int(mask.sum())))
 
 
 def test_no_gradient_reaches_the_embeddings_or_the_parameters():
@@ -59,7 +97,12 @@ def test_zero_gradient_keeps_the_norm():
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [({"delta": 0}, "delta must be positive"), ({"fraction": 0}, "fraction must be"), ({"num_steps": -1}, "num_steps")],
+    [
+        ({"delta": 0}, "delta must be positive"),
+        ({"fraction": 0}, "fraction must be"),
+        ({"num_steps": -1}, "num_steps"),
+        ({"noise": "x"}, "noise"),
+    ],
 )
 def test_bad_arguments_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):

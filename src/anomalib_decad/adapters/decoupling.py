@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Synthesis and decoupling on the embedding between the encoder and the decoder of any model."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -36,8 +36,10 @@ class EmbeddingDecoupling(nn.Module):
             Defaults to ``2.5``.
         synthesis_fraction (float): Share of training images that get a synthetic anomaly, in (0, 1].
             Defaults to ``0.5``.
-        synthesis_steps (int): Gradient steps of a synthetic anomaly; 0 for random noise.
+        synthesis_steps (int): Gradient steps of a synthetic anomaly; 0 for its random start.
             Defaults to ``1``.
+        synthesis_noise (Literal["features", "gaussian"]): Where it starts, see :class:`AdversarialSynthesis`.
+            Defaults to ``"features"``.
         margin (float): Abnormal energy that a perturbed patch should have; positive.
             Defaults to ``1.0``.
         **kwargs (Any): Further arguments of :class:`Decoupler`.
@@ -67,6 +69,7 @@ class EmbeddingDecoupling(nn.Module):
         delta: float = 2.5,
         synthesis_fraction: float = 0.5,
         synthesis_steps: int = 1,
+        synthesis_noise: Literal["features", "gaussian"] = "features",
         margin: float = 1.0,
         **kwargs: Any,
     ) -> None:
@@ -75,7 +78,7 @@ class EmbeddingDecoupling(nn.Module):
             msg = f"margin must be positive, got {margin}"
             raise ValueError(msg)
         self.decoupler = Decoupler(dim, **kwargs)
-        self.synthesis = AdversarialSynthesis(delta, synthesis_fraction, synthesis_steps)
+        self.synthesis = AdversarialSynthesis(delta, synthesis_fraction, synthesis_steps, synthesis_noise)
         self.margin = margin
         self.register_buffer("norm", torch.tensor(0.0))
         self._losses: dict[str, torch.Tensor] = {}

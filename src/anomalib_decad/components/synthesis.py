@@ -2,6 +2,7 @@
 """Adversarial synthesis of anomalies in feature space."""
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import nn
@@ -14,6 +15,12 @@ __all__ = ["AdversarialSynthesis"]
 # A region covers this share of an image's patches.
 _SMALLEST_REGION, _LARGEST_REGION = 0.02, 0.3
 
+# Of a gradient step, relative to delta; with 0, none of them raises the energy.
+_STEP_LENGTHS = (1.0, 0.25, 0.0625, 0.015625, 0.0)
+
+# Relative to the norm of the patches.
+_SMALLEST_DIFFERENCE = 1e-5
+
 
 class AdversarialSynthesis(nn.Module):
     r"""Perturbs patch embeddings into the anomalies that the model misses most.
@@ -23,6 +30,11 @@ class AdversarialSynthesis(nn.Module):
     that lowers the energy H of the decoupler, back onto the sphere after each step. Only the gradient of H is needed:
     the encoder is never called, no image is edited.
 
+    The start is the difference of two patches of the batch, brought to the sphere: anomalies then vary as features do.
+    Gaussian noise goes in all directions alike, also in those in which normal features hardly vary, where it is seen
+    at once: its energy is a thousand times that of a normal patch. For the same reason a step that is too long raises
+    the energy instead, so each takes the length that lowers it most, if any does.
+
     The chosen patches are random blobs (smooth noise above a quantile), on a random part of the images.
 
     Args:
@@ -30,10 +42,11 @@ class AdversarialSynthesis(nn.Module):
             Defaults to ``2.5``, the best value of DecAD's ablation.
         fraction (float): Expected share of images with perturbed patches, in (0, 1].
             Defaults to ``0.5``.
-        num_steps (int): Gradient steps; with 0 the perturbation is noise on the sphere.
+        num_steps (int): Gradient steps; with 0 the perturbation is that which the others start from.
             Defaults to ``1``.
-        step_size (float): Length of a step relative to ``delta``.
-            Defaults to ``1.0``.
+        noise (Literal["features", "gaussian"]): Where the perturbation starts: at a difference of two patches, or at
+            Gaussian noise.
+            Defaults to ``"features"``.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -42,7 +55,13 @@ class AdversarialSynthesis(nn.Module):
         DecAD, ICCV 2025, supplement: delta = 2.5, normalised gradient of the energy.
     """
 
-    def __init__(self, delta: float = 2.5, fraction: float = 0.5, num_steps: int = 1, step_size: float = 1.0) -> None:
+    def __init__(
+        self,
+        delta: float = 2.5,
+        fraction: float = 0.5,
+        num_steps: int = 1,
+        noise: Literal["features", "gaussian"] = "features",
+    ) -> None:
         super().__init__()
         if not delta > 0:
             msg = f"delta must be positive, got {delta}"
@@ -53,10 +72,13 @@ class AdversarialSynthesis(nn.Module):
         if num_steps < 0:
             msg = f"num_steps must not be negative, got {num_steps}"
             raise ValueError(msg)
+        if noise not in {"features", "gaussian"}:
+            msg = f"noise must be 'features' or 'gaussian', got {noise!r}"
+            raise ValueError(msg)
         self.delta = delta
         self.fraction = fraction
         self.num_steps = num_steps
-        self.step_size = step_size
+        self.noise = noise
 
     def forward(
         self,
@@ -81,18 +103,36 @@ class AdversarialSynthesis(nn.Module):
         chosen = x[mask]
         perturbed = x.clone()
         if len(chosen):
-            perturbed[mask] = chosen + self._perturbation(chosen, energy).to(x.dtype)
+            perturbed[mask] = chosen + self._perturbation(chosen, self._start(x, chosen), energy).to(x.dtype)
         return perturbed, mask
 
-    def _perturbation(self, x: torch.Tensor, energy: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    def _start(self, x: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+        """Draw perturbations of embeddings, of shape (K, dim) as ``chosen``, from a batch of shape (B, N, dim)."""
+        gaussian = self._to_sphere(at_least_float32(torch.randn_like(chosen)))
+        if self.noise == "gaussian":
+            return gaussian
+        pool = at_least_float32(x.flatten(0, 1))
+        first, second = torch.randint(len(pool), (2, len(chosen)), device=x.device)
+        difference = pool[first] - pool[second]
+        # Not where both are the same patch, or equal.
+        different = difference.norm(dim=-1, keepdim=True) > _SMALLEST_DIFFERENCE * pool.norm(dim=-1).mean()
+        return torch.where(different, self._to_sphere(difference), gaussian)
+
+    def _perturbation(
+        self, x: torch.Tensor, eps: torch.Tensor, energy: Callable[[torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor:
+        """Lower the energy of embeddings x + eps, each of shape (K, dim), on the sphere."""
         x = at_least_float32(x)
-        eps = self._to_sphere(torch.randn_like(x))
+        lengths = self.delta * x.new_tensor(_STEP_LENGTHS)[:, None, None]
         for _ in range(self.num_steps):
             point = (x + eps).requires_grad_()
             with torch.enable_grad():
                 (gradient,) = torch.autograd.grad(energy(point).sum(), point)
-            direction = functional.normalize(gradient, dim=-1)
-            eps = self._to_sphere(eps - self.step_size * self.delta * direction)
+            # Of shape (lengths, K, dim).
+            candidates = self._to_sphere(eps - lengths * functional.normalize(gradient, dim=-1))
+            with torch.no_grad():
+                best = energy((x + candidates).flatten(0, 1)).unflatten(0, candidates.shape[:2]).argmin(0)
+            eps = candidates[best, torch.arange(len(x), device=x.device)]
         return eps
 
     def _to_sphere(self, eps: torch.Tensor) -> torch.Tensor:

@@ -55,8 +55,11 @@ class DecoupledMambaAD(DecoupledModule, AnomalibModule):
             Defaults to ``2.5``.
         synthesis_fraction (float): Share of training images that get a synthetic anomaly.
             Defaults to ``0.5``.
-        synthesis_steps (int): Gradient steps that make a synthetic anomaly hard to see; 0 for random noise.
+        synthesis_steps (int): Gradient steps that make a synthetic anomaly hard to see; 0 for its random start.
             Defaults to ``1``.
+        synthesis_noise (Literal["features", "gaussian"]): Where a synthetic anomaly starts: at a difference of two
+            patches of the batch, as features vary, or at Gaussian noise, which is seen at once.
+            Defaults to ``"features"``.
         margin (float): Abnormal energy that a perturbed patch should have.
             Defaults to ``1.0``.
         decoupling_weight (float): Weight of the decoupling's loss beside the method's own.
@@ -114,6 +117,7 @@ class DecoupledMambaAD(DecoupledModule, AnomalibModule):
         delta: float = 2.5,
         synthesis_fraction: float = 0.5,
         synthesis_steps: int = 1,
+        synthesis_noise: Literal["features", "gaussian"] = "features",
         margin: float = 1.0,
         decoupling_weight: float = 1.0,
         decoupling_learning_rate: float = 1e-3,
@@ -151,6 +155,7 @@ class DecoupledMambaAD(DecoupledModule, AnomalibModule):
             delta=delta,
             synthesis_fraction=synthesis_fraction,
             synthesis_steps=synthesis_steps,
+            synthesis_noise=synthesis_noise,
             margin=margin,
         )
         self.loss = FeatureMSELoss(_LOSS_WEIGHT)
