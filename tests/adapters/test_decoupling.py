@@ -43,7 +43,7 @@ def test_a_toy_autoencoder_is_decoupled():
     x = model.encoder.layer(images).flatten(2).mT * 5 / decoupling.norm
     perturbed = x + 2.5 * functional.normalize(torch.randn_like(x), dim=-1)
     energy, clean_energy = decoupling.decoupler.energy(perturbed), decoupling.decoupler.energy(x)
-    assert energy.mean() > 3 * clean_energy.mean()
+    assert energy.mean() > 2 * clean_energy.mean()
     removed = decoupling.decoupler(perturbed)[0]
     assert (removed - x).norm(dim=-1).mean() < 0.9 * (perturbed - x).norm(dim=-1).mean()
 

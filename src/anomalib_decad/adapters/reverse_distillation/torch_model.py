@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from anomalib.models.components.backbone import get_decoder
 from anomalib.models.image.reverse_distillation.anomaly_map import AnomalyMapGenerationMode
 from anomalib.models.image.reverse_distillation.torch_model import ReverseDistillationModel
@@ -62,7 +63,8 @@ class DecoupledReverseDistillationModel(DecoupledModel, ReverseDistillationModel
         frozen.check(*image_size)
         resnet = encoder.partition(".")[0]
         try:
-            get_decoder(resnet)
+            with torch.device("meta"):  # no weights are made
+                get_decoder(resnet)
         except ValueError as error:
             if not hasattr(frozen, "vit"):
                 msg = f"encoder: anomalib's reverse distillation has no decoder for {encoder}: {error}"
