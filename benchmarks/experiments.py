@@ -94,6 +94,8 @@ class Split:
 
 def load(args: argparse.Namespace, blocks: Sequence[int]) -> dict[str, Split]:
     """Find the features of the encoder's blocks, or compute them."""
+    if not args.data.is_dir():
+        raise SystemExit(f"--data: no such folder: {args.data}")
     size = (args.image_size, args.image_size)
     weights = args.encoder_weights
     model = DecAD(args.encoder, encoder_weights=weights, image_size=size, blocks=blocks, visualizer=False).eval()
@@ -180,7 +182,7 @@ class Leakage(Callback):
         sums = dict.fromkeys(("defect", "normal", "defect_kept", "normal_kept"), 0.0)
         counts = dict.fromkeys(("defect", "normal"), 0)
         indices = range(0, len(self.test.labels), self.args.leakage_stride)
-        for chunk in _chunks(indices, 16):
+        for chunk in chunks(indices, 16):
             batch = self.test.batch(chunk, _blocks(pl_module), self.args.grid)
             features = batch.features()
             x, targets = net.fusion(features), net.standardiser(features)
@@ -264,7 +266,7 @@ def score(args: argparse.Namespace, model: DecAD, test: Split) -> dict[str, dict
     net = model.eval().model.frozen(None)
     size = (args.image_size, args.image_size)
     metrics = CategoryMetrics()
-    for chunk in _chunks(range(len(test.labels)), 16):
+    for chunk in chunks(range(len(test.labels)), 16):
         batch = test.batch(chunk, _blocks(model), args.grid)
         output = net.inference_output(batch.features(), args.grid, size)
         metrics.update(
@@ -285,7 +287,8 @@ def _blocks(model: LightningModule) -> list[int]:
     return [index + 1 for index in model.model.encoder.indices]
 
 
-def _chunks(indices: Sequence[int], length: int) -> list[list[int]]:
+def chunks(indices: Sequence[int], length: int) -> list[list[int]]:
+    """Cut indices into lists of a length; the last may be shorter."""
     return [list(indices[start : start + length]) for start in range(0, len(indices), length)]
 
 
@@ -317,8 +320,6 @@ def main() -> None:
     args = parse()
     configurations = [{**args.settings, **setting} for setting in args.configurations]
     blocks = sorted({block for setting in configurations for block in setting.get("blocks", args.blocks)})
-    if not args.data.is_dir():
-        raise SystemExit(f"--data: no such folder: {args.data}")
     splits = load(args, blocks)
     patches = next(iter(splits["train"].codes.values())).shape[1]
     args.grid = (round(patches**0.5),) * 2

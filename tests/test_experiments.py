@@ -45,6 +45,13 @@ def test_each_run_is_a_line_and_features_are_computed_once(encoder_weights, mvte
     more = run_benchmark("experiments", *command[:9], 2, 3, *command[11:])
     assert more.returncode == 0, more.stderr[-3000:]
 
+    energies = run_benchmark("synthesis", *command)
+    assert energies.returncode == 0, energies.stderr[-3000:]
+    rows = [row.strip("| ").split(" | ") for row in energies.stdout.splitlines()[2:]]
+    assert len(rows) == 8
+    medians = {name: float(energy) for name, energy in rows}
+    assert medians["features, 1 step"] <= medians["features, 0 steps"]
+
 
 def test_a_missing_folder_is_one_clear_line(tmp_path):
     result = run_benchmark("experiments", "--data", tmp_path / "none")

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How hard synthetic anomalies are: their abnormal energies beside those of normal and of real defect patches.
+
+usage: python benchmarks/synthesis.py --data ROOT [--features results/features] [--set delta=2.5 ...]
+
+Takes the arguments of experiments.py, and reads or computes features as that does. The model is prepared, but not
+trained: its latent starts at the principal axes. Energies are medians over patches: normal and synthetic ones of 8
+training images, real defects of every fourth test image that has some.
+"""
+
+from __future__ import annotations
+
+import os
+from argparse import Namespace
+
+import torch
+from lightning.pytorch import seed_everything
+from torch.nn import functional
+
+import experiments
+from anomalib_decad import DecAD
+from anomalib_decad.components import AdversarialSynthesis
+
+_IMAGES = 64
+
+
+def plain_step(x: torch.Tensor, perturbed: torch.Tensor, model: DecAD, delta: float) -> torch.Tensor:
+    """Take a step of length delta along the normalised gradient itself, and go back to the sphere."""
+    point = perturbed.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(model.model.decoupler.energy(point).sum(), point)
+    return x + delta * functional.normalize(perturbed - delta * functional.normalize(gradient, dim=-1) - x, dim=-1)
+
+
+def energies(args: Namespace) -> dict[str, torch.Tensor]:
+    """Compute energies of normal, synthetic and defect patches.
+
+    Args:
+        args (Namespace): Command line of experiments.py.
+
+    Returns:
+        dict[str, torch.Tensor]: For each kind of patch, energies of shape (K,).
+    """
+    splits = experiments.load(args, args.blocks)
+    args.grid = (round(next(iter(splits["train"].codes.values())).shape[1] ** 0.5),) * 2
+    model = DecAD(
+        args.encoder,
+        encoder_weights=args.encoder_weights,
+        blocks=args.blocks,
+        image_size=(args.image_size, args.image_size),
+        visualizer=False,
+        **args.settings,
+    ).train()
+    net = model.model
+    order = torch.randperm(len(splits["train"].categories))[:_IMAGES].tolist()
+    net.initialise(splits["train"].batch(order, args.blocks, args.grid).features())
+    x = net.fusion(splits["train"].batch(order[:8], args.blocks, args.grid).features())
+    energy = net.decoupler.energy
+    result = {"normal": energy(x).flatten()}
+    delta = net.synthesis.delta
+    for noise in ("gaussian", "features"):
+        for steps in (0, 1):
+            torch.manual_seed(1)
+            perturbed, mask = AdversarialSynthesis(delta, 1.0, steps, noise)(x, energy, args.grid)
+            result[f"{noise}, {steps} step{'' if steps == 1 else 's'}"] = energy(perturbed[mask])
+            if steps == 0:
+                plain = plain_step(x[mask], perturbed[mask], model, delta)
+                result[f"{noise}, 1 step along the plain gradient"] = energy(plain)
+    test = splits["test"]
+    defects = []
+    for chunk in experiments.chunks(test.labels.nonzero().flatten().tolist()[::4], 16):
+        share = functional.adaptive_avg_pool2d(test.masks[chunk][:, None].float(), args.grid).flatten(1)
+        defects.append(energy(net.fusion(test.batch(chunk, args.blocks, args.grid).features()))[share > 0.5])
+    return result | {"real defects": torch.cat(defects)}
+
+
+def main() -> None:
+    """Print a table."""
+    args = experiments.parse()
+    seed_everything(args.seeds[0], verbose=False)
+    print("| patches | median energy |\n|---|---|")
+    for name, values in energies(args).items():
+        print(f"| {name} | {values.median():.2f} |")
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    main()
