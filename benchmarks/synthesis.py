@@ -4,7 +4,7 @@
 usage: python benchmarks/synthesis.py --data ROOT [--features results/features] [--set delta=2.5 ...]
 
 Takes the arguments of experiments.py, and reads or computes features as that does. The model is prepared, but not
-trained: its latent starts at the principal axes. Energies are medians over patches: normal and synthetic ones of 8
+trained: its latent starts at the principal axes. Energies are medians over patches: normal and synthetic ones of 64
 training images, real defects of every fourth test image that has some.
 """
 
@@ -52,8 +52,9 @@ def energies(args: Namespace) -> dict[str, torch.Tensor]:
     ).train()
     net = model.model
     order = torch.randperm(len(splits["train"].categories))[:_IMAGES].tolist()
-    net.initialise(splits["train"].batch(order, args.blocks, args.grid).features())
-    x = net.fusion(splits["train"].batch(order[:8], args.blocks, args.grid).features())
+    features = splits["train"].batch(order, args.blocks, args.grid).features()
+    net.initialise(features)
+    x = net.fusion(features)
     energy = net.decoupler.energy
     result = {"normal": energy(x).flatten()}
     delta = net.synthesis.delta

@@ -36,9 +36,9 @@ class AdversarialSynthesis(nn.Module):
     Both the start and the steps keep to directions in which features vary. The start is the difference d of two patches
     of the batch, and the gradient is taken in the metric of such differences, :math:`\mathrm{E}[dd^T]\,\nabla H`.
     Gaussian noise and the plain gradient go where normal features hardly vary, and are seen at once: before training
-    (``benchmarks/synthesis.py``) the median energy is 1.1 for normal patches and 2.2 for real defects; anomalies of
-    radius 2.5 start at 4.3 as Gaussian noise and at 1.3 as differences; a step along the plain gradient raises both to
-    1,000, a step in the metric lowers the latter to 0.6. A step that would raise a patch's energy is shortened, or not
+    (``benchmarks/synthesis.py``) the median energy is 1.0 for normal patches and 2.2 for real defects; anomalies of
+    radius 2.5 start at 4.2 as Gaussian noise and at 1.2 as differences; a step along the plain gradient raises both to
+    1,000, a step in the metric lowers the latter to 0.4. A step that would raise a patch's energy is shortened, or not
     taken.
 
     The chosen patches are random blobs (smooth noise above a quantile), on a random part of the images.
