@@ -37,10 +37,10 @@ class AdversarialSynthesis(nn.Module):
     of the batch, and the gradient is taken in the metric of such differences, :math:`\mathrm{E}[dd^T]\,\nabla H`.
     Gaussian noise and the plain gradient go where normal features hardly vary, and are seen at once: before training
     (``benchmarks/synthesis.py``) the median energy is 1.0 for normal patches and 2.2 for real defects; anomalies of
-    radius 2.5 start at 4.2 as Gaussian noise and at 1.2 as differences; a step along the plain gradient raises both to
-    1,000, a full step in the metric lowers the latter to 0.4. That would be more normal than the patch before perturbation,
-    which no training can tell from an anomaly: of several lengths, a step takes the one with the lowest energy that is
-    not below that patch's, or none.
+    radius 2.5 start at 4.2 as Gaussian noise and at 1.2 as differences, and a step along the plain gradient raises both
+    to 1,000. A full step in the metric lowers the latter to 0.4, more normal than normal patches, which no training
+    could call abnormal. So of several lengths, a step takes the one with the lowest energy that is not below that of
+    the patch before perturbation, or none.
 
     The chosen patches are random blobs (smooth noise above a quantile), on a random part of the images.
 
