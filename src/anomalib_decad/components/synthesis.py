@@ -129,26 +129,35 @@ class AdversarialSynthesis(nn.Module):
         """Perturb the embeddings ``chosen``, of shape (K, dim), of a batch of shape (B, N, dim)."""
         eps = self._start(x, chosen)
         chosen = at_least_float32(chosen)
-        metric = _differences(x, _METRIC_SAMPLES)
-        lengths = self.delta * chosen.new_tensor(_STEP_LENGTHS)[:, None, None]
+        differences = _differences(x, _METRIC_SAMPLES)
         for _ in range(self.num_steps):
             point = (chosen + eps).requires_grad_()
             with torch.enable_grad():
                 (gradient,) = torch.autograd.grad(energy(point).sum(), point)
             with torch.autocast(x.device.type, enabled=False):  # float16 could overflow
-                direction = functional.normalize(gradient @ metric.T @ metric, dim=-1)
-            moved = eps - lengths * direction  # (lengths, K, dim)
-            # Where the step ends in the middle of the sphere, no direction is left.
-            is_off_centre = moved.norm(dim=-1, keepdim=True) > _SMALLEST_DIFFERENCE * self.delta
-            candidates = torch.where(is_off_centre, self._to_sphere(moved), eps)
-            with torch.no_grad():
-                levels = energy((chosen + candidates).flatten(0, 1)).unflatten(0, candidates.shape[:2])
-                # The last is the start.
-                is_too_normal = levels[:-1] < energy(chosen)
-                levels[:-1].masked_fill_(is_too_normal, torch.inf)
-                best = levels.argmin(0)
-            eps = candidates[best, torch.arange(len(chosen), device=x.device)]
+                direction = functional.normalize(gradient @ differences.T @ differences, dim=-1)
+            eps = self._step(chosen, eps, direction, energy)
         return eps
+
+    @torch.no_grad()
+    def _step(
+        self,
+        chosen: torch.Tensor,
+        eps: torch.Tensor,
+        direction: torch.Tensor,
+        energy: Callable[[torch.Tensor], torch.Tensor],
+    ) -> torch.Tensor:
+        """Choose the length of a step against a direction, each tensor of shape (K, dim)."""
+        lengths = self.delta * eps.new_tensor(_STEP_LENGTHS)[:, None, None]
+        moved = eps - lengths * direction  # (lengths, K, dim)
+        # Where a step ends in the middle of the sphere, no direction is left.
+        is_off_centre = moved.norm(dim=-1, keepdim=True) > _SMALLEST_DIFFERENCE * self.delta
+        candidates = torch.where(is_off_centre, self._to_sphere(moved), eps)
+        levels = energy((chosen + candidates).flatten(0, 1)).unflatten(0, candidates.shape[:2])
+        is_too_normal = levels < energy(chosen)
+        is_too_normal[-1] = False  # the start itself
+        best = levels.masked_fill(is_too_normal, torch.inf).argmin(0)
+        return candidates[best, torch.arange(len(eps), device=eps.device)]
 
     def _to_sphere(self, eps: torch.Tensor) -> torch.Tensor:
         return self.delta * functional.normalize(eps, dim=-1)
