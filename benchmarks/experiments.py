@@ -91,14 +91,31 @@ class Split:
         )
         return FeatureBatch(torch.from_numpy(codes), FeatureCode(offset, scale), grid)
 
+    def defect_shares(self, indices: Sequence[int], grid: tuple[int, int]) -> torch.Tensor:
+        """Compute which share of each patch of some images is defect, shape (images, N)."""
+        return functional.adaptive_avg_pool2d(self.masks[indices][:, None].float(), grid).flatten(1)
+
+
+def create(args: argparse.Namespace, **settings: Any) -> DecAD:
+    """Create a DecAD with the encoder, blocks and image size of the command line, unless settings name others."""
+    options = {
+        "encoder": args.encoder,
+        "encoder_weights": args.encoder_weights,
+        "image_size": (args.image_size, args.image_size),
+        "blocks": args.blocks,
+        "visualizer": False,
+    }
+    return DecAD(**{**options, **settings})
+
 
 def load(args: argparse.Namespace, blocks: Sequence[int]) -> dict[str, Split]:
-    """Find the features of the encoder's blocks, or compute them."""
+    """Find the features of the encoder's blocks, or compute them; note their grid in the command line."""
     if not args.data.is_dir():
         raise SystemExit(f"--data: no such folder: {args.data}")
     size = (args.image_size, args.image_size)
     weights = args.encoder_weights
-    model = DecAD(args.encoder, encoder_weights=weights, image_size=size, blocks=blocks, visualizer=False).eval()
+    model = create(args, blocks=blocks).eval()
+    args.grid = model.model.encoder.grid(*size)
     datamodule = MultiCategory("MVTecAD", root=args.data, categories=args.categories, num_workers=0)
     datamodule.setup()
     splits = {}
@@ -187,7 +204,7 @@ class Leakage(Callback):
             features = batch.features()
             x, targets = net.fusion(features), net.standardiser(features)
             clean = net.decoupler(x)[0] if net.decoupler else x
-            share = functional.adaptive_avg_pool2d(self.test.masks[chunk][:, None].float(), self.args.grid).flatten(1)
+            share = self.test.defect_shares(chunk, self.args.grid)
             groups = {"defect": share > 0.5, "normal": share == 0}
             for suffix, embeddings in (("", clean), ("_kept", x)):
                 errors = net.anomaly_map_generator.patch_errors(targets, net.decoder(embeddings))
@@ -204,16 +221,7 @@ def run(args: argparse.Namespace, splits: dict[str, Split], settings: dict[str, 
     """Train and score one model."""
     seed_everything(seed, verbose=False)
     blocks = settings.get("blocks", args.blocks)
-    size = (args.image_size, args.image_size)
-    options = {
-        "encoder": args.encoder,
-        "encoder_weights": args.encoder_weights,
-        "image_size": size,
-        "blocks": blocks,
-        "visualizer": False,
-        "evaluator": False,
-    }
-    model = DecAD(**{**options, **settings})
+    model = create(args, evaluator=False, **settings)
     train = splits["train"]
     weights = None
     if args.sampling == "balanced":
@@ -321,8 +329,6 @@ def main() -> None:
     configurations = [{**args.settings, **setting} for setting in args.configurations]
     blocks = sorted({block for setting in configurations for block in setting.get("blocks", args.blocks)})
     splits = load(args, blocks)
-    patches = next(iter(splits["train"].codes.values())).shape[1]
-    args.grid = (round(patches**0.5),) * 2
     facts = machine()
     results: list[tuple[dict[str, Any], list[dict[str, Any]]]] = []
     for settings in configurations:

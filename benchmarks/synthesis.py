@@ -12,22 +12,24 @@ from __future__ import annotations
 
 import os
 from argparse import Namespace
+from collections.abc import Callable
 
 import torch
 from lightning.pytorch import seed_everything
 from torch.nn import functional
 
 import experiments
-from anomalib_decad import DecAD
 from anomalib_decad.components import AdversarialSynthesis
 
 _IMAGES = 64
 
 
-def plain_step(x: torch.Tensor, perturbed: torch.Tensor, model: DecAD, delta: float) -> torch.Tensor:
+def plain_step(
+    x: torch.Tensor, perturbed: torch.Tensor, energy: Callable[[torch.Tensor], torch.Tensor], delta: float
+) -> torch.Tensor:
     """Take a step of length delta along the normalised gradient itself, and go back to the sphere."""
     point = perturbed.clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(model.model.decoupler.energy(point).sum(), point)
+    (gradient,) = torch.autograd.grad(energy(point).sum(), point)
     return x + delta * functional.normalize(perturbed - delta * functional.normalize(gradient, dim=-1) - x, dim=-1)
 
 
@@ -41,16 +43,7 @@ def energies(args: Namespace) -> dict[str, torch.Tensor]:
         dict[str, torch.Tensor]: For each kind of patch, energies of shape (K,).
     """
     splits = experiments.load(args, args.blocks)
-    args.grid = (round(next(iter(splits["train"].codes.values())).shape[1] ** 0.5),) * 2
-    model = DecAD(
-        args.encoder,
-        encoder_weights=args.encoder_weights,
-        blocks=args.blocks,
-        image_size=(args.image_size, args.image_size),
-        visualizer=False,
-        **args.settings,
-    ).train()
-    net = model.model
+    net = experiments.create(args, **args.settings).model.train()
     order = torch.randperm(len(splits["train"].categories))[:_IMAGES].tolist()
     features = splits["train"].batch(order, args.blocks, args.grid).features()
     net.initialise(features)
@@ -64,13 +57,13 @@ def energies(args: Namespace) -> dict[str, torch.Tensor]:
             perturbed, mask = AdversarialSynthesis(delta, 1.0, steps, noise)(x, energy, args.grid)
             result[f"{noise}, {steps} step{'' if steps == 1 else 's'}"] = energy(perturbed[mask])
             if steps == 0:
-                plain = plain_step(x[mask], perturbed[mask], model, delta)
+                plain = plain_step(x[mask], perturbed[mask], energy, delta)
                 result[f"{noise}, 1 step along the plain gradient"] = energy(plain)
     test = splits["test"]
     defects = []
     for chunk in experiments.chunks(test.labels.nonzero().flatten().tolist()[::4], 16):
-        share = functional.adaptive_avg_pool2d(test.masks[chunk][:, None].float(), args.grid).flatten(1)
-        defects.append(energy(net.fusion(test.batch(chunk, args.blocks, args.grid).features()))[share > 0.5])
+        embeddings = net.fusion(test.batch(chunk, args.blocks, args.grid).features())
+        defects.append(energy(embeddings)[test.defect_shares(chunk, args.grid) > 0.5])
     return result | {"real defects": torch.cat(defects)}
 
 
