@@ -218,6 +218,35 @@ def test_rows_do_not_depend_on_each_other():
     assert different.nonzero().tolist() == [[0, 3]]
 
 
+def _outputs_and_gradients(network, x):
+    network.zero_grad()
+    z = network(x)
+    back = network.inverse(z)
+    (z[:, : network.dim // 2].square().mean() + back.square().mean()).backward()
+    return z.detach(), back.detach(), torch.cat([p.grad.flatten() for p in network.parameters()])
+
+
+def test_training_in_bfloat16_is_training_in_float32_within_rounding():
+    network = train(make_network(64), steps=15)
+    x = torch.randn(200, 64)
+    expected = _outputs_and_gradients(network, x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = _outputs_and_gradients(network, x)
+    for actual, exact in zip(rounded, expected, strict=True):
+        assert actual.dtype == torch.float32
+        assert 0 < relative_error(actual, exact) < 2e-2
+
+
+@pytest.mark.parametrize(("mode", "dtype"), [(False, torch.bfloat16), (False, torch.float16), (True, torch.float16)])
+def test_precision_is_kept_in_eval_mode_and_where_numbers_could_overflow(mode, dtype):
+    network = make_network(16).train(mode)
+    x = torch.randn(9, 16)
+    with parametrize.cached():  # in training mode each pass refines the spectral norms
+        expected = network(x)
+        with torch.autocast("cpu", dtype=dtype):
+            torch.testing.assert_close(network(x), expected, rtol=1e-6, atol=1e-6)
+
+
 def test_half_precision_input_is_computed_in_float32():
     network = make_network(16).eval()
     x = torch.randn(9, 16)

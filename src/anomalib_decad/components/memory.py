@@ -65,11 +65,13 @@ class PrototypeMemory(nn.Module):
             x (torch.Tensor): Embeddings of shape (..., dim).
 
         Returns:
-            torch.Tensor: Mixtures of prototypes, shape (..., dim), in float32 or wider: the weights are exponentials
-                of differences between large numbers.
+            torch.Tensor: Mixtures of prototypes, shape (..., dim). Under automatic mixed precision their weights are
+                computed in float32, as they are exponentials of differences between large numbers, and the mean of the
+                values that they weigh in the lower precision.
         """
         with torch.autocast(x.device.type, enabled=False):
             beta = self.log_beta.exp()
             # |x|^2 is the same for all prototypes: the softmax does not see it.
             similarity = linear_rows(2 * beta * at_least_float32(x), self.keys, -beta * self.keys.square().sum(-1))
-            return linear_rows(similarity.softmax(-1), self.values)
+            weights = similarity.softmax(-1)
+        return linear_rows(weights, self.values)

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from anomalib_decad.components.invertible.dense_net import FoldedDenseNet, dense
+from anomalib_decad.components.invertible.pila import Pila
 from anomalib_decad.components.precision import at_least_float32
 from anomalib_decad.components.solver import fixed_point
 
@@ -95,13 +96,19 @@ class FoldedUnit(NamedTuple):
             scale=scale,
         )
 
+    def to(self, dtype: torch.dtype) -> "FoldedUnit":
+        """Round all weights to a precision."""
+        weights = {name: value.to(dtype) for name, value in self._asdict().items() if isinstance(value, torch.Tensor)}
+        layers = tuple((weight.to(dtype), bias.to(dtype)) for weight, bias in self.layers)
+        return self._replace(layers=layers, **weights)
+
     def start(self, x: torch.Tensor) -> torch.Tensor:
         """Compute K c, the solution for a linear D, shape (N, hidden_dim), from ``x`` of shape (N, dim)."""
         return functional.linear(x, self.start_weight, self.start_bias)
 
     def update(self, v: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
         """Iterate once; all shapes are (N, hidden_dim)."""
-        return start - functional.linear(dense(v, self.layers), self.update_weight)
+        return start - functional.linear(self._dense(v), self.update_weight)
 
     def solve(self, x: torch.Tensor, iterations: int, backward_iterations: int | None = None) -> torch.Tensor:
         """Compute v, shape (N, hidden_dim), from ``x`` of shape (N, dim)."""
@@ -110,8 +117,13 @@ class FoldedUnit(NamedTuple):
 
     def output(self, x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Compute the output of the unit, shape (N, dim), from its input of the same shape and v."""
-        residual = functional.linear(dense(v, self.layers), self.output_weight, self.output_bias)
+        residual = functional.linear(self._dense(v), self.output_weight, self.output_bias)
         return residual + x if self.scale is None else torch.addcmul(residual, x, self.scale)
+
+    def _dense(self, v: torch.Tensor) -> torch.Tensor:
+        # The implicit gradient goes back through D several times.
+        activation = Pila.scaled_for_solver if torch.is_grad_enabled() else Pila.scaled
+        return dense(v, self.layers, activation)
 
 
 class FrozenNetwork(nn.Module):

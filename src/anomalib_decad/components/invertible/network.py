@@ -18,8 +18,9 @@ class InvertibleNetwork(nn.Module):
     r"""Invertible map of each patch embedding to the latent space, :math:`F = F_R \circ \dots \circ F_1`.
 
     Each block :math:`F_r = f_K \circ \dots \circ f_1` is a chain of :class:`MonotoneUnit` with an
-    :class:`ActNorm` behind it. Always computed in at least float32, also under automatic mixed precision: in half
-    precision the inverse would not be one.
+    :class:`ActNorm` behind it. Computed in at least float32, also under automatic mixed precision: in half precision
+    the inverse would not be one. Only G is computed in bfloat16, in training mode under automatic mixed precision with
+    it: inputs bypass G, so what is rounded is the change that a unit makes.
 
     Args:
         dim (int): Number of channels of an embedding.
@@ -142,7 +143,7 @@ class InvertibleNetwork(nn.Module):
 
     def _run(self, x: torch.Tensor, rev: bool) -> torch.Tensor:
         # Nested in the cache of a caller, if any, the normalised weights are shared with its other passes.
-        with torch.autocast(x.device.type, enabled=False), parametrize.cached():
+        with parametrize.cached():
             rows = at_least_float32(x.reshape(-1, self.dim))
             output, _ = self.sequence(rows, rev=rev, jac=False)
             return output.reshape(x.shape)

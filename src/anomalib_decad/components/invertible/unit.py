@@ -168,20 +168,31 @@ class MonotoneUnit(InvertibleModule):
         """
         del c
         (x,) = x_or_z
-        # Folded here, under grad: the solver's evaluations have no graph, and the cache of parametrizations would keep
-        # their weights.
-        unit = self._folded(rev, self._preconditioned or self.training)
-        iterations = self.iterations.training if self.training else self._evaluation_iterations
-        v = unit.solve(x, iterations, self.iterations.backward)
-        log_det = _log_det(-self.net.encode.weight @ unit.output_weight, unit, v) if jac else x.new_zeros(x.shape[0])
-        return (unit.output(x, v),), log_det
+        dtype = self._solver_dtype(x)
+        with torch.autocast(x.device.type, enabled=False):
+            # Folded here, under grad: the solver's evaluations have no graph, and the cache of parametrizations would
+            # keep their weights.
+            unit = self._folded(rev, self._preconditioned or self.training)
+            iterations = self.iterations.training if self.training else self._evaluation_iterations
+            rounded = unit.to(dtype)
+            v = rounded.solve(x.to(dtype), iterations, self.iterations.backward)
+            output = rounded.output(x, v)
+            log_det = _log_det(self.net.encode.weight, unit, v.to(x.dtype)) if jac else x.new_zeros(x.shape[0])
+        return (output,), log_det
+
+    def _solver_dtype(self, x: torch.Tensor) -> torch.dtype:
+        """Choose the precision of G; the input always bypasses it in its own."""
+        device = x.device.type
+        is_bfloat16 = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16
+        return torch.bfloat16 if is_bfloat16 and self.training else x.dtype
 
     def output_dims(self, input_dims: list[tuple[int]]) -> list[tuple[int]]:
         """Return the input dimensions: the unit keeps them."""
         return input_dims
 
 
-def _log_det(mixing: torch.Tensor, unit: FoldedUnit, v: torch.Tensor) -> torch.Tensor:
+def _log_det(encode_weight: torch.Tensor, unit: FoldedUnit, v: torch.Tensor) -> torch.Tensor:
+    mixing = -encode_weight @ unit.output_weight
     # df/dx = (I - G')(I + G')^-1, and by Sylvester's identity det(I + L B D' A) = det(I + L D' A B), hidden_dim wide.
     jacobian = torch.func.vmap(torch.func.jacrev(lambda row: functional.linear(dense(row, unit.layers), mixing)))(v)
     identity = torch.eye(v.shape[-1], dtype=v.dtype, device=v.device)
