@@ -26,6 +26,12 @@ class EmbeddingDecoupling(nn.Module):
     component (:class:`Decoupler`), so that what comes behind learns to answer with what is normal. :meth:`losses` gives
     the terms to add to the method's own loss. In eval mode it only removes.
 
+    Learned embeddings have no principal axes to start from as DecAD's have: a smaller share of the latent is removed, so
+    that the decoder misses less from the beginning, and anomalies start at Gaussian noise, the easier ones, as a latent
+    that knows nothing yet cannot tell a difference of patches from a normal patch. After 300 steps of reverse
+    distillation (README, "Decoupling in other methods") the mean of the seven metrics is 69.8 with these defaults and
+    64.2 with those of DecAD.
+
     The method's encoder gets the gradient of the method's loss as if the layer were the identity, and none of the
     terms: an encoder that followed them would first make all embeddings equal. As embeddings that are learned have no
     scale of their own, they are divided by a running mean of their norm before, and multiplied by it behind.
@@ -39,7 +45,9 @@ class EmbeddingDecoupling(nn.Module):
         synthesis_steps (int): Gradient steps of a synthetic anomaly; 0 for its random start.
             Defaults to ``1``.
         synthesis_noise (Literal["features", "gaussian"]): Where it starts, see :class:`AdversarialSynthesis`.
-            Defaults to ``"features"``.
+            Defaults to ``"gaussian"``.
+        abnormal_fraction (float): Share of the latent channels that hold the abnormal component, in (0, 1).
+            Defaults to ``0.125``.
         margin (float): Abnormal energy that a perturbed patch should have; positive.
             Defaults to ``1.0``.
         **kwargs (Any): Further arguments of :class:`Decoupler`.
@@ -69,7 +77,8 @@ class EmbeddingDecoupling(nn.Module):
         delta: float = 2.5,
         synthesis_fraction: float = 0.5,
         synthesis_steps: int = 1,
-        synthesis_noise: Literal["features", "gaussian"] = "features",
+        synthesis_noise: Literal["features", "gaussian"] = "gaussian",
+        abnormal_fraction: float = 0.125,
         margin: float = 1.0,
         **kwargs: Any,
     ) -> None:
@@ -77,7 +86,7 @@ class EmbeddingDecoupling(nn.Module):
         if not margin > 0:
             msg = f"margin must be positive, got {margin}"
             raise ValueError(msg)
-        self.decoupler = Decoupler(dim, **kwargs)
+        self.decoupler = Decoupler(dim, abnormal_fraction, **kwargs)
         self.synthesis = AdversarialSynthesis(delta, synthesis_fraction, synthesis_steps, synthesis_noise)
         self.margin = margin
         self.register_buffer("norm", torch.tensor(0.0))

@@ -50,7 +50,7 @@ class DecoupledMambaAD(DecoupledModule, AnomalibModule):
             with.
             Defaults to ``True``.
         abnormal_fraction (float): Share of the latent channels that hold the abnormal component, between 0 and 1.
-            Defaults to ``0.5``.
+            Defaults to ``0.125``.
         delta (float): Radius of the synthetic anomalies, where the mean norm of an embedding is 5.
             Defaults to ``2.5``.
         synthesis_fraction (float): Share of training images that get a synthetic anomaly.
@@ -59,7 +59,7 @@ class DecoupledMambaAD(DecoupledModule, AnomalibModule):
             Defaults to ``1``.
         synthesis_noise (Literal["features", "gaussian"]): Where a synthetic anomaly starts: at a difference of two
             patches of the batch, as features vary, or at Gaussian noise, which is seen at once.
-            Defaults to ``"features"``.
+            Defaults to ``"gaussian"``.
         margin (float): Abnormal energy that a perturbed patch should have.
             Defaults to ``1.0``.
         decoupling_weight (float): Weight of the decoupling's loss beside the method's own.
@@ -113,11 +113,11 @@ class DecoupledMambaAD(DecoupledModule, AnomalibModule):
         num_directions: int = 8,
         scan: Literal["hilbert", "sweep", "scan", "zigzag", "zorder"] = "hilbert",
         decouple: bool = True,
-        abnormal_fraction: float = 0.5,
+        abnormal_fraction: float = 0.125,
         delta: float = 2.5,
         synthesis_fraction: float = 0.5,
         synthesis_steps: int = 1,
-        synthesis_noise: Literal["features", "gaussian"] = "features",
+        synthesis_noise: Literal["features", "gaussian"] = "gaussian",
         margin: float = 1.0,
         decoupling_weight: float = 1.0,
         decoupling_learning_rate: float = 1e-3,
