@@ -6,7 +6,7 @@ usage: python benchmarks/compare.py --data ROOT [--categories a b] [--models Dec
 
 ROOT is a folder in MVTec AD's layout; one model is trained for all of its categories. Every run is a process of its
 own, one after the other. --steps gives methods that are trained in steps equal numbers of them; --minutes gives them
-equal training times, by the time of a step that short runs measure first. Memory banks are filled once.
+equal training times, by the time of a step that a short run measures first. Memory banks are filled once.
 Written to --output after each run: results.csv, results.md, results.png (accuracy against training time) and the log of
 each run; runs that are there are not repeated.
 """
@@ -19,6 +19,7 @@ import json
 import os
 import resource
 import shlex
+import statistics
 import subprocess
 import sys
 import time
@@ -28,7 +29,7 @@ from typing import Any
 import peers
 
 MEMORY_BANKS = {"Patchcore", "AnomalyDINO", "NearestNeighbour"}
-_PROBE_STEPS = 6
+_PROBE_STEPS = 20
 _COLUMNS = (
     "model", "budget", "steps", "image_AUROC", "image_AP", "image_F1Max", "pixel_AUROC", "pixel_AP", "pixel_F1Max",
     "pixel_AUPRO", "mean_of_seven", "training_seconds", "images_per_second", "peak_MiB", "learnable_parameters",
@@ -45,6 +46,7 @@ def run(args: argparse.Namespace, name: str, steps: int | None) -> dict[str, flo
     from anomalib_decad import MultiCategory
     from anomalib_decad.metrics import METRICS, CategoryEvaluator
     from count import multiply_adds
+    from training import Recorder
 
     seed_everything(args.seed)
     options: dict[str, Any] = json.loads(args.arguments).get(name, {})
@@ -66,8 +68,10 @@ def run(args: argparse.Namespace, name: str, steps: int | None) -> dict[str, flo
         train_batch_size=args.batch_size,
         eval_batch_size=args.batch_size,
     )
+    recorder = Recorder()
     engine = Engine(
         default_root_dir=args.output / "runs" / f"{name}-{steps}",
+        callbacks=[recorder],
         logger=False,
         enable_progress_bar=args.progress,
         limit_val_batches=0,
@@ -78,9 +82,9 @@ def run(args: argparse.Namespace, name: str, steps: int | None) -> dict[str, flo
     start = time.perf_counter()
     engine.fit(model, datamodule=datamodule)
     seconds = time.perf_counter() - start
-    result: dict[str, float] = {"training_seconds": seconds}
     if args.probe:
-        return result
+        return {"first_step_seconds": recorder.ends[0] - start, "step_seconds": statistics.median(recorder.durations())}
+    result: dict[str, float] = {"training_seconds": seconds}
     (scores,) = engine.test(model, datamodule=datamodule)
     result |= {metric: float(scores[metric]) for metric in (*METRICS, "mean_of_seven")}
 
@@ -153,14 +157,11 @@ def main() -> None:
 
 
 def steps_in(args: argparse.Namespace, name: str, minutes: float) -> int:
-    """Find how many steps a model can do in a time, by two short runs."""
-    shorter = start(args, name, 1, probe=True)
-    shorter_seconds = shorter["training_seconds"] if shorter else 0.0
-    longer = start(args, name, _PROBE_STEPS + 1, probe=True)
-    if longer is None:
+    """Find how many steps a model can do in a time, by a short run."""
+    probe = start(args, name, _PROBE_STEPS, probe=True)
+    if probe is None:
         return 1
-    per_step = max((longer["training_seconds"] - shorter_seconds) / _PROBE_STEPS, 1e-3)
-    return max(int((minutes * 60 - shorter_seconds) / per_step), 1)
+    return max(1 + int((minutes * 60 - probe["first_step_seconds"]) / probe["step_seconds"]), 1)
 
 
 def write(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A training step with and without the feature cache: time, losses, peak memory.
 
-usage: python benchmarks/training.py --data ROOT --categories bottle [--steps 20]
+usage: python benchmarks/training.py --data ROOT --categories bottle [--steps 20] [--precision bf16-mixed]
+                                     [--modes off ram disk]
 
 ROOT is a folder in MVTec AD's layout. Each mode is a process of its own; all get the same seed, so that the losses of
 each step can be compared.
@@ -10,6 +11,7 @@ each step can be compared.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import resource
@@ -39,6 +41,10 @@ class Recorder(Callback):
         self.losses.append(float(outputs["loss"]))
         self.ends.append(time.perf_counter())
 
+    def durations(self) -> list[float]:
+        """Compute the seconds of each step but the first, which starts before it."""
+        return [after - before for before, after in itertools.pairwise(self.ends)]
+
 
 def run(args: argparse.Namespace, mode: str) -> dict[str, Any]:
     """Train in this process."""
@@ -67,13 +73,13 @@ def run(args: argparse.Namespace, mode: str) -> dict[str, Any]:
             callbacks=[recorder],
             default_root_dir=folder,
             enable_progress_bar=False,
+            precision=args.precision,
         )
         start = time.perf_counter()
         engine.fit(model, datamodule=data)
-    steps = [after - before for before, after in zip(recorder.ends, recorder.ends[1:], strict=False)]
     return {
         "before the first step, s": recorder.ends[0] - start,
-        "step, s": statistics.median(steps[_WARM_UP:]),
+        "step, s": statistics.median(recorder.durations()[_WARM_UP:]),
         "peak MiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "losses": recorder.losses,
     }
@@ -88,19 +94,21 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--encoder", default="vit_small_patch14_dinov2")
     parser.add_argument("--image-size", type=int, default=280)
+    parser.add_argument("--precision", default="32-true", help="of Lightning's trainer")
+    parser.add_argument("--modes", nargs="+", default=MODES, choices=MODES, help="the first is compared with")
     parser.add_argument("--worker", choices=MODES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         print("RESULT " + json.dumps(run(args, args.worker)))
         return
     results: dict[str, dict[str, Any]] = {}
-    for mode in MODES:
+    for mode in args.modes:
         command = [sys.executable, __file__, *sys.argv[1:], "--worker", mode]
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
         output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment).stdout
         line = next(line for line in output.splitlines() if line.startswith("RESULT "))
         results[mode] = json.loads(line.removeprefix("RESULT "))
-    reference = results["off"]
+    reference = results[args.modes[0]]
     print("| feature cache | step, s | faster | before the first step, s | peak MiB | largest change of a loss |")
     print("|---" * 6 + "|")
     for mode, result in results.items():
