@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import peers
+from experiments import machine
 
 MEMORY_BANKS = {"Patchcore", "AnomalyDINO", "NearestNeighbour"}
 _PROBE_STEPS = 20
@@ -172,6 +173,8 @@ def write(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
         writer.writerows(rows)
     lines = [
         f"`python benchmarks/compare.py {shlex.join(args.command_line)}`",
+        "",
+        ", ".join(f"{name} {value}" for name, value in machine().items()),
         "",
         "| " + " | ".join(column.replace("_", " ") for column in _COLUMNS) + " |",
         "|---" * len(_COLUMNS) + "|",

@@ -4,6 +4,7 @@ import csv
 import json
 
 import pytest
+import torch
 
 from conftest import ENCODER, run_benchmark
 
@@ -27,7 +28,10 @@ def test_a_race_writes_a_table_and_a_plot_and_is_not_run_twice(encoder_weights, 
         assert float(row["multiply_adds"]) > 1e6
         assert float(row["learnable_parameters"]) > 1e5
         assert float(row["images_per_second"]) > 1
-    assert (tmp_path / "results.md").read_text().count("\n| DecAD |") == 3
+    table = (tmp_path / "results.md").read_text()
+    assert table.count("\n| DecAD |") == 3
+    assert "threads" in table
+    assert f"torch {torch.__version__}" in table
     assert (tmp_path / "results.png").stat().st_size > 1000
     again = run_benchmark("compare", *command)
     assert again.returncode == 0
