@@ -26,11 +26,11 @@ class EmbeddingDecoupling(nn.Module):
     component (:class:`Decoupler`), so that what comes behind learns to answer with what is normal. :meth:`losses` gives
     the terms to add to the method's own loss. In eval mode it only removes.
 
-    Learned embeddings have no principal axes to start from as DecAD's have: a smaller share of the latent is removed, so
-    that the decoder misses less from the beginning, and anomalies start at Gaussian noise, the easier ones, as a latent
-    that knows nothing yet cannot tell a difference of patches from a normal patch. After 300 steps of reverse
-    distillation (README, "Decoupling in other methods") the mean of the seven metrics is 69.8 with these defaults and
-    64.2 with those of DecAD.
+    Learned embeddings have no principal axes to start from as DecAD's have. So a smaller share of the latent is
+    removed, of which the decoder misses less, and anomalies start at Gaussian noise, the easier ones: a latent that
+    knows nothing yet cannot tell a difference of patches from a normal patch. After 300 steps of reverse distillation
+    (README, "Decoupling in other methods") the mean of the seven metrics is 69.8 with these defaults and 64.2 with
+    those of DecAD.
 
     The method's encoder gets the gradient of the method's loss as if the layer were the identity, and none of the
     terms: an encoder that followed them would first make all embeddings equal. As embeddings that are learned have no
