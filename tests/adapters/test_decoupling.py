@@ -35,7 +35,7 @@ def train(model, decoupling, images, steps=60):
 def test_a_toy_autoencoder_is_decoupled():
     images = torch.rand(8, 3, 32, 32).sort(dim=-1).values
     model = Autoencoder()
-    decoupling = attach(model, "encoder", dim=8, hidden_dim=16)
+    decoupling = attach(model, "encoder", dim=8, hidden_dim=16, abnormal_fraction=0.5)
     train(model, decoupling, images)
     error = functional.mse_loss(model(images), images)
     assert error < 0.25 * images.var()
