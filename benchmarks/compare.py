@@ -72,7 +72,7 @@ def run(args: argparse.Namespace, name: str, steps: int | None) -> dict[str, flo
     recorder = Recorder()
     engine = Engine(
         default_root_dir=args.output / "runs" / f"{name}-{steps}",
-        callbacks=[recorder],
+        callbacks=[recorder] if args.probe else [],
         logger=False,
         enable_progress_bar=args.progress,
         limit_val_batches=0,
@@ -135,7 +135,10 @@ def main() -> None:
     if args.worker:
         name, steps, path, *probe = args.worker
         args.probe = bool(probe)
-        values = run(args, name, int(steps) or None)
+        values = {
+            **run(args, name, int(steps) or None),
+            "machine": ", ".join(" ".join(fact) for fact in machine().items()),
+        }
         partial = Path(path + ".partial")
         partial.write_text(json.dumps(values))
         partial.replace(path)
@@ -174,7 +177,8 @@ def write(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     lines = [
         f"`python benchmarks/compare.py {shlex.join(args.command_line)}`",
         "",
-        ", ".join(f"{name} {value}" for name, value in machine().items()),
+        # Results that were there may be of another machine.
+        *dict.fromkeys(row.get("machine", "a machine that was not noted") for row in rows),
         "",
         "| " + " | ".join(column.replace("_", " ") for column in _COLUMNS) + " |",
         "|---" * len(_COLUMNS) + "|",
