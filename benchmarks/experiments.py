@@ -47,7 +47,7 @@ _BLOCKS = ((3, 6, 9), (1, 6, 12), (2, 4, 8), (2, 8, 12), (3, 6, 10), (4, 8, 10))
 ABLATIONS: dict[str, list[dict[str, Any]]] = {
     "decoupling": [
         {"num_prototypes": number, **settings}
-        for number in (0, 3072)
+        for number in (0, 2560)
         for settings in (
             {"decouple": False},
             {"synthesis_noise": "gaussian", "synthesis_steps": 0},
@@ -58,8 +58,9 @@ ABLATIONS: dict[str, list[dict[str, Any]]] = {
     ],
     "blocks": [{"blocks": list(blocks)} for blocks in _BLOCKS],
     "delta": [{"delta": delta} for delta in (1.0, 1.5, 2.0, 2.5, 3.0)],
-    "memory": [{"num_prototypes": number} for number in (0, 512, 1536, 3072)],
+    "memory": [{"num_prototypes": number} for number in (0, 640, 1280, 2560)],
     "energy": [{"energy_power": power} for power in (0.0, 0.25, 0.5)],
+    "prior": [{"num_prototypes": number, "prior_dim": dim} for number in (0, 2560) for dim in (0, 128, 512)],
     "latent": [{"abnormal_fraction": fraction} for fraction in (0.25, 0.5, 0.75)],
     "depth": [{"decoder_depth": depth} for depth in (1, 2, 3)],
 }

@@ -90,6 +90,7 @@ def make_model(encoder_weights):
             "encoder_weights": encoder_weights,
             "blocks": [1, 2, 3],
             "hidden_dim": 8,
+            "prior_dim": 16,
             "num_prototypes": 16,
         }
         options["image_size"] = None if "pre_processor" in kwargs else (IMAGE_SIZE, IMAGE_SIZE)

@@ -15,7 +15,7 @@ def test_each_run_is_a_line_and_features_are_computed_once(encoder_weights, mvte
     log = tmp_path / "log.jsonl"
     command = [
         "--data", mvtec_root, "--encoder", ENCODER, "--encoder-weights", encoder_weights, "--image-size", 64,
-        "--blocks", 1, 3, "--set", "hidden_dim=8", "num_prototypes=16", "--steps", 3, "--batch-size", 4,
+        "--blocks", 1, 3, "--set", "hidden_dim=8", "prior_dim=16", "num_prototypes=16", "--steps", 3, "--batch-size", 4,
         "--leakage-every", 2, "--leakage-stride", 1, "--features", tmp_path / "features", "--log", log,
         "--choose", "bolts",
     ]  # fmt: skip

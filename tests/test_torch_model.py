@@ -7,7 +7,9 @@ from anomalib_decad.loss import DecADLoss
 
 @pytest.fixture
 def model():
-    return DecADModel(encoder="test_vit", blocks=[1, 2, 3], hidden_dim=8, num_prototypes=16, pretrained=False)
+    return DecADModel(
+        encoder="test_vit", blocks=[1, 2, 3], hidden_dim=8, prior_dim=16, num_prototypes=16, pretrained=False
+    )
 
 
 def test_prediction(model):

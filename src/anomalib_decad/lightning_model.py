@@ -68,6 +68,9 @@ class DecAD(BaseModule, AnomalibModule):
             Defaults to ``5.0``.
         abnormal_fraction (float): Share of the latent channels that hold the abnormal component, between 0 and 1.
             Defaults to ``0.5``.
+        prior_dim (int): Channels inside the network that predicts the abnormal component of a normal patch from its
+            normal one; 0 for the same abnormal component, 0, for all normal patches.
+            Defaults to ``512``.
         delta (float): Radius of the synthetic anomalies in feature space.
             Defaults to ``2.5``.
         synthesis_fraction (float): Share of training images that get a synthetic anomaly.
@@ -90,7 +93,7 @@ class DecAD(BaseModule, AnomalibModule):
         decoder_depth (int): Transformer blocks of the decoder.
             Defaults to ``2``.
         num_prototypes (int): Prototypes of normal patches in the decoder's memory; 0 for no memory.
-            Defaults to ``3072``.
+            Defaults to ``2560``.
         energy_power (float): Exponent of the abnormal energy, whose power multiplies the reconstruction error; 0 leaves
             it out.
             Defaults to ``0.25``.
@@ -149,7 +152,8 @@ class DecAD(BaseModule, AnomalibModule):
 
     model: DecADModel
     shape_arguments = (
-        "encoder", "blocks", "num_blocks", "num_units", "hidden_dim", "decoder_depth", "num_prototypes", "decouple",
+        "encoder", "blocks", "num_blocks", "num_units", "hidden_dim", "abnormal_fraction", "prior_dim", "decoder_depth",
+        "num_prototypes", "decouple",
     )  # fmt: skip
 
     def __init__(
@@ -164,6 +168,7 @@ class DecAD(BaseModule, AnomalibModule):
         lipschitz: float = 0.9,
         pila_k: float = 5.0,
         abnormal_fraction: float = 0.5,
+        prior_dim: int = 512,
         delta: float = 2.5,
         synthesis_fraction: float = 0.5,
         synthesis_steps: int = 1,
@@ -174,7 +179,7 @@ class DecAD(BaseModule, AnomalibModule):
         abnormal_weight: float = 1.0,
         restoration_weight: float = 1.0,
         decoder_depth: int = 2,
-        num_prototypes: int = 3072,
+        num_prototypes: int = 2560,
         energy_power: float = 0.25,
         blur_sigma: float = 4.0,
         score_fraction: float = 0.01,
@@ -213,6 +218,7 @@ class DecAD(BaseModule, AnomalibModule):
             lipschitz=lipschitz,
             pila_k=pila_k,
             abnormal_fraction=abnormal_fraction,
+            prior_dim=prior_dim,
             delta=delta,
             synthesis_fraction=synthesis_fraction,
             synthesis_steps=synthesis_steps,

@@ -51,8 +51,8 @@ class DecADModel(nn.Module):
     decoder reconstructs the standardised feature maps from it. In training mode, anomalies are synthesised in feature
     space.
 
-    What depends on the data alone (statistics, principal axes, prototypes) comes from a sample of normal images, given
-    to :meth:`initialise` before training or taken from the first batch.
+    What depends on the data alone (statistics, principal axes, prior, prototypes) comes from a sample of normal images,
+    given to :meth:`initialise` before training or taken from the first batch.
 
     Args:
         encoder (str): Name of a timm vision transformer.
@@ -65,6 +65,7 @@ class DecADModel(nn.Module):
         lipschitz (float): Bound of the Lipschitz constant of a unit's network, in (0, 1).
         pila_k (float): Sharpness of the activation Pila.
         abnormal_fraction (float): Share of the latent channels that hold the abnormal component, in (0, 1).
+        prior_dim (int): Channels inside the prior's network; 0 for a prior of 0.
         delta (float): Radius of the synthetic anomalies in feature space.
         synthesis_fraction (float): Share of training images that get a synthetic anomaly, in (0, 1].
         synthesis_steps (int): Gradient steps of a synthetic anomaly; 0 for its random start.
@@ -103,12 +104,13 @@ class DecADModel(nn.Module):
         lipschitz: float = 0.9,
         pila_k: float = 5.0,
         abnormal_fraction: float = 0.5,
+        prior_dim: int = 512,
         delta: float = 2.5,
         synthesis_fraction: float = 0.5,
         synthesis_steps: int = 1,
         synthesis_noise: Literal["features", "gaussian"] = "features",
         decoder_depth: int = 2,
-        num_prototypes: int = 3072,
+        num_prototypes: int = 2560,
         energy_power: float = 0.25,
         blur_sigma: float = 4.0,
         score_fraction: float = 0.01,
@@ -124,6 +126,7 @@ class DecADModel(nn.Module):
             Decoupler(
                 dim,
                 abnormal_fraction=abnormal_fraction,
+                prior_dim=prior_dim,
                 num_blocks=num_blocks,
                 num_units=num_units,
                 hidden_dim=hidden_dim,
@@ -181,7 +184,7 @@ class DecADModel(nn.Module):
 
     @torch.no_grad()
     def initialise(self, features: Sequence[torch.Tensor]) -> None:
-        """Set what depends on the data alone: statistics, principal axes, ActNorms, prototypes, linear maps.
+        """Set what depends on the data alone, from the principal axes to the prototypes.
 
         Args:
             features (Sequence[torch.Tensor]): Feature maps of normal patches from the encoder, each of shape
@@ -199,6 +202,7 @@ class DecADModel(nn.Module):
         x = self.fusion(rows)
         if self.decoupler:
             self.decoupler.initialise(x)
+            self.decoupler.fit_prior(x)
             x, _ = self.decoupler(x)
         self.decoder.initialise(x, self.standardiser(rows))
         self.initialised.fill_(True)

@@ -5,10 +5,12 @@ from torch.nn.utils import parametrize
 from anomalib_decad.components import Decoupler
 
 
-@pytest.fixture
-def decoupler():
-    decoupler = Decoupler(16, hidden_dim=8).train()
-    decoupler.network.initialise(torch.randn(200, 16))
+@pytest.fixture(params=[0, 32], ids=["prior of 0", "conditional prior"])
+def decoupler(request):
+    decoupler = Decoupler(16, prior_dim=request.param, hidden_dim=8).train()
+    x = torch.randn(200, 16)
+    decoupler.initialise(x)
+    decoupler.fit_prior(x)
     return decoupler.eval()
 
 
@@ -61,3 +63,35 @@ def test_weights_are_normalised_once_in_a_forward_pass(decoupler, monkeypatch):
 def test_both_components_need_channels(fraction):
     with pytest.raises(ValueError, match="abnormal_fraction"):
         Decoupler(16, abnormal_fraction=fraction)
+
+
+def test_prior_is_not_negative():
+    with pytest.raises(ValueError, match="prior_dim"):
+        Decoupler(16, prior_dim=-1)
+
+
+def test_prior_restores_what_the_normal_component_tells():
+    torch.manual_seed(0)
+    known = torch.randn(4000, 8)
+    x = torch.cat([known.abs(), known], dim=-1)
+    clean = {}
+    for prior_dim in (0, 128):
+        decoupler = Decoupler(16, prior_dim=prior_dim, hidden_dim=8).train()
+        decoupler.initialise(x)
+        decoupler.fit_prior(x)
+        with torch.no_grad():
+            clean[prior_dim], energy = decoupler.eval()(x)
+            # An anomaly that no longer fits what surrounds it in the embedding.
+            abnormal = decoupler.energy(torch.cat([x[:, :8].roll(1, 0), known], dim=-1))
+        assert (abnormal.mean() > 3 * energy.mean()) == (prior_dim > 0)
+    restoration = {dim: (x_clean - x).square().mean() for dim, x_clean in clean.items()}
+    assert restoration[128] < 0.3 * restoration[0]
+
+
+def test_losses_train_the_prior():
+    decoupler = Decoupler(16, prior_dim=8, hidden_dim=8).train()
+    x = torch.randn(50, 16)
+    decoupler.initialise(x)
+    x_clean, energy = decoupler(x[None])
+    (x_clean.square().mean() + energy.mean()).backward()
+    assert decoupler.prior.output.weight.grad.abs().max() > 0

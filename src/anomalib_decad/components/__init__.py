@@ -7,11 +7,13 @@ from anomalib_decad.components.encoder import EncoderWeightsError, FrozenEncoder
 from anomalib_decad.components.fusion import FeatureFusion, FeatureStandardiser
 from anomalib_decad.components.invertible import InvertibleNetwork, LipschitzDenseNet, MonotoneUnit, Pila
 from anomalib_decad.components.memory import PrototypeMemory
+from anomalib_decad.components.prior import ConditionalPrior
 from anomalib_decad.components.solver import fixed_point
 from anomalib_decad.components.synthesis import AdversarialSynthesis
 
 __all__ = [
     "AdversarialSynthesis",
+    "ConditionalPrior",
     "Decoupler",
     "EncoderWeightsError",
     "FeatureDecoder",

@@ -35,13 +35,13 @@ class FeatureDecoder(nn.Module):
         num_heads (int): Attention heads of a block; must divide ``dim``.
             Defaults to ``6``.
         num_prototypes (int): Prototypes in the memory; 0 for no memory.
-            Defaults to ``3072``.
+            Defaults to ``2560``.
 
     Raises:
         ValueError: If ``depth`` is below 1 or ``num_prototypes`` below 0.
     """
 
-    def __init__(self, dim: int, num_taps: int, depth: int = 2, num_heads: int = 6, num_prototypes: int = 3072) -> None:
+    def __init__(self, dim: int, num_taps: int, depth: int = 2, num_heads: int = 6, num_prototypes: int = 2560) -> None:
         super().__init__()
         if depth < 1:
             msg = f"decoder_depth must be at least 1, got {depth}"

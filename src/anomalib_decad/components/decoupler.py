@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from anomalib_decad.components.invertible import FrozenNetwork, InvertibleNetwork
+from anomalib_decad.components.prior import ConditionalPrior
 
 __all__ = ["Decoupler"]
 
@@ -16,17 +17,21 @@ class Decoupler(nn.Module):
     r"""Removes what is abnormal from each patch embedding.
 
     The latent :math:`z = F(x)` is split by channel into :math:`[z_a, z_n]`. The prior of a normal patch is
-    :math:`z_a = 0`, its abnormal energy is :math:`H = \mathrm{mean}(z_a^2)`, and removal is
-    :math:`\hat{x} = F^{-1}([0, z_n])`. F acts on each patch alone, so removal in one patch changes no other.
+    :math:`z_a = p(z_n)`, its abnormal energy is :math:`H = \mathrm{mean}((z_a - p(z_n))^2)`, and removal is
+    :math:`\hat{x} = F^{-1}([p(z_n), z_n])`. p is 0 or a :class:`ConditionalPrior`. F and p act on each patch alone, so
+    removal in one patch changes no other.
 
     Args:
         dim (int): Number of channels of an embedding; at least 2.
         abnormal_fraction (float): Share of the latent channels that hold the abnormal component, in (0, 1).
             Defaults to ``0.5``.
+        prior_dim (int): Channels inside the prior's network; 0 for a prior of 0.
+            Defaults to ``0``.
         **kwargs (Any): Further arguments of :class:`InvertibleNetwork`.
 
     Raises:
-        ValueError: If ``abnormal_fraction`` leaves one of the components without channels.
+        ValueError: If ``abnormal_fraction`` leaves one of the components without channels, or ``prior_dim`` is
+            negative.
 
     Example:
         >>> decoupler = Decoupler(dim=32)
@@ -35,12 +40,16 @@ class Decoupler(nn.Module):
         (torch.Size([2, 100, 32]), torch.Size([2, 100]))
     """
 
-    def __init__(self, dim: int, abnormal_fraction: float = 0.5, **kwargs: Any) -> None:
+    def __init__(self, dim: int, abnormal_fraction: float = 0.5, prior_dim: int = 0, **kwargs: Any) -> None:
         super().__init__()
         self.num_abnormal = round(dim * abnormal_fraction)
         if not 0 < self.num_abnormal < dim:
             msg = f"abnormal_fraction must leave channels to both components of {dim}, got {abnormal_fraction}"
             raise ValueError(msg)
+        if prior_dim < 0:
+            msg = f"prior_dim must not be negative, got {prior_dim}"
+            raise ValueError(msg)
+        self.prior = ConditionalPrior(dim - self.num_abnormal, self.num_abnormal, prior_dim) if prior_dim else None
         self.network: InvertibleNetwork | FrozenNetwork = InvertibleNetwork(dim, **kwargs)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -55,13 +64,21 @@ class Decoupler(nn.Module):
         """
         with parametrize.cached():
             abnormal, normal = self._split(x)
-            latent = torch.cat([torch.zeros_like(abnormal), normal], dim=-1)
-            return self.network.inverse(latent), abnormal.square().mean(-1)
+            expected = self._expect(abnormal, normal)
+            latent = torch.cat([expected, normal], dim=-1)
+            return self.network.inverse(latent), (abnormal - expected).square().mean(-1)
 
     def initialise(self, x: torch.Tensor) -> None:
         """Initialise the network from normal embeddings of shape (..., dim), unless it has been."""
         if isinstance(self.network, InvertibleNetwork):
             self.network.initialise(x)
+
+    def fit_prior(self, x: torch.Tensor) -> None:
+        """Fit the prior, if it is not 0, to normal embeddings of shape (K, dim). The network has to be initialised."""
+        if self.prior is not None:
+            with torch.no_grad():
+                abnormal, normal = self._split(x)
+            self.prior.fit(normal, abnormal)
 
     def freeze(self) -> None:
         """Replace the network by a faster one without spectral normalisation, in place, for inference."""
@@ -77,7 +94,12 @@ class Decoupler(nn.Module):
         Returns:
             torch.Tensor: Energies of shape (...), not negative.
         """
-        return self._split(x)[0].square().mean(-1)
+        abnormal, normal = self._split(x)
+        return (abnormal - self._expect(abnormal, normal)).square().mean(-1)
+
+    def _expect(self, abnormal: torch.Tensor, normal: torch.Tensor) -> torch.Tensor:
+        """Give the abnormal component that a normal patch would have."""
+        return torch.zeros_like(abnormal) if self.prior is None else self.prior(normal).to(abnormal.dtype)
 
     def _split(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         latent = self.network(x)

@@ -23,7 +23,7 @@ class PrototypeMemory(nn.Module):
     Args:
         dim (int): Number of channels of an embedding.
         num_prototypes (int): Number of prototypes; at least 1.
-            Defaults to ``3072``.
+            Defaults to ``2560``.
         sharpness (float): Start of beta times the mean squared distance between embeddings and keys; positive.
             Defaults to ``20.0``.
 
@@ -31,7 +31,7 @@ class PrototypeMemory(nn.Module):
         ValueError: If an argument is out of its range.
     """
 
-    def __init__(self, dim: int, num_prototypes: int = 3072, sharpness: float = 20.0) -> None:
+    def __init__(self, dim: int, num_prototypes: int = 2560, sharpness: float = 20.0) -> None:
         super().__init__()
         if num_prototypes < 1:
             msg = f"num_prototypes must be at least 1, got {num_prototypes}"
