@@ -35,24 +35,28 @@ def count_images(monkeypatch):
 
 
 def run(make_engine, make_model, make_data, *callbacks, data=None, ckpt_path=None, seed=7, **kwargs):
-    options = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith(("feature_cache", "encoder"))}
+    of_model = ("feature_cache", "encoder", "prior")
+    options = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith(of_model)}
     trainer = {"limit_val_batches": 0, **kwargs}
     seed_everything(7)
     model, data = make_model(**options), data or make_data()
     return losses_of(make_engine, model, data, *callbacks, seed=seed, ckpt_path=ckpt_path, **trainer)
 
 
+# A prior that is fitted to the patches of twelve images multiplies their rounding.
+@pytest.mark.parametrize(("prior_dim", "tolerance"), [(0, 2e-3), (16, 1e-2)])
 @pytest.mark.parametrize("mode", ["ram", "disk"])
 @pytest.mark.parametrize("sampling", ["natural", "balanced"])
 def test_losses_are_those_of_training_on_images(
-    mode, sampling, make_engine, make_model, make_data, count_images, tmp_path
+    mode, sampling, prior_dim, tolerance, make_engine, make_model, make_data, count_images, tmp_path
 ):
-    expected = run(make_engine, make_model, make_data, data=make_data(sampling=sampling), max_epochs=3)
+    both = {"max_epochs": 3, "prior_dim": prior_dim}
+    expected = run(make_engine, make_model, make_data, data=make_data(sampling=sampling), **both)
     count_images.clear()
-    options = {"feature_cache": mode, "feature_cache_dir": tmp_path / "cache"}
-    cached = run(make_engine, make_model, make_data, data=make_data(sampling=sampling), max_epochs=3, **options)
+    options = {"feature_cache": mode, "feature_cache_dir": tmp_path / "cache", **both}
+    cached = run(make_engine, make_model, make_data, data=make_data(sampling=sampling), **options)
     assert len(cached) == 9
-    assert cached == pytest.approx(expected, rel=2e-3)
+    assert cached == pytest.approx(expected, rel=tolerance)
     # 12 images once, and 12 of them before to choose the code.
     assert sum(count_images) == 24
 
@@ -116,8 +120,8 @@ def test_resuming_gives_the_losses_of_an_unbroken_run(mode, make_engine, make_mo
 
 
 def test_worker_processes_read_the_features(make_engine, make_model, make_data, tmp_path):
-    expected = run(make_engine, make_model, make_data)
-    options = {"feature_cache": "disk", "feature_cache_dir": tmp_path / "cache"}
+    expected = run(make_engine, make_model, make_data, prior_dim=0)
+    options = {"feature_cache": "disk", "feature_cache_dir": tmp_path / "cache", "prior_dim": 0}
     cached = run(make_engine, make_model, make_data, data=make_data(num_workers=1), **options)
     assert cached == pytest.approx(expected, rel=2e-3)
 
@@ -222,7 +226,8 @@ def test_two_processes_share_the_work(mode, encoder_weights, mvtec_root, tmp_pat
         "from conftest import Losses\n"
         "mode, weights, root, out, devices = sys.argv[1:]\n"
         "seed_everything(3)\n"
-        "model = DecAD('test_vit', weights, [1, 2], (64, 64), feature_cache=mode, feature_cache_dir=out + '/cache')\n"
+        "model = DecAD('test_vit', weights, [1, 2], (64, 64), feature_cache=mode, feature_cache_dir=out + '/cache',\n"
+        "    prior_dim=0)\n"
         "data = MultiCategory('MVTecAD', root=root, num_workers=0, train_batch_size=2, eval_batch_size=2)\n"
         "losses = Losses()\n"
         "engine = Engine(max_steps=3, accelerator='cpu', devices=int(devices), strategy='ddp', default_root_dir=out,\n"

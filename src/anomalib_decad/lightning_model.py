@@ -277,7 +277,7 @@ class DecAD(BaseModule, AnomalibModule):
         Returns:
             list[torch.Tensor]: Features of shape (K, dim), one for each tap.
         """
-        logger.info("Preparing the model with up to %d training images.", _SAMPLE_IMAGES)
+        logger.info("Preparing the model with up to %d training images: a minute or two on a CPU.", _SAMPLE_IMAGES)
         trainer, transform = self.trainer, getattr(self.pre_processor, "transform", None)
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
         chosen: list[torch.Tensor] = []
