@@ -99,7 +99,7 @@ class Decoupler(nn.Module):
 
     def _expect(self, abnormal: torch.Tensor, normal: torch.Tensor) -> torch.Tensor:
         """Give the abnormal component that a normal patch would have."""
-        return torch.zeros_like(abnormal) if self.prior is None else self.prior(normal).to(abnormal.dtype)
+        return torch.zeros_like(abnormal) if self.prior is None else self.prior(normal)
 
     def _split(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         latent = self.network(x)
