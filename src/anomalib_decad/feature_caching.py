@@ -233,14 +233,28 @@ class _Source:
         paths = [Path(path) for path in self.dataset.samples.image_path]
         encoder = self.encoder
         preparation = repr(self.transform), repr(getattr(self.dataset, "augmentations", None))
-        return fingerprint(encoder.name, encoder.indices, self.shape, preparation, dict(encoder.state_dict()), *paths)
+        settings = encoder.name, encoder.indices, self.shape, self.trainer.precision
+        return fingerprint(*settings, preparation, dict(encoder.state_dict()), *paths)
 
     def choose_code(self) -> FeatureCode:
         """Choose the code of the features by some images of all parts of the dataset."""
         chosen = np.linspace(0, len(self.dataset) - 1, min(_CODE_IMAGES, len(self.dataset))).astype(int)
-        images = torch.stack([self.prepare(self.dataset[int(index)].image) for index in chosen])
-        features = torch.cat([torch.stack(self.encoder(part), dim=1) for part in images.split(self.batch_size)])
-        return FeatureCode.of(features)
+        parts = np.array_split(chosen, -(-len(chosen) // self.batch_size))
+        features = [self.encode([self.dataset[int(index)].image for index in part]) for part in parts]
+        return FeatureCode.of(torch.cat(features))
+
+    def encode(self, images: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Encode images as a training step would: in the trainer's precision.
+
+        Args:
+            images (Sequence[torch.Tensor]): Images of shape (3, H, W).
+
+        Returns:
+            torch.Tensor: Features of shape (B, taps, N, dim).
+        """
+        batch = torch.stack([self.prepare(image) for image in images])
+        with self.trainer.precision_plugin.forward_context():
+            return torch.stack(self.encoder(batch), dim=1)
 
     def encode_into(self, target: np.ndarray, indices: Sequence[int], code: FeatureCode) -> None:
         """Write the features of some images to their places in an array, behind a progress bar."""
@@ -264,8 +278,7 @@ class _Source:
         with Progress(*columns, disable=not self.trainer.is_global_zero) as progress:
             task = progress.add_task("Encoding training images", total=len(indices), speed=0.0)
             for images in loader:
-                batch = torch.stack([self.prepare(image) for image in images])
-                codes = code.encode(torch.stack(self.encoder(batch), dim=1)).cpu().numpy()
+                codes = code.encode(self.encode(images)).cpu().numpy()
                 target[[indices[done + row] for row in range(len(codes))]] = codes
                 done += len(codes)
                 progress.update(task, completed=done, speed=done / (time.monotonic() - start))

@@ -3,7 +3,7 @@
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,11 +16,12 @@ from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from anomalib_decad.base_module import BaseModule
+from anomalib_decad.components.precision import at_least_float32
 from anomalib_decad.data.feature_cache import FeatureBatch
 from anomalib_decad.feature_caching import FeatureCaching
 from anomalib_decad.loss import DecADLoss
@@ -268,36 +269,44 @@ class DecAD(BaseModule, AnomalibModule):
 
     def prepare(self) -> None:
         """Initialise the model by a sample of training images."""
-        self.model.initialise(self._sample_features())
+        logger.info("Preparing the model with up to %d training images: a minute or two on a CPU.", _SAMPLE_IMAGES)
+        trainer = self.trainer
+        columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
+        with Progress(*columns, disable=not (trainer.is_global_zero and trainer.progress_bar_callback)) as progress:
+            task = progress.add_task("Looking at training images", total=_SAMPLE_IMAGES)
+            features = self._sample_features(lambda count: progress.update(task, completed=count))
+            # How far it is cannot be told.
+            progress.add_task("Fitting to their patches", total=None)
+            self.model.initialise(features)
 
     @torch.no_grad()
-    def _sample_features(self) -> list[torch.Tensor]:
+    def _sample_features(self, report: Callable[[int], None]) -> list[torch.Tensor]:
         """Encode a sample of patches of training images.
+
+        Args:
+            report (Callable[[int], None]): Is told the number of images after each batch, at most ``_SAMPLE_IMAGES``.
 
         Returns:
             list[torch.Tensor]: Features of shape (K, dim), one for each tap.
         """
-        logger.info("Preparing the model with up to %d training images: a minute or two on a CPU.", _SAMPLE_IMAGES)
         trainer, transform = self.trainer, getattr(self.pre_processor, "transform", None)
-        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
         chosen: list[torch.Tensor] = []
         count = 0
-        with Progress(*columns, disable=not (trainer.is_global_zero and trainer.progress_bar_callback)) as progress:
-            task = progress.add_task("Looking at training images", total=_SAMPLE_IMAGES)
-            for batch in self.training_loader():
-                batch = trainer.strategy.batch_to_device(batch)
-                if isinstance(batch, FeatureBatch):
-                    features = batch.features()
-                else:
+        for batch in self.training_loader():
+            batch = trainer.strategy.batch_to_device(batch)
+            if isinstance(batch, FeatureBatch):
+                features = batch.features()
+            else:
+                with trainer.precision_plugin.forward_context():
                     features = self.model.encoder(transform(batch.image) if transform else batch.image)
-                rows = torch.stack(features, dim=2).flatten(0, 1)
-                patches = len(rows) * _SAMPLE_PATCHES // (_SAMPLE_IMAGES * features[0].shape[1]) + 1
-                chosen.append(rows[torch.randperm(len(rows), device=rows.device)[:patches]])
-                count += len(features[0])
-                progress.update(task, completed=min(count, _SAMPLE_IMAGES))
-                if count >= _SAMPLE_IMAGES:
-                    break
-        return list(torch.cat(chosen).unbind(1))
+            rows = torch.stack(features, dim=2).flatten(0, 1)
+            patches = len(rows) * _SAMPLE_PATCHES // (_SAMPLE_IMAGES * features[0].shape[1]) + 1
+            chosen.append(rows[torch.randperm(len(rows), device=rows.device)[:patches]])
+            count += len(features[0])
+            report(min(count, _SAMPLE_IMAGES))
+            if count >= _SAMPLE_IMAGES:
+                break
+        return list(at_least_float32(torch.cat(chosen)).unbind(1))
 
     def training_step(self, batch: Batch | FeatureBatch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         """Compute the loss of a batch of normal images.
