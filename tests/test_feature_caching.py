@@ -11,6 +11,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 from anomalib.callbacks import ModelCheckpoint
 from anomalib.data import MVTecAD
 from lightning.pytorch import seed_everything
@@ -73,7 +74,7 @@ def test_a_second_run_reuses_the_file(make_engine, make_model, make_data, count_
     assert "Feature cache: using" in caplog.text
 
 
-@pytest.mark.parametrize("change", ["image", "blocks", "size", "weights"])
+@pytest.mark.parametrize("change", ["image", "blocks", "size", "weights", "precision"])
 def test_a_stale_file_is_never_used(
     change, make_engine, make_model, mvtec_root, count_images, tmp_path, encoder_weights
 ):
@@ -81,9 +82,9 @@ def test_a_stale_file_is_never_used(
     root = tmp_path / "data"
     subprocess.run(["cp", "-r", str(mvtec_root / "bolts"), str(root)], check=True)
 
-    def fit(**kwargs):
+    def fit(precision="32-true", **kwargs):
         data = MVTecAD(root=root.parent, category=root.name, num_workers=0, train_batch_size=4)
-        make_engine(limit_val_batches=0).fit(make_model(**options, **kwargs), datamodule=data)
+        make_engine(limit_val_batches=0, precision=precision).fit(make_model(**options, **kwargs), datamodule=data)
 
     fit()
     count_images.clear()
@@ -95,6 +96,8 @@ def test_a_stale_file_is_never_used(
         fit(blocks=[1, 2, 4])
     elif change == "size":
         fit(image_size=(32, 32))
+    elif change == "precision":
+        fit(precision="bf16-mixed")
     else:
         from safetensors.torch import load_file, save_file
 
@@ -174,6 +177,25 @@ def test_bad_arguments_are_refused(arguments, message, make_model):
 def test_bf16_mixed(make_engine, make_model, make_data):
     losses = run(make_engine, make_model, make_data, feature_cache="ram", precision="bf16-mixed")
     assert np.isfinite(losses).all()
+
+
+@pytest.mark.parametrize("mode", ["off", "ram", "disk"])
+@pytest.mark.parametrize(("precision", "is_mixed"), [("bf16-mixed", True), ("32-true", False)])
+def test_images_are_encoded_in_the_precision_of_the_training(
+    precision, is_mixed, mode, make_engine, make_model, make_data, monkeypatch, tmp_path
+):
+    mixed = []
+    forward = ViTEncoder.forward
+
+    def noting(self, images):
+        mixed.append(torch.is_autocast_enabled("cpu"))
+        return forward(self, images)
+
+    monkeypatch.setattr(ViTEncoder, "forward", noting)
+    options = {"feature_cache": mode, "feature_cache_dir": tmp_path / "cache"}
+    run(make_engine, make_model, make_data, precision=precision, **options)
+    assert mixed
+    assert all(value == is_mixed for value in mixed)
 
 
 _SCRIPT = """

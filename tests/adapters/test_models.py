@@ -70,8 +70,12 @@ def test_a_checkpoint_needs_neither_hub_nor_weights(cls, make_method, make_engin
     model = cls.load_from_checkpoint(path).eval()
     images = torch.rand(2, 3, 64, 64)
     torch.testing.assert_close(model.model(images).anomaly_map, engine.model.eval().model(images).anomaly_map)
-    with pytest.raises(ValueError, match="of another shape: give it the arguments --model.decouple True"):
-        engine.test(make_method(cls, decouple=False), datamodule=make_data(), ckpt_path=path)
+    for arguments, message in (
+        ({"decouple": False}, "--model.decouple True"),
+        ({"abnormal_fraction": 0.5}, "--model.abnormal_fraction 0.125"),
+    ):
+        with pytest.raises(ValueError, match=f"of another shape: give it the arguments {message}"):
+            engine.test(make_method(cls, **arguments), datamodule=make_data(), ckpt_path=path)
 
 
 @every_method

@@ -101,7 +101,9 @@ class DecoupledMambaAD(DecoupledModule, AnomalibModule):
     """
 
     model: DecoupledMambaADModel
-    shape_arguments = ("encoder", "layers", "image_size", "depths", "num_directions", "scan", "decouple")
+    shape_arguments = (
+        "encoder", "layers", "image_size", "depths", "num_directions", "scan", "decouple", "abnormal_fraction",
+    )  # fmt: skip
 
     def __init__(
         self,

@@ -91,7 +91,7 @@ class DecoupledReverseDistillation(DecoupledModule, AnomalibModule):
     """
 
     model: DecoupledReverseDistillationModel
-    shape_arguments = ("encoder", "layers", "decouple")
+    shape_arguments = ("encoder", "layers", "decouple", "abnormal_fraction")
 
     def __init__(
         self,

@@ -102,7 +102,9 @@ class DecoupledUniAD(DecoupledModule, AnomalibModule):
     """
 
     model: DecoupledUniADModel
-    shape_arguments = ("encoder", "layers", "image_size", "hidden_dim", "num_layers", "decouple")
+    shape_arguments = (
+        "encoder", "layers", "image_size", "hidden_dim", "num_layers", "decouple", "abnormal_fraction",
+    )  # fmt: skip
 
     def __init__(
         self,
