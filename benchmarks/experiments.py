@@ -142,7 +142,7 @@ def load(args: argparse.Namespace, blocks: Sequence[int]) -> dict[str, Split]:
 def encode(model: DecAD, dataset: Any, folder: Path, blocks: Sequence[int], split: str) -> None:
     """Write the features of some blocks, and the masks, to a folder."""
     prepare, encoder = model.pre_processor.transform, model.model.encoder
-    wanted = [index for index, block in enumerate(_blocks(model)) if block in blocks]
+    wanted = [index for index, block in enumerate(blocks_of(model)) if block in blocks]
     files: list[np.ndarray] = []
     masks: list[torch.Tensor] = []
     step = 8
@@ -201,7 +201,7 @@ class Leakage(Callback):
         counts = dict.fromkeys(("defect", "normal"), 0)
         indices = range(0, len(self.test.labels), self.args.leakage_stride)
         for chunk in chunks(indices, 16):
-            batch = self.test.batch(chunk, _blocks(pl_module), self.args.grid)
+            batch = self.test.batch(chunk, blocks_of(pl_module), self.args.grid)
             features = batch.features()
             x, targets = net.fusion(features), net.standardiser(features)
             clean = net.decoupler(x)[0] if net.decoupler else x
@@ -218,21 +218,23 @@ class Leakage(Callback):
         net.train()
 
 
-def run(args: argparse.Namespace, splits: dict[str, Split], settings: dict[str, Any], seed: int) -> dict[str, Any]:
-    """Train and score one model."""
+def train(
+    args: argparse.Namespace, splits: dict[str, Split], settings: dict[str, Any], seed: int
+) -> tuple[DecAD, list[dict[str, float]]]:
+    """Train a model; give it and its leakage over the training."""
     seed_everything(seed, verbose=False)
     blocks = settings.get("blocks", args.blocks)
     model = create(args, evaluator=False, **settings)
-    train = splits["train"]
+    normal = splits["train"]
     weights = None
     if args.sampling == "balanced":
-        weights = [1 / train.categories.count(category) for category in train.categories]
-    count = len(train.categories)
+        weights = [1 / normal.categories.count(category) for category in normal.categories]
+    count = len(normal.categories)
     loader = DataLoader(
         range(count),  # type: ignore[arg-type]
         batch_size=args.batch_size,
         sampler=WeightedRandomSampler(weights or [1.0] * count, count, replacement=weights is not None),
-        collate_fn=lambda indices: train.batch(indices, blocks, args.grid),
+        collate_fn=lambda indices: normal.batch(indices, blocks, args.grid),
         drop_last=True,
     )
     leakage = Leakage(splits["test"], args)
@@ -246,8 +248,14 @@ def run(args: argparse.Namespace, splits: dict[str, Split], settings: dict[str, 
         enable_progress_bar=args.progress,
         callbacks=[leakage] if args.leakage_every else [],
     )
-    start = time.perf_counter()
     trainer.fit(model, loader)
+    return model, leakage.curve
+
+
+def run(args: argparse.Namespace, splits: dict[str, Split], settings: dict[str, Any], seed: int) -> dict[str, Any]:
+    """Train and score one model."""
+    start = time.perf_counter()
+    model, leakage = train(args, splits, settings, seed)
     seconds = time.perf_counter() - start
     table = score(args, model, splits["test"])
     return {
@@ -265,7 +273,7 @@ def run(args: argparse.Namespace, splits: dict[str, Split], settings: dict[str, 
         },
         "training_seconds": round(seconds, 1),
         "metrics": {name: {key: round(value, 5) for key, value in row.items()} for name, row in table.items()},
-        "leakage": [{key: round(value, 5) for key, value in point.items()} for point in leakage.curve],
+        "leakage": [{key: round(value, 5) for key, value in point.items()} for point in leakage],
     }
 
 
@@ -276,7 +284,7 @@ def score(args: argparse.Namespace, model: DecAD, test: Split) -> dict[str, dict
     size = (args.image_size, args.image_size)
     metrics = CategoryMetrics()
     for chunk in chunks(range(len(test.labels)), 16):
-        batch = test.batch(chunk, _blocks(model), args.grid)
+        batch = test.batch(chunk, blocks_of(model), args.grid)
         output = net.inference_output(batch.features(), args.grid, size)
         metrics.update(
             [test.categories[index] for index in chunk],
@@ -291,7 +299,7 @@ def score(args: argparse.Namespace, model: DecAD, test: Split) -> dict[str, dict
     }
 
 
-def _blocks(model: LightningModule) -> list[int]:
+def blocks_of(model: LightningModule) -> list[int]:
     """Name the encoder's blocks that a DecAD reads, counted from 1."""
     return [index + 1 for index in model.model.encoder.indices]
 

@@ -52,6 +52,14 @@ def test_each_run_is_a_line_and_features_are_computed_once(encoder_weights, mvte
     medians = {name: float(energy) for name, energy in rows}
     assert medians["features, 1 step"] <= medians["features, 0 steps"]
 
+    maps = run_benchmark("anomaly_map", *command)
+    assert maps.returncode == 0, maps.stderr[-3000:]
+    rows = dict(row.strip("| ").split(" | ", 1) for row in maps.stdout.splitlines() if row.startswith("| "))
+    assert len(rows) == 2 + 2 * 2 + 4 + 4 + 5  # with the header
+    expected = [100 * lines[0]["metrics"]["mean"][name] for name in (*METRICS, "mean_of_seven")]
+    assert [float(cell) for cell in rows["default"].split(" | ")[:8]] == pytest.approx(expected, abs=0.1)
+    assert rows["sigma 0"] != rows["default"]
+
 
 def test_a_missing_folder_is_one_clear_line(tmp_path):
     result = run_benchmark("experiments", "--data", tmp_path / "none")

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the anomaly map and the image score are made of: variants on one trained model.
+
+usage: python benchmarks/anomaly_map.py --data ROOT --steps 100 [--seeds 0] [--choose toothbrush tile] ...
+
+Takes the arguments of experiments.py, trains one model for each seed, and scores it with other taps, exponents of the
+energy, blurs and shares of the pixels that make the image score. Only one of them differs from the default at a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from rich.progress import track
+
+import experiments
+from anomalib_decad import DecAD
+from anomalib_decad.anomaly_map import AnomalyMapGenerator
+from anomalib_decad.metrics import METRICS
+from anomalib_decad.metrics.category_metrics import CategoryMetrics
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to make maps and scores.
+
+    Args:
+        taps (tuple[int, ...]): Which of the model's feature maps, counted from 0.
+        energy_power (float): Exponent of the energy.
+        sigma (float): Blur in pixels.
+        score_fraction (float): Share of the pixels whose mean is the score; 0 for the largest pixel alone.
+    """
+
+    taps: tuple[int, ...]
+    energy_power: float
+    sigma: float
+    score_fraction: float
+
+
+def variants(default: Variant) -> dict[str, Variant]:
+    """Name all variants of a default."""
+    result = {"default": default}
+    for number in default.taps if len(default.taps) > 1 else ():
+        result[f"tap {number + 1} alone"] = replace(default, taps=(number,))
+        result[f"without tap {number + 1}"] = replace(default, taps=tuple(set(default.taps) - {number}))
+    for name, values in (
+        ("energy_power", (0.0, 0.125, 0.5, 1.0)),
+        ("sigma", (0.0, 2.0, 6.0, 8.0)),
+        ("score_fraction", (0.0, 0.001, 0.003, 0.03, 0.1)),
+    ):
+        for value in values:
+            result[f"{name} {value:g}"] = replace(default, **{name: value})
+    return result
+
+
+@torch.inference_mode()
+def outputs(args: argparse.Namespace, model: DecAD, test: experiments.Split) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute errors of each tap, of shape (images, taps, N), and energies, of shape (images, N)."""
+    net = model.eval().model.frozen(None)
+    errors, energies = [], []
+    for chunk in experiments.chunks(range(len(test.labels)), 16):
+        features = test.batch(chunk, experiments.blocks_of(model), args.grid).features()
+        x = net.fusion(features)
+        clean, energy = net.decoupler(x) if net.decoupler else (x, x.new_ones(x.shape[:-1]))
+        pairs = zip(net.standardiser(features), net.decoder(clean), strict=True)
+        errors.append(torch.stack([AnomalyMapGenerator.patch_errors([a], [b]) for a, b in pairs], dim=1))
+        energies.append(energy)
+    return torch.cat(errors), torch.cat(energies)
+
+
+@torch.inference_mode()
+def score(
+    args: argparse.Namespace, variant: Variant, errors: torch.Tensor, energies: torch.Tensor, test: experiments.Split
+) -> dict[str, dict[str, float]]:
+    """Compute the seven metrics, and their mean, of each category and of all."""
+    size = (args.image_size, args.image_size)
+    # The share of one pixel is the smallest.
+    generator = AnomalyMapGenerator(variant.sigma, variant.score_fraction or 1 / (size[0] * size[1]))
+    combined = errors[:, list(variant.taps)].mean(1) * energies.pow(variant.energy_power)
+    metrics = CategoryMetrics()
+    for chunk in experiments.chunks(range(len(errors)), 64):
+        maps, scores = generator.maps_and_scores(combined[chunk], args.grid, size)
+        metrics.update([test.categories[i] for i in chunk], scores, test.labels[chunk], maps, test.masks[chunk])
+    return {
+        name: {**{metric: row[metric] for metric in METRICS}, "mean_of_seven": metrics.mean_of_seven(row)}
+        for name, row in metrics.compute().items()
+    }
+
+
+def main() -> None:
+    """Print a table."""
+    args = experiments.parse()
+    splits = experiments.load(args, args.blocks)
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for seed in args.seeds:
+        model, _ = experiments.train(args, splits, args.settings, seed)
+        errors, energies = outputs(args, model, splits["test"])
+        generator = model.model.anomaly_map_generator
+        default = Variant(
+            tuple(range(errors.shape[1])), generator.energy_power, generator.sigma, generator.score_fraction
+        )
+        for name, variant in track(variants(default).items(), description=f"Scoring seed {seed}"):
+            lines.setdefault(name, []).append({"metrics": score(args, variant, errors, energies, splits["test"])})
+    print(f"| | {' | '.join(METRICS)} | mean of seven | chosen by | reported |")
+    print("|---" * (len(METRICS) + 4) + "|")
+    for name, results in lines.items():
+        print(f"| {name} | {experiments.summarise(results, args)} |")
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    main()
