@@ -63,6 +63,8 @@ ABLATIONS: dict[str, list[dict[str, Any]]] = {
     "prior": [{"num_prototypes": number, "prior_dim": dim} for number in (0, 2560) for dim in (0, 128, 512)],
     "latent": [{"abnormal_fraction": fraction} for fraction in (0.25, 0.5, 0.75)],
     "depth": [{"decoder_depth": depth} for depth in (1, 2, 3)],
+    "losses": [{}, *({f"{term}_weight": 0.0} for term in ("normal", "abnormal", "restoration"))],
+    "optimiser": [{"learning_rate": rate} for rate in (3e-4, 1e-3, 3e-3)],
 }
 
 
