@@ -25,6 +25,7 @@ from anomalib_decad import DecAD, MultiCategory
 ENCODER = "test_vit"  # timm's own tiny transformer: 6 blocks, 64 channels, patch of 16
 IMAGE_SIZE = 64
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+ANOMALIB = str(Path(sys.executable).with_name("anomalib"))
 
 
 @pytest.fixture(autouse=True)
@@ -106,6 +107,14 @@ def make_data(mvtec_root):
     )
 
 
+@pytest.fixture(scope="session")
+def data_args(mvtec_root):
+    return [
+        "--data", "MultiCategory", "--data.datamodule", "MVTecAD", "--data.root", mvtec_root,
+        "--data.categories", "[bolts,cloth]", "--data.num_workers", "0", "--data.train_batch_size", "4",
+    ]  # fmt: skip
+
+
 @pytest.fixture
 def make_engine(tmp_path):
     def make(*callbacks, **kwargs):
@@ -122,6 +131,17 @@ def losses_of(make_engine, model, data, *callbacks, seed=7, ckpt_path=None, **kw
     losses = Losses()
     make_engine(losses, *callbacks, **kwargs).fit(model, datamodule=data, ckpt_path=ckpt_path)
     return losses.values
+
+
+def anomalib(*args, check=True, **environment):
+    """Run the real anomalib command."""
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200", "OMP_NUM_THREADS": "1", **environment}
+    result = subprocess.run(
+        [ANOMALIB, *map(str, args)], env=env, capture_output=True, text=True, timeout=200, check=False
+    )
+    if check:
+        assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
+    return result
 
 
 def run_benchmark(name, *arguments):

@@ -4,26 +4,13 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import yaml
 
-from conftest import ENCODER, IMAGE_SIZE
+from conftest import ANOMALIB, ENCODER, IMAGE_SIZE, anomalib
 
 pytestmark = pytest.mark.slow
-
-ANOMALIB = str(Path(sys.executable).with_name("anomalib"))
-
-
-def anomalib(*args, check=True, **environment):
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200", "OMP_NUM_THREADS": "1", **environment}
-    result = subprocess.run(
-        [ANOMALIB, *map(str, args)], env=env, capture_output=True, text=True, timeout=200, check=False
-    )
-    if check:
-        assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
-    return result
 
 
 @pytest.fixture(scope="module")
@@ -32,14 +19,6 @@ def model_args(encoder_weights):
         "--model.encoder", ENCODER, "--model.encoder_weights", encoder_weights, "--model.blocks", "[1,2,3]",
         "--model.image_size", f"[{IMAGE_SIZE},{IMAGE_SIZE}]", "--model.hidden_dim", "8",
         "--model.num_blocks", "1",
-    ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def data_args(mvtec_root):
-    return [
-        "--data", "MultiCategory", "--data.datamodule", "MVTecAD", "--data.root", mvtec_root,
-        "--data.categories", "[bolts,cloth]", "--data.num_workers", "0", "--data.train_batch_size", "4",
     ]  # fmt: skip
 
 
@@ -191,32 +170,6 @@ def test_resume_from_the_command_line(trained, tmp_path, model_args, data_args, 
         "--ckpt_path", checkpoint, "--default_root_dir", tmp_path,
     )  # fmt: skip
     assert "`max_steps=5` reached" in result.stderr + result.stdout
-
-
-@pytest.mark.parametrize(
-    ("model", "encoder", "args"),
-    [
-        ("DecoupledReverseDistillation", "resnet18", []),
-        ("DecoupledUniAD", "test_resnet", ["--model.neighbors", 3, "--model.hidden_dim", 16, "--model.num_layers", 1]),
-        ("DecoupledMambaAD", "resnet18", ["--model.depths", "[2,2,2,2]", "--model.num_directions", 2]),
-    ],
-)
-def test_an_adapter_from_two_process_training_to_export(model, encoder, args, tmp_path, weights_of, data_args):
-    model_args = [
-        "--model", model, "--model.encoder", encoder, "--model.encoder_weights", weights_of(encoder),
-        "--model.image_size", f"[{IMAGE_SIZE},{IMAGE_SIZE}]", *args,
-    ]  # fmt: skip
-    anomalib(
-        "train", *model_args, *data_args, "--seed_everything", 1, "--trainer.max_steps", 2, "--trainer.accelerator",
-        "cpu", "--trainer.devices", 2, "--trainer.strategy", "ddp", "--default_root_dir", tmp_path,
-    )  # fmt: skip
-    (run,) = tmp_path.glob(f"{model}/factory/v0")
-    assert json.loads((run / "metrics.json").read_text())["mean"]["image_AUROC"] is not None
-    checkpoint = run / "weights" / "lightning" / "model.ckpt"
-    anomalib(
-        "export", *model_args, "--ckpt_path", checkpoint, "--export_type", "onnx", "--export_root", tmp_path / "export",
-    )  # fmt: skip
-    assert list((tmp_path / "export").rglob("*.onnx"))
 
 
 def test_two_process_data_parallel(tmp_path, model_args, data_args):
