@@ -20,7 +20,6 @@ from rich.progress import track
 import experiments
 from anomalib_decad import DecAD
 from anomalib_decad.anomaly_map import AnomalyMapGenerator
-from anomalib_decad.metrics import METRICS
 from anomalib_decad.metrics.category_metrics import CategoryMetrics
 
 
@@ -85,10 +84,7 @@ def score(
     for chunk in experiments.chunks(range(len(errors)), 64):
         maps, scores = generator.maps_and_scores(combined[chunk], args.grid, size)
         metrics.update([test.categories[i] for i in chunk], scores, test.labels[chunk], maps, test.masks[chunk])
-    return {
-        name: {**{metric: row[metric] for metric in METRICS}, "mean_of_seven": metrics.mean_of_seven(row)}
-        for name, row in metrics.compute().items()
-    }
+    return experiments.table_of(metrics)
 
 
 def main() -> None:
@@ -97,7 +93,7 @@ def main() -> None:
     splits = experiments.load(args, args.blocks)
     lines: dict[str, list[dict[str, Any]]] = {}
     for seed in args.seeds:
-        model, _ = experiments.train(args, splits, args.settings, seed)
+        model, _, _ = experiments.train(args, splits, args.settings, seed)
         errors, energies = outputs(args, model, splits["test"])
         generator = model.model.anomaly_map_generator
         default = Variant(
@@ -105,10 +101,7 @@ def main() -> None:
         )
         for name, variant in track(variants(default).items(), description=f"Scoring seed {seed}"):
             lines.setdefault(name, []).append({"metrics": score(args, variant, errors, energies, splits["test"])})
-    print(f"| | {' | '.join(METRICS)} | mean of seven | chosen by | reported |")
-    print("|---" * (len(METRICS) + 4) + "|")
-    for name, results in lines.items():
-        print(f"| {name} | {experiments.summarise(results, args)} |")
+    experiments.print_table("variant", lines.items(), args)
 
 
 if __name__ == "__main__":

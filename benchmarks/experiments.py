@@ -24,7 +24,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -222,8 +222,8 @@ class Leakage(Callback):
 
 def train(
     args: argparse.Namespace, splits: dict[str, Split], settings: dict[str, Any], seed: int
-) -> tuple[DecAD, list[dict[str, float]]]:
-    """Train a model; give it and its leakage over the training."""
+) -> tuple[DecAD, float, list[dict[str, float]]]:
+    """Train a model; give it, the seconds that it took and its leakage over the training."""
     seed_everything(seed, verbose=False)
     blocks = settings.get("blocks", args.blocks)
     model = create(args, evaluator=False, **settings)
@@ -250,15 +250,14 @@ def train(
         enable_progress_bar=args.progress,
         callbacks=[leakage] if args.leakage_every else [],
     )
+    start = time.perf_counter()
     trainer.fit(model, loader)
-    return model, leakage.curve
+    return model, time.perf_counter() - start, leakage.curve
 
 
 def run(args: argparse.Namespace, splits: dict[str, Split], settings: dict[str, Any], seed: int) -> dict[str, Any]:
     """Train and score one model."""
-    start = time.perf_counter()
-    model, leakage = train(args, splits, settings, seed)
-    seconds = time.perf_counter() - start
+    model, seconds, leakage = train(args, splits, settings, seed)
     table = score(args, model, splits["test"])
     return {
         "settings": settings,
@@ -295,6 +294,11 @@ def score(args: argparse.Namespace, model: DecAD, test: Split) -> dict[str, dict
             output.anomaly_map,
             test.masks[chunk],
         )
+    return table_of(metrics)
+
+
+def table_of(metrics: CategoryMetrics) -> dict[str, dict[str, float]]:
+    """Compute the seven metrics, and their mean, of each category and of all."""
     return {
         name: {**{metric: row[metric] for metric in METRICS}, "mean_of_seven": metrics.mean_of_seven(row)}
         for name, row in metrics.compute().items()
@@ -352,10 +356,16 @@ def main() -> None:
                 log.write(json.dumps(line) + "\n")
             results[-1][1].append(line)
             print(f"{settings} seed {seed}: {summarise([line], args)}", flush=True)
-    print(f"\n| settings | {' | '.join(METRICS)} | mean of seven | chosen by | reported |")
+    print()
+    print_table("settings", ((json.dumps(settings), lines) for settings, lines in results), args)
+
+
+def print_table(title: str, rows: Iterable[tuple[str, Sequence[dict[str, Any]]]], args: argparse.Namespace) -> None:
+    """Print a table of runs: a title for the first column, and for each row its name and the runs of all seeds."""
+    print(f"| {title} | {' | '.join(METRICS)} | mean of seven | chosen by | reported |")
     print("|---" * (len(METRICS) + 4) + "|")
-    for settings, lines in results:
-        print(f"| {json.dumps(settings)} | {summarise(lines, args)} |")
+    for name, lines in rows:
+        print(f"| {name} | {summarise(lines, args)} |")
 
 
 def summarise(lines: Sequence[dict[str, Any]], args: argparse.Namespace) -> str:
