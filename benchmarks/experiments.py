@@ -64,7 +64,11 @@ ABLATIONS: dict[str, list[dict[str, Any]]] = {
     "latent": [{"abnormal_fraction": fraction} for fraction in (0.25, 0.5, 0.75)],
     "depth": [{"decoder_depth": depth} for depth in (1, 2, 3)],
     "losses": [{}, *({f"{term}_weight": 0.0} for term in ("normal", "abnormal", "restoration"))],
-    "optimiser": [{"learning_rate": rate} for rate in (3e-4, 1e-3, 3e-3)],
+    "region": [
+        *({"synthesis_blob_size": size} for size in (1, 4, 10)),
+        {"synthesis_fraction": 1.0},
+    ],
+    "optimiser": [{}, {"learning_rate": 3e-4}, {"learning_rate": 3e-3}, {"warmup_steps": 1}, {"weight_decay": 0.05}],
 }
 
 

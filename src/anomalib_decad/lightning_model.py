@@ -81,6 +81,8 @@ class DecAD(BaseModule, AnomalibModule):
         synthesis_noise (Literal["features", "gaussian"]): Where a synthetic anomaly starts: at a difference of two
             patches of the batch, as features vary, or at Gaussian noise, which is seen at once.
             Defaults to ``"features"``.
+        synthesis_blob_size (int): About how many patches wide a synthetic anomaly is; 1 for scattered patches.
+            Defaults to ``4``.
         margin (float): Abnormal energy that a perturbed patch should have.
             Defaults to ``1.0``.
         reconstruction_weight (float): Weight of the loss of reconstructed features.
@@ -174,6 +176,7 @@ class DecAD(BaseModule, AnomalibModule):
         synthesis_fraction: float = 0.5,
         synthesis_steps: int = 1,
         synthesis_noise: Literal["features", "gaussian"] = "features",
+        synthesis_blob_size: int = 4,
         margin: float = 1.0,
         reconstruction_weight: float = 1.0,
         normal_weight: float = 1.0,
@@ -224,6 +227,7 @@ class DecAD(BaseModule, AnomalibModule):
             synthesis_fraction=synthesis_fraction,
             synthesis_steps=synthesis_steps,
             synthesis_noise=synthesis_noise,
+            synthesis_blob_size=synthesis_blob_size,
             decoder_depth=decoder_depth,
             num_prototypes=num_prototypes,
             energy_power=energy_power,

@@ -70,6 +70,7 @@ class DecADModel(nn.Module):
         synthesis_fraction (float): Share of training images that get a synthetic anomaly, in (0, 1].
         synthesis_steps (int): Gradient steps of a synthetic anomaly; 0 for its random start.
         synthesis_noise (Literal["features", "gaussian"]): Where it starts, see :class:`AdversarialSynthesis`.
+        synthesis_blob_size (int): About how many patches wide it is; 1 for scattered patches.
         decoder_depth (int): Transformer blocks of the decoder.
         num_prototypes (int): Prototypes in the decoder's memory; 0 for no memory.
         energy_power (float): Exponent of the abnormal energy in the anomaly map; 0 leaves it out.
@@ -109,6 +110,7 @@ class DecADModel(nn.Module):
         synthesis_fraction: float = 0.5,
         synthesis_steps: int = 1,
         synthesis_noise: Literal["features", "gaussian"] = "features",
+        synthesis_blob_size: int = 4,
         decoder_depth: int = 2,
         num_prototypes: int = 2560,
         energy_power: float = 0.25,
@@ -136,7 +138,9 @@ class DecADModel(nn.Module):
             if decouple
             else None
         )
-        self.synthesis = AdversarialSynthesis(delta, synthesis_fraction, synthesis_steps, synthesis_noise)
+        self.synthesis = AdversarialSynthesis(
+            delta, synthesis_fraction, synthesis_steps, synthesis_noise, synthesis_blob_size
+        )
         self.decoder = FeatureDecoder(dim, len(blocks), decoder_depth, self.encoder.num_heads, num_prototypes)
         self.anomaly_map_generator = AnomalyMapGenerator(blur_sigma, score_fraction, energy_power)
         self.register_buffer("initialised", torch.tensor(False))

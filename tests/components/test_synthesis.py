@@ -108,6 +108,23 @@ def test_about_the_asked_fraction_of_images_is_perturbed():
     assert mask.any(1).float().mean().item() == pytest.approx(0.3, abs=0.05)
 
 
+def test_perturbed_patches_lie_together_in_blobs():
+    """The wider the blobs, the more of a perturbed patch's neighbours are perturbed; 1 leaves that to chance."""
+
+    def neighbours(blob_size):
+        torch.manual_seed(0)
+        synthesis = AdversarialSynthesis(fraction=1.0, num_steps=0, blob_size=blob_size)
+        _, mask = synthesis(torch.zeros(200, 400, 2), quadratic)
+        grid = mask.view(-1, 20, 20)
+        pairs = grid[:, 1:] & grid[:, :-1]
+        return (pairs.sum((1, 2)) / mask.sum(1)).mean().item(), mask.float().mean().item()
+
+    scattered, share = neighbours(1)
+    assert scattered == pytest.approx(share, abs=0.05)
+    blobs, wide = neighbours(4)[0], neighbours(10)[0]
+    assert scattered + 0.3 < blobs < wide
+
+
 def test_zero_gradient_keeps_the_norm():
     x = torch.randn(2, 16, 4)
     perturbed, mask = AdversarialSynthesis(2.0, fraction=1.0)(x, lambda y: (y * 0).sum(-1))
@@ -121,6 +138,7 @@ def test_zero_gradient_keeps_the_norm():
         ({"fraction": 0}, "fraction must be"),
         ({"num_steps": -1}, "num_steps"),
         ({"noise": "x"}, "noise"),
+        ({"blob_size": 0}, "blob_size"),
     ],
 )
 def test_bad_arguments_are_refused(arguments, message):

@@ -54,6 +54,8 @@ class AdversarialSynthesis(nn.Module):
         noise (Literal["features", "gaussian"]): Where the perturbation starts: at a difference of two patches, or at
             Gaussian noise.
             Defaults to ``"features"``.
+        blob_size (int): About how many patches wide a blob is; 1 scatters the perturbed patches.
+            Defaults to ``4``.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -68,6 +70,7 @@ class AdversarialSynthesis(nn.Module):
         fraction: float = 0.5,
         num_steps: int = 1,
         noise: Literal["features", "gaussian"] = "features",
+        blob_size: int = 4,
     ) -> None:
         super().__init__()
         if not delta > 0:
@@ -82,10 +85,14 @@ class AdversarialSynthesis(nn.Module):
         if noise not in {"features", "gaussian"}:
             msg = f"noise must be 'features' or 'gaussian', got {noise!r}"
             raise ValueError(msg)
+        if blob_size < 1:
+            msg = f"blob_size must be at least 1, got {blob_size}"
+            raise ValueError(msg)
         self.delta = delta
         self.fraction = fraction
         self.num_steps = num_steps
         self.noise = noise
+        self.blob_size = blob_size
 
     def forward(
         self,
@@ -165,7 +172,7 @@ class AdversarialSynthesis(nn.Module):
     def _choose_patches(self, x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """Draw the masks of the perturbed patches, booleans of shape (B, N)."""
         batch, num_patches = x.shape[:2]
-        noise = torch.rand(batch, 1, *(max(side // 4, 2) for side in grid), device=x.device)
+        noise = torch.rand(batch, 1, *(max(side // self.blob_size, 2) for side in grid), device=x.device)
         noise = functional.interpolate(noise, size=grid, mode="bicubic", align_corners=True).reshape(batch, num_patches)
         share = torch.empty(batch, 1, device=x.device).uniform_(_SMALLEST_REGION, _LARGEST_REGION)
         rank = noise.argsort(dim=1, descending=True).argsort(dim=1)
