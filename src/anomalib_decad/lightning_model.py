@@ -279,6 +279,7 @@ class DecAD(BaseModule, AnomalibModule):
         with Progress(*columns, disable=not (trainer.is_global_zero and trainer.progress_bar_callback)) as progress:
             task = progress.add_task("Looking at training images", total=_SAMPLE_IMAGES)
             features = self._sample_features(lambda count: progress.update(task, completed=count))
+            progress.update(task, completed=_SAMPLE_IMAGES)  # also where there are fewer
             # How far it is cannot be told.
             progress.add_task("Fitting to their patches", total=None)
             self.model.initialise(features)
