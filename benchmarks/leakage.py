@@ -52,17 +52,18 @@ def plot(curves: dict[str, list[dict[str, float]]], output: Path) -> None:
         curves (dict[str, list[dict[str, float]]]): Curves by setting.
         output (Path): The image to write.
     """
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.5), layout="constrained")
     for index, (label, points) in enumerate(curves.items()):
         steps = [point["step"] for point in points]
         for group, style in (("defect", "-"), ("normal", "--")):
-            left.plot(steps, [point[group] for point in points], style, color=f"C{index}", label=f"{label}: {group}")
+            left.plot(steps, [point[group] for point in points], style, color=f"C{index}")
         right.plot(steps, [point["defect"] / point["normal"] for point in points], color=f"C{index}", label=label)
-    left.set(xlabel="training steps", ylabel="1 - cosine similarity", title="reconstruction error of patches")
-    right.set(xlabel="training steps", title="error of defect patches / error of normal patches")
+    left.set(ylabel="1 - cosine similarity", title="error of patches (solid: defect, dashed: normal)")
+    right.set(title="error of defect patches / error of normal patches")
     for axes in (left, right):
+        axes.set(xlabel="training steps")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize="small")
+    figure.legend(loc="outside lower center", fontsize="small", ncols=2)
     output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output, dpi=110)
     plt.close(figure)
