@@ -225,6 +225,37 @@ def test_integers(compression, input_size, export, images, expected):
         assert outputs["anomaly_map"].shape == (2, 1, *SIZE)
 
 
+@pytest.mark.parametrize(
+    ("kind", "compression"), [("torch", None), ("onnx", None), ("openvino", None), ("openvino", "INT8_PTQ")]
+)
+def test_a_model_that_was_never_validated(kind, compression, checkpoint, datamodule, images, tmp_path, caplog):
+    model = DecAD.load_from_checkpoint(checkpoint)
+    for name, buffer in model.post_processor.named_buffers():
+        if name.rsplit("_", 1)[-1] in {"min", "max", "threshold"}:
+            buffer.fill_(torch.nan)
+    engine = Engine(logger=False, accelerator="cpu")
+    batches = engine.predict(model, data_path=images[0].parent)
+    items = {Path(item.image_path): item for batch in batches for item in batch}
+    path = engine.export(
+        model, kind, export_root=tmp_path, compression_type=compression, datamodule=datamodule if compression else None
+    )
+    assert "never validated" in caplog.text
+    assert model.post_processor.enable_normalization
+    if kind == "torch":
+        exported = torch.load(path, weights_only=False)["model"].eval()
+        run = lambda batch: exported(torch.from_numpy(batch))._asdict()  # noqa: E731
+    else:
+        run = onnx_session(path) if kind == "onnx" else openvino_model(path)
+    for image in images:
+        with torch.inference_mode():
+            prediction = run(array(read(image)))
+        if compression:
+            maps = np.ravel(prediction["anomaly_map"]), items[image].anomaly_map.numpy().ravel()
+            assert np.corrcoef(*maps)[0, 1] > 0.95
+        else:
+            assert_agrees(prediction, items[image])
+
+
 def test_integers_without_images_are_refused_at_once(checkpoint, tmp_path):
     model = DecAD.load_from_checkpoint(checkpoint)
     with pytest.raises(ValueError, match="needs images to calibrate with"):

@@ -16,6 +16,7 @@ from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
+from lightning.pytorch import Callback
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch.optim import Optimizer
@@ -25,7 +26,7 @@ from torchvision.transforms.v2 import Compose, Normalize, Resize
 from typing_extensions import Self
 
 from anomalib_decad.metrics import CategoryEvaluator
-from anomalib_decad.post_processor import BoundedPostProcessor
+from anomalib_decad.post_processor import BoundedPostProcessor, without_unknown_range
 from anomalib_decad.pre_processor import for_export
 from anomalib_decad.quantization import compress, quantize, quantize_with_accuracy_control
 
@@ -386,8 +387,13 @@ class BaseModule(_Base):
         module._trainer = None
         module._modules = dict(self._modules)
         module.model = self.model.frozen(self.input_size or input_size)
-        if isinstance(self.pre_processor, PreProcessor):
-            module.pre_processor = for_export(self.pre_processor, native)
+        for name, value in [*vars(module).items(), *module._modules.items()]:
+            if isinstance(value, Callback):
+                setattr(module, name, _detached(value))
+        if isinstance(module.pre_processor, PreProcessor):
+            module.pre_processor = for_export(module.pre_processor, native)
+        if isinstance(module.post_processor, PostProcessor):
+            module.post_processor = without_unknown_range(module.post_processor)
         return module
 
     @classmethod
@@ -404,6 +410,14 @@ class BaseModule(_Base):
         """
         kwargs.setdefault("encoder_weights", None)
         return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)  # type: ignore[return-value]
+
+
+def _detached(callback: Callback) -> Callback:
+    """Copy a callback without the methods that a trainer gave it: they are bound to the model, and pickled with it."""
+    copied = copy.copy(callback)
+    for name in ("log", "log_dict"):
+        vars(copied).pop(name, None)
+    return copied
 
 
 def _plain(value: Any) -> Any:
