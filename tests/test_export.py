@@ -225,9 +225,7 @@ def test_integers(compression, input_size, export, images, expected):
         assert outputs["anomaly_map"].shape == (2, 1, *SIZE)
 
 
-@pytest.mark.parametrize(
-    ("kind", "compression"), [("torch", None), ("onnx", None), ("openvino", None), ("openvino", "INT8_PTQ")]
-)
+@pytest.mark.parametrize(("kind", "compression"), [("torch", None), ("onnx", None), ("openvino", "INT8_PTQ")])
 def test_a_model_that_was_never_validated(kind, compression, checkpoint, datamodule, images, tmp_path, caplog):
     model = DecAD.load_from_checkpoint(checkpoint)
     for name, buffer in model.post_processor.named_buffers():
