@@ -233,12 +233,17 @@ def test_integers(compression, input_size, export, images, expected):
         assert outputs["anomaly_map"].shape == (2, 1, *SIZE)
 
 
-@pytest.mark.parametrize(("kind", "compression"), [("torch", None), ("onnx", None), ("openvino", "INT8_PTQ")])
-def test_a_model_that_was_never_validated(kind, compression, checkpoint, datamodule, images, tmp_path, caplog):
+def never_validated(checkpoint):
     model = DecAD.load_from_checkpoint(checkpoint)
     for name, buffer in model.post_processor.named_buffers():
         if name.rsplit("_", 1)[-1] in {"min", "max", "threshold"}:
             buffer.fill_(torch.nan)
+    return model
+
+
+@pytest.mark.parametrize(("kind", "compression"), [("torch", None), ("onnx", None), ("openvino", "INT8_PTQ")])
+def test_a_model_that_was_never_validated(kind, compression, checkpoint, datamodule, images, tmp_path, caplog):
+    model = never_validated(checkpoint)
     items = predict(model, images)
     path = Engine(logger=False, accelerator="cpu").export(
         model, kind, export_root=tmp_path, compression_type=compression, datamodule=datamodule if compression else None
@@ -256,6 +261,12 @@ def test_integers_without_images_are_refused_at_once(checkpoint, tmp_path):
         model.to_openvino(tmp_path, compression_type="INT8_PTQ")
     with pytest.raises(ValueError, match="is not a valid CompressionType"):
         model.to_openvino(tmp_path, compression_type="INT3")
+    assert not list(tmp_path.iterdir())
+
+
+def test_control_of_labels_without_thresholds_is_refused_at_once(checkpoint, datamodule, tmp_path):
+    with pytest.raises(ValueError, match="INT8_ACQ controls the accuracy of labels.*never validated"):
+        never_validated(checkpoint).to_openvino(tmp_path, compression_type="INT8_ACQ", datamodule=datamodule)
     assert not list(tmp_path.iterdir())
 
 

@@ -26,7 +26,7 @@ from torchvision.transforms.v2 import Compose, Normalize, Resize
 from typing_extensions import Self
 
 from anomalib_decad.metrics import CategoryEvaluator
-from anomalib_decad.post_processor import BoundedPostProcessor, without_unknown_range
+from anomalib_decad.post_processor import BoundedPostProcessor, is_unvalidated, without_unknown_range
 from anomalib_decad.pre_processor import for_export
 from anomalib_decad.quantization import compress, quantize, quantize_with_accuracy_control
 
@@ -326,6 +326,7 @@ class BaseModule(_Base):
         input_size: tuple[int, int] | None = None,
         compression_type: CompressionType | str | None = None,
         datamodule: AnomalibDataModule | None = None,
+        metric: Metric | None = None,
         *args: Any,
         **kwargs: Any,
     ) -> Path:
@@ -342,6 +343,8 @@ class BaseModule(_Base):
                 Defaults to ``None``: none.
             datamodule (AnomalibDataModule | None): Images for ``"INT8_PTQ"`` and ``"INT8_ACQ"``: training images for
                 the ranges of the activations, validation images for the accuracy control.
+            metric (Metric | None): Accuracy that ``"INT8_ACQ"`` controls; any of anomalib's metrics, higher is better.
+                Defaults to ``None``: the F1 score of the predicted labels.
             *args (Any): Further arguments of ``AnomalibModule.to_openvino``.
             **kwargs (Any): Further arguments of ``AnomalibModule.to_openvino``.
 
@@ -349,14 +352,23 @@ class BaseModule(_Base):
             Path: The .xml file, beside which the .bin file is.
 
         Raises:
-            ValueError: If ``compression_type`` is unknown, or needs a datamodule and there is none.
+            ValueError: If ``compression_type`` is unknown, or needs a datamodule and there is none, or needs labels and
+                the model has no thresholds because it was never validated.
         """
         compression = CompressionType(compression_type.lower()) if isinstance(compression_type, str) else None
         if compression in {CompressionType.INT8_PTQ, CompressionType.INT8_ACQ} and datamodule is None:
             # Before the minute that the graph takes.
             msg = f"{compression.value} needs images to calibrate with: give the data of the training (--data ...)"
             raise ValueError(msg)
-        return super().to_openvino(export_root, model_file_name, input_size, compression, datamodule, *args, **kwargs)
+        if compression == CompressionType.INT8_ACQ and metric is None and is_unvalidated(self.post_processor):
+            msg = (
+                "INT8_ACQ controls the accuracy of labels, but the model was never validated and has no thresholds: "
+                "export a checkpoint that was saved after a validation, or use INT8_PTQ"
+            )
+            raise ValueError(msg)
+        return super().to_openvino(
+            export_root, model_file_name, input_size, compression, datamodule, metric, *args, **kwargs
+        )
 
     def _compress_ov_model(self, model: Any, compression_type: CompressionType | None = None, *args: Any) -> Any:
         """Compress as anomalib does, but keep some weights in floating point for ``INT8``, too."""
