@@ -1,0 +1,41 @@
+"""The notebook runs from its first to its last cell, on the tiny encoder."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from conftest import ENCODER, IMAGE_SIZE
+
+NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "decad.ipynb"
+
+
+@pytest.mark.slow
+def test_notebook(encoder_weights, mvtec_root, tmp_path):
+    pytest.importorskip("openvino")
+    cells = [
+        "".join(cell["source"]) for cell in json.loads(NOTEBOOK.read_text())["cells"] if cell["cell_type"] == "code"
+    ]
+    arguments = {
+        "encoder": ENCODER, "encoder_weights": str(encoder_weights), "blocks": [1, 2, 3], "feature_cache": "ram",
+        "image_size": (IMAGE_SIZE, IMAGE_SIZE), "hidden_dim": 8, "prior_dim": 16, "num_prototypes": 16,
+    }  # fmt: skip
+    settings = f"from pathlib import Path\nDATA, STEPS, OUTPUT = Path({str(mvtec_root)!r}), 3, Path('output')\n"
+    assert set(re.findall(r"^([A-Z]+) = ", cells[0], re.MULTILINE)) == {"DATA", "STEPS", "MODEL", "OUTPUT"}
+    script = tmp_path / "notebook.py"
+    script.write_text("\n".join([settings, f"MODEL = {arguments}", *cells[1:]]))
+    result = subprocess.run(
+        [sys.executable, str(script)], cwd=tmp_path, env={**os.environ, "MPLBACKEND": "agg"},
+        capture_output=True, text=True, timeout=400, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "12 images to train with, 12 to test with" in result.stdout
+    scores = re.findall(r"^(bolts|cloth): (\S+) by OpenVINO, (\S+) by the model$", result.stdout, re.MULTILINE)
+    assert [category for category, *_ in scores] == ["bolts", "cloth"]
+    for _, exported, own in scores:
+        assert float(exported) == pytest.approx(float(own), abs=2e-4)
+    assert (tmp_path / "output" / "results").is_dir()
