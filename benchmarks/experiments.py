@@ -63,7 +63,13 @@ ABLATIONS: dict[str, list[dict[str, Any]]] = {
     "prior": [{"num_prototypes": number, "prior_dim": dim} for number in (0, 2560) for dim in (0, 128, 512)],
     "latent": [{"abnormal_fraction": fraction} for fraction in (0.25, 0.5, 0.75)],
     "depth": [{"decoder_depth": depth} for depth in (1, 2, 3)],
-    "losses": [{}, *({f"{term}_weight": 0.0} for term in ("normal", "abnormal", "restoration"))],
+    "steps": [{"synthesis_steps": steps} for steps in (0, 1, 3)],
+    "losses": [
+        {},
+        *({f"{term}_weight": weight} for term in ("normal", "abnormal", "restoration") for weight in (0.0, 3.0)),
+        {"normal_weight": 0.3},
+        {"margin": 3.0},
+    ],
     "region": [
         *({"synthesis_blob_size": size} for size in (1, 4, 10)),
         {"synthesis_fraction": 1.0},
