@@ -26,7 +26,7 @@ from torchvision.transforms.v2 import Compose, Normalize, Resize
 from typing_extensions import Self
 
 from anomalib_decad.metrics import CategoryEvaluator
-from anomalib_decad.post_processor import BoundedPostProcessor, is_unvalidated, without_unknown_range
+from anomalib_decad.post_processor import BoundedPostProcessor, lacks_threshold, without_unknown_range
 from anomalib_decad.pre_processor import for_export
 from anomalib_decad.quantization import compress, quantize, quantize_with_accuracy_control
 
@@ -360,7 +360,7 @@ class BaseModule(_Base):
             # Before the minute that the graph takes.
             msg = f"{compression.value} needs images to calibrate with: give the data of the training (--data ...)"
             raise ValueError(msg)
-        if compression == CompressionType.INT8_ACQ and metric is None and is_unvalidated(self.post_processor):
+        if compression == CompressionType.INT8_ACQ and metric is None and lacks_threshold(self.post_processor):
             msg = (
                 "INT8_ACQ controls the accuracy of labels, but the model was never validated and has no thresholds: "
                 "export a checkpoint that was saved after a validation, or use INT8_PTQ"

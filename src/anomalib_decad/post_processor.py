@@ -9,7 +9,7 @@ from anomalib.post_processing import PostProcessor
 
 from anomalib_decad.metrics import HistogramF1Threshold
 
-__all__ = ["BoundedPostProcessor", "is_unvalidated", "without_unknown_range"]
+__all__ = ["BoundedPostProcessor", "lacks_threshold", "without_unknown_range"]
 
 logger = logging.getLogger(__name__)
 
@@ -34,19 +34,16 @@ class BoundedPostProcessor(PostProcessor):
         )
 
 
-def is_unvalidated(post_processor: Any) -> bool:
-    """Tell whether a post-processor has seen no validation, and so knows neither thresholds nor the range of scores.
+def lacks_threshold(post_processor: Any) -> bool:
+    """Tell whether a post-processor has no threshold for its labels, because it has seen no validation.
 
     Args:
-        post_processor (Any): Any of anomalib's post-processors; another object, or ``None``, has nothing to know.
+        post_processor (Any): Any of anomalib's post-processors; another object, or ``None``, needs none.
 
     Returns:
-        bool: Whether there is nothing that a validation sets.
+        bool: Whether the threshold of images is missing.
     """
-    if not isinstance(post_processor, PostProcessor):
-        return False
-    names = ("image_min", "image_max", "pixel_min", "pixel_max", "image_threshold", "pixel_threshold")
-    return all(bool(getattr(post_processor, name).isnan().all()) for name in names)
+    return isinstance(post_processor, PostProcessor) and bool(post_processor.image_threshold.isnan())
 
 
 def without_unknown_range(post_processor: PostProcessor) -> PostProcessor:
@@ -61,7 +58,8 @@ def without_unknown_range(post_processor: PostProcessor) -> PostProcessor:
     Returns:
         PostProcessor: The copy, or the same if it has seen a validation.
     """
-    if not post_processor.enable_normalization or not is_unvalidated(post_processor):
+    ranges = (post_processor.image_min, post_processor.image_max, post_processor.pixel_min, post_processor.pixel_max)
+    if not post_processor.enable_normalization or not all(bool(value.isnan().all()) for value in ranges):
         return post_processor
     logger.warning(
         "The model was never validated, so it has neither thresholds nor the range of its scores: the export gives "
