@@ -24,6 +24,8 @@ from anomalib_decad import DecAD, MultiCategory
 
 ENCODER = "test_vit"  # timm's own tiny transformer: 6 blocks, 64 channels, patch of 16
 IMAGE_SIZE = 64
+#: Arguments of a DecAD that is quick to train.
+TINY = {"encoder": ENCODER, "blocks": [1, 2, 3], "hidden_dim": 8, "prior_dim": 16, "num_prototypes": 16}
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 ANOMALIB = str(Path(sys.executable).with_name("anomalib"))
 
@@ -86,14 +88,7 @@ class Losses(Callback):
 @pytest.fixture
 def make_model(encoder_weights):
     def make(**kwargs):
-        options = {
-            "encoder": ENCODER,
-            "encoder_weights": encoder_weights,
-            "blocks": [1, 2, 3],
-            "hidden_dim": 8,
-            "prior_dim": 16,
-            "num_prototypes": 16,
-        }
+        options = {**TINY, "encoder_weights": encoder_weights}
         options["image_size"] = None if "pre_processor" in kwargs else (IMAGE_SIZE, IMAGE_SIZE)
         return DecAD(**{"visualizer": False, **options, **kwargs})
 

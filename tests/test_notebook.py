@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import ENCODER, IMAGE_SIZE
+from conftest import IMAGE_SIZE, TINY
 
 NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "decad.ipynb"
 
@@ -21,13 +21,15 @@ def test_notebook(encoder_weights, mvtec_root, tmp_path):
         "".join(cell["source"]) for cell in json.loads(NOTEBOOK.read_text())["cells"] if cell["cell_type"] == "code"
     ]
     arguments = {
-        "encoder": ENCODER, "encoder_weights": str(encoder_weights), "blocks": [1, 2, 3], "feature_cache": "ram",
-        "image_size": (IMAGE_SIZE, IMAGE_SIZE), "hidden_dim": 8, "prior_dim": 16, "num_prototypes": 16,
+        **TINY, "encoder_weights": str(encoder_weights), "image_size": (IMAGE_SIZE, IMAGE_SIZE), "feature_cache": "ram",
     }  # fmt: skip
-    settings = f"from pathlib import Path\nDATA, STEPS, OUTPUT = Path({str(mvtec_root)!r}), 3, Path('output')\n"
+    settings = f"""
+from pathlib import Path
+DATA, STEPS, MODEL, OUTPUT = Path({str(mvtec_root)!r}), 3, {arguments}, Path("output")
+"""
     assert set(re.findall(r"^([A-Z]+) = ", cells[0], re.MULTILINE)) == {"DATA", "STEPS", "MODEL", "OUTPUT"}
     script = tmp_path / "notebook.py"
-    script.write_text("\n".join([settings, f"MODEL = {arguments}", *cells[1:]]))
+    script.write_text("\n".join([settings, *cells[1:]]))
     result = subprocess.run(
         [sys.executable, str(script)], cwd=tmp_path, env={**os.environ, "MPLBACKEND": "agg"},
         capture_output=True, text=True, timeout=400, check=False,
