@@ -66,6 +66,6 @@ def without_unknown_range(post_processor: PostProcessor) -> PostProcessor:
         "scores and maps as they are, and its labels and masks mean nothing. Export a checkpoint that was saved after "
         "a validation (--trainer.val_check_interval says when these are)."
     )
-    copied = copy.deepcopy(post_processor)
+    copied = copy.copy(post_processor)
     copied.enable_normalization = False
     return copied
