@@ -26,10 +26,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import common
 import peers
-from experiments import machine
 
-MEMORY_BANKS = {"Patchcore", "AnomalyDINO", "NearestNeighbour"}
+MEMORY_BANKS = {"Patchcore", "AnomalyDINO", "NearestNeighbor"}
 _PROBE_STEPS = 20
 _COLUMNS = (
     "model", "budget", "steps", "image_AUROC", "image_AP", "image_F1Max", "pixel_AUROC", "pixel_AP", "pixel_F1Max",
@@ -44,7 +44,6 @@ def run(args: argparse.Namespace, name: str, steps: int | None) -> dict[str, flo
     from anomalib.engine import Engine
     from lightning.pytorch import seed_everything
 
-    from anomalib_decad import MultiCategory
     from anomalib_decad.metrics import METRICS, CategoryEvaluator
     from count import multiply_adds
     from training import Recorder
@@ -60,15 +59,7 @@ def run(args: argparse.Namespace, name: str, steps: int | None) -> dict[str, flo
         options.setdefault("feature_cache", args.feature_cache)
     evaluator = CategoryEvaluator()
     model = peers.create(name, args.encoder, args.image_size, evaluator=evaluator, visualizer=False, **options)
-    datamodule = MultiCategory(
-        "MVTecAD",
-        root=args.data,
-        categories=args.categories,
-        sampling=args.sampling,
-        num_workers=0,
-        train_batch_size=args.batch_size,
-        eval_batch_size=args.batch_size,
-    )
+    datamodule = common.datamodule(args, sampling=args.sampling)
     recorder = Recorder()
     engine = Engine(
         default_root_dir=args.output / "runs" / f"{name}-{steps}",
@@ -137,14 +128,12 @@ def main() -> None:
         args.probe = bool(probe)
         values = {
             **run(args, name, int(steps) or None),
-            "machine": ", ".join(" ".join(fact) for fact in machine().items()),
+            "machine": ", ".join(" ".join(fact) for fact in common.machine().items()),
         }
         partial = Path(path + ".partial")
         partial.write_text(json.dumps(values))
         partial.replace(path)
         return
-    if not args.data.is_dir():
-        raise SystemExit(f"--data: no such folder: {args.data}")
     rows: list[dict[str, Any]] = []
     for name in args.models:
         if name in MEMORY_BANKS:
@@ -220,15 +209,10 @@ def plot(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
 
 def parse() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--categories", nargs="+", help="default: those of MVTec AD that are in the folder")
-    parser.add_argument("--models", nargs="+", default=list(peers.MODELS), choices=[*peers.MODELS, *peers.ADAPTERS])
+    parser = common.argument_parser(__doc__)
+    parser.add_argument("--models", nargs="+", default=list(peers.MODELS), choices=[*peers.MODELS, *peers.DECOUPLED])
     parser.add_argument("--steps", type=int, nargs="*", default=[300], help="training steps, for each a run")
     parser.add_argument("--minutes", type=float, nargs="*", default=[], help="training minutes, for each a run")
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--encoder", default="vit_small_patch14_dinov2")
-    parser.add_argument("--image-size", type=int, default=280)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--coreset-ratio", type=float, default=0.01, help="share of patches that memory banks keep")
     parser.add_argument("--sampling", default="auto", choices=["auto", "natural"], help="of MultiCategory")
@@ -244,8 +228,7 @@ def parse() -> argparse.Namespace:
     args = parser.parse_args()
     args.command_line = command_line[: command_line.index("--worker")] if args.worker else command_line
     args.probe = False
-    if args.categories is None and args.data.is_dir():
-        args.categories = sorted(path.name for path in args.data.iterdir() if (path / "train" / "good").is_dir())
+    common.check_data(args)
     return args
 
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Count learnable parameters and multiply-adds of DecAD's parts and of the adapters, beside the papers' figures.
+"""Count learnable parameters and multiply-adds of DecAD's parts and of the other models, beside the papers' figures.
 
-usage: python benchmarks/count.py [--encoder vit_base_patch14_dinov2] [--image-size 280] [--adapters]
+usage: python benchmarks/count.py [--encoder vit_base_patch14_dinov2] [--image-size 280] [--others]
 
-Counts need no trained weights. The solver's iterations are those of a network at its initialisation.
+Counts need no trained weights. The solver's iterations are those of a network at its initialization.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from anomalib_decad import DecADModel
-from anomalib_decad.adapters import DecoupledMambaADModel, DecoupledReverseDistillationModel, DecoupledUniADModel
+from anomalib_decad import DecAD
+from anomalib_decad.models.mambaad import DecoupledMambaADModel
+from anomalib_decad.models.reverse_distillation import DecoupledReverseDistillationModel
+from anomalib_decad.models.uniad import DecoupledUniADModel
 
 # Image size, and what is reported of the method without decoupling.
-_ADAPTERS = {
+_DECOUPLED = {
     DecoupledReverseDistillationModel: (256, ""),
     DecoupledUniADModel: (224, ", reported: 24.5 M and 3.6 G"),
     DecoupledMambaADModel: (256, ""),
@@ -42,11 +44,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--encoder", default="vit_base_patch14_dinov2")
     parser.add_argument("--image-size", type=int, default=280)
-    parser.add_argument("--adapters", action="store_true", help="count them, too, with their own encoders")
+    parser.add_argument("--others", action="store_true", help="count them, too, with their own encoders")
     args = parser.parse_args()
-    model = DecADModel(encoder=args.encoder, pretrained=False)
+    model = DecAD(encoder=args.encoder).model
+    model.encoder.load_state_dict(model.encoder.state_dict())  # random weights will do
     images = torch.rand(1, 3, args.image_size, args.image_size)
-    model.train()(images)  # initialises what a first batch does
+    model.train()(images)  # initializes what a first batch does
     model.eval()
     whole = timm.create_model(args.encoder, num_classes=0, dynamic_img_size=True).eval()
     x = model.fusion(model.encoder(images))
@@ -58,7 +61,7 @@ def main() -> None:
         for name, module in model.named_children()
     }
     rows = [
-        (f"encoder, to block {model.encoder.indices[-1] + 1}", learnable["encoder"], encoder),
+        (f"encoder, to layer {model.encoder.layers[-1]}", learnable["encoder"], encoder),
         ("decoupler", learnable["decoupler"], multiply_adds(lambda: model.decoupler(x))),
         ("decoder", learnable["decoder"], multiply_adds(lambda: model.decoder(x))),
         ("all", sum(learnable.values()), total),
@@ -67,11 +70,11 @@ def main() -> None:
     print(f"{args.encoder}, {args.image_size} pixels ({_PAPER})")
     for name, parameters, count in rows:
         print(f"{name:36} {parameters / 1e6:8.2f} M {count / 1e9:8.2f} G")
-    for cls, (size, reported) in _ADAPTERS.items() if args.adapters else ():
-        count_adapter(cls, size, reported)
+    for cls, (size, reported) in _DECOUPLED.items() if args.others else ():
+        count_other(cls, size, reported)
 
 
-def count_adapter(cls: Callable[..., torch.nn.Module], size: int, reported: str) -> None:
+def count_other(cls: Callable[..., torch.nn.Module], size: int, reported: str) -> None:
     """Print the size of a method with its own encoder, without and with decoupling."""
     images = torch.rand(1, 3, size, size)
     for decouple in (False, True):

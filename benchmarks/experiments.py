@@ -6,42 +6,41 @@ usage: python benchmarks/experiments.py --data ROOT [--categories a b] [--set de
        python benchmarks/experiments.py --data ROOT --ablation delta --seeds 0 1 2 --choose toothbrush tile
 
 ROOT is a folder in MVTec AD's layout; one model is trained for all of its categories. Settings are arguments of
-`DecAD`; --vary runs all combinations, --ablation a list of settings that has a name. The encoder runs once over all
-images, and every run reads its features. With --choose, choices are made by these categories and the others are
-reported.
+`DecAD`, those in groups with a dot (synthesis.num_steps=3). --vary runs all combinations, --ablation a list of settings
+that has a name. The encoder runs once over all images, and every run reads its features. With --choose, choices are
+made by these categories and the others are reported.
 
 One line for each run is appended to --log, as JSON: settings, seed, data, versions, the metrics of each category, their
-means, and the leakage over the training (reconstruction errors of defect and of normal patches).
+means, and with --score-at what was measured on the way: metrics of the map, of the error alone and of the energy alone,
+how well patch errors with and without removal tell defects, and the losses.
 """
 
 from __future__ import annotations
 
 import argparse
+import inspect
 import itertools
 import json
 import os
-import platform
-import statistics
-import subprocess
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
-from rich.progress import track
-from torch.nn import functional
+from sklearn.metrics import roc_auc_score
 from torch.utils.data import DataLoader, WeightedRandomSampler
 
-from anomalib_decad import DecAD, MultiCategory
-from anomalib_decad.data.feature_cache import FeatureBatch, FeatureCode, fingerprint
-from anomalib_decad.metrics import METRICS
-from anomalib_decad.metrics.category_metrics import CategoryMetrics
+import common
+import features
+from anomalib_decad import DecAD
+from anomalib_decad.metrics import CategoryMetrics
+from features import Split, chunks
+from tables import print_table, rounded, summarize, table_of
 
-_BLOCKS = ((3, 6, 9), (1, 6, 12), (2, 4, 8), (2, 8, 12), (3, 6, 10), (4, 8, 10))
+_LAYERS = ((3, 6, 9), (1, 6, 12), (2, 4, 8), (2, 8, 12), (3, 6, 10), (4, 8, 10))
 
 #: Lists of settings that are compared, by name.
 ABLATIONS: dict[str, list[dict[str, Any]]] = {
@@ -50,193 +49,101 @@ ABLATIONS: dict[str, list[dict[str, Any]]] = {
         for number in (0, 2560)
         for settings in (
             {"decouple": False},
-            {"synthesis_noise": "gaussian", "synthesis_steps": 0},
-            {"synthesis_noise": "gaussian"},
-            {"synthesis_steps": 0},
+            {"synthesis.noise": "gaussian", "synthesis.num_steps": 0},
+            {"synthesis.noise": "gaussian"},
+            {"synthesis.num_steps": 0},
             {},
         )
     ],
-    "blocks": [{"blocks": list(blocks)} for blocks in _BLOCKS],
+    "layers": [{"layers": list(layers)} for layers in _LAYERS],
     "delta": [{"delta": delta} for delta in (1.0, 1.5, 2.0, 2.5, 3.0)],
     "memory": [{"num_prototypes": number} for number in (0, 640, 1280, 2560)],
-    "energy": [{"energy_power": power} for power in (0.0, 0.25, 0.5)],
-    "prior": [{"num_prototypes": number, "prior_dim": dim} for number in (0, 2560) for dim in (0, 128, 512)],
-    "latent": [{"abnormal_fraction": fraction} for fraction in (0.25, 0.5, 0.75)],
+    "energy": [{"anomaly_map.energy_power": power} for power in (0.0, 0.25, 0.5)],
+    "prior": [{"num_prototypes": number, "decoupler.prior_dim": dim} for number in (0, 2560) for dim in (0, 128, 512)],
+    "latent": [{"decoupler.abnormal_fraction": fraction} for fraction in (0.25, 0.5, 0.75)],
     "depth": [{"decoder_depth": depth} for depth in (1, 2, 3)],
-    "steps": [{"synthesis_steps": steps} for steps in (0, 1, 3)],
+    "steps": [{"synthesis.num_steps": steps} for steps in (0, 1, 3)],
     "losses": [
         {},
-        *({f"{term}_weight": weight} for term in ("normal", "abnormal", "restoration") for weight in (0.0, 3.0)),
-        {"normal_weight": 0.3},
-        {"margin": 3.0},
+        *({f"loss.{term}_weight": weight} for term in ("normal", "abnormal", "restoration") for weight in (0.0, 3.0)),
+        {"loss.normal_weight": 0.3},
+        {"loss.margin": 3.0},
     ],
     "region": [
-        *({"synthesis_blob_size": size} for size in (1, 4, 10)),
-        {"synthesis_fraction": 1.0},
+        *({"synthesis.blob_size": size} for size in (1, 4, 10)),
+        {"synthesis.fraction": 1.0},
     ],
-    "optimiser": [{}, {"learning_rate": 3e-4}, {"learning_rate": 3e-3}, {"warmup_steps": 1}, {"weight_decay": 0.05}],
+    "optimizer": [{}, {"learning_rate": 3e-4}, {"learning_rate": 3e-3}, {"warmup_steps": 1}, {"weight_decay": 0.05}],
 }
 
 
-@dataclass
-class Split:
-    """The features of a split, and what is known of its images.
-
-    Args:
-        codes (dict[int, np.ndarray]): For each encoder block, counted from 1, encoded features (images, N, dim).
-        code (dict[int, FeatureCode]): How they are decoded.
-        categories (list[str]): Category of each image.
-        labels (torch.Tensor): Whether each image has a defect, shape (images,).
-        masks (torch.Tensor): Their defects, booleans of shape (images, height, width).
-    """
-
-    codes: dict[int, np.ndarray]
-    code: dict[int, FeatureCode]
-    categories: list[str]
-    labels: torch.Tensor
-    masks: torch.Tensor
-
-    def batch(self, indices: Sequence[int], blocks: Sequence[int], grid: tuple[int, int]) -> FeatureBatch:
-        """Read the features of some images."""
-        codes = np.stack([self.codes[block][indices] for block in blocks], axis=1)
-        offset, scale = (
-            torch.cat([getattr(self.code[block], name) for block in blocks]) for name in ("offset", "scale")
-        )
-        return FeatureBatch(torch.from_numpy(codes), FeatureCode(offset, scale), grid)
-
-    def defect_shares(self, indices: Sequence[int], grid: tuple[int, int]) -> torch.Tensor:
-        """Compute which share of each patch of some images is defect, shape (images, N)."""
-        return functional.adaptive_avg_pool2d(self.masks[indices][:, None].float(), grid).flatten(1)
+def options_of(settings: dict[str, Any]) -> dict[str, Any]:
+    """Make arguments of `DecAD` of settings, whose names may lead into groups: ``synthesis.num_steps``."""
+    defaults = {name: parameter.default for name, parameter in inspect.signature(DecAD).parameters.items()}
+    options: dict[str, Any] = {}
+    for name, value in settings.items():
+        group, _, field = name.partition(".")
+        if group not in defaults:
+            raise SystemExit(f"DecAD has no argument {group!r}")
+        options[group] = replace(options.get(group, defaults[group]), **{field: value}) if field else value
+    return options
 
 
-def create(args: argparse.Namespace, **settings: Any) -> DecAD:
-    """Create a DecAD with the encoder, blocks and image size of the command line, unless settings name others."""
-    options = {
+def create(args: argparse.Namespace, settings: dict[str, Any], **kwargs: Any) -> DecAD:
+    """Create a DecAD with the encoder, layers and image size of the command line, unless settings name others."""
+    common = {
         "encoder": args.encoder,
         "encoder_weights": args.encoder_weights,
         "image_size": (args.image_size, args.image_size),
-        "blocks": args.blocks,
+        "layers": args.layers,
         "visualizer": False,
     }
-    return DecAD(**{**options, **settings})
+    return DecAD(**{**common, **options_of(settings), **kwargs})
 
 
-def load(args: argparse.Namespace, blocks: Sequence[int]) -> dict[str, Split]:
-    """Find the features of the encoder's blocks, or compute them; note their grid in the command line."""
-    if not args.data.is_dir():
-        raise SystemExit(f"--data: no such folder: {args.data}")
-    size = (args.image_size, args.image_size)
-    weights = args.encoder_weights
-    model = create(args, blocks=blocks).eval()
-    args.grid = model.model.encoder.grid(*size)
-    datamodule = MultiCategory("MVTecAD", root=args.data, categories=args.categories, num_workers=0)
-    datamodule.setup()
-    splits = {}
-    for name in ("train", "test"):
-        dataset = getattr(datamodule, f"{name}_data")
-        paths = [Path(path) for path in dataset.samples.image_path]
-        folder = args.features / fingerprint(args.encoder, str(weights), size, *paths)
-        folder.mkdir(parents=True, exist_ok=True)
-        missing = [block for block in blocks if not (folder / f"{block}.done").is_file()]
-        if missing or not (folder / "masks.npy").is_file():
-            encode(model, dataset, folder, missing, name)
-        splits[name] = Split(
-            {block: np.load(folder / f"{block}.npy", mmap_mode="r") for block in blocks},
-            {block: FeatureCode(*torch.from_numpy(np.load(folder / f"{block}.code.npy"))) for block in blocks},
-            list(dataset.samples["category"]),
-            torch.from_numpy(dataset.samples.label_index.to_numpy()).bool(),
-            torch.from_numpy(np.load(folder / "masks.npy")),
-        )
-    return splits
+def load(args: argparse.Namespace, layers: Sequence[int]) -> dict[str, Split]:
+    """Find the features of the encoder's layers, or compute them."""
+    return features.load(create(args, {}, layers=layers), args.data, args.categories, args.features)
 
 
-@torch.inference_mode()
-def encode(model: DecAD, dataset: Any, folder: Path, blocks: Sequence[int], split: str) -> None:
-    """Write the features of some blocks, and the masks, to a folder."""
-    prepare, encoder = model.pre_processor.transform, model.model.encoder
-    wanted = [index for index, block in enumerate(blocks_of(model)) if block in blocks]
-    files: list[np.ndarray] = []
-    masks: list[torch.Tensor] = []
-    step = 8
-    order = np.random.default_rng(0).permutation(len(dataset))[: 2 * step]
-    images = torch.stack([prepare(dataset[int(index)].image[None])[0] for index in order])
-    codes = [FeatureCode.of(tap[:, None]) for index, tap in enumerate(encoder(images)) if index in wanted]
-    for start in track(range(0, len(dataset), step), description=f"Encoding {split} images"):
-        items = [dataset[index] for index in range(start, min(start + step, len(dataset)))]
-        images = torch.cat([prepare(item.image[None]) for item in items])
-        for item in items:
-            mask = torch.zeros(item.image.shape[-2:]) if item.gt_mask is None else item.gt_mask
-            mask = functional.interpolate(mask[None, None].float(), images.shape[-2:], mode="nearest")
-            masks.append(mask[0, 0] > 0)
-        taps = encoder(images)
-        for number, index in enumerate(wanted):
-            values = codes[number].encode(taps[index][:, None])[:, 0].numpy()
-            if len(files) <= number:
-                path = folder / f"{blocks[number]}.npy"
-                shape = (len(dataset), *values.shape[1:])
-                files.append(np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=shape))
-            files[number][start : start + len(values)] = values
-    for block, code, file in zip(blocks, codes, files, strict=True):
-        file.flush()
-        np.save(folder / f"{block}.code.npy", torch.stack([code.offset, code.scale]).numpy())
-        (folder / f"{block}.done").touch()
-    np.save(folder / "masks.npy", torch.stack(masks).numpy())
-
-
-class Leakage(Callback):
-    """Follows how well defect and normal patches are reconstructed during training.
+class Progress(Callback):
+    """Measures a model on the way of its training.
 
     Args:
         test (Split): The test images.
-        args (argparse.Namespace): Command line.
+        args (argparse.Namespace): Command line; ``score_at`` are the steps.
     """
 
     def __init__(self, test: Split, args: argparse.Namespace) -> None:
         self.test = test
         self.args = args
-        self.curve: list[dict[str, float]] = []
+        self.points: list[dict[str, Any]] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure before training."""
         self._measure(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Measure every some steps."""
-        every = self.args.leakage_every
-        if (every and trainer.global_step % every == 0) or trainer.global_step == trainer.max_steps:
-            self._measure(trainer, pl_module)
+        """Measure at the chosen steps."""
+        self._measure(trainer, pl_module)
 
-    @torch.no_grad()
     def _measure(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        net = pl_module.model.eval()
-        sums = dict.fromkeys(("defect", "normal", "defect_kept", "normal_kept"), 0.0)
-        counts = dict.fromkeys(("defect", "normal"), 0)
-        indices = range(0, len(self.test.labels), self.args.leakage_stride)
-        for chunk in chunks(indices, 16):
-            batch = self.test.batch(chunk, blocks_of(pl_module), self.args.grid)
-            features = batch.features()
-            x, targets = net.fusion(features), net.standardiser(features)
-            clean = net.decoupler(x)[0] if net.decoupler else x
-            share = self.test.defect_shares(chunk, self.args.grid)
-            groups = {"defect": share > 0.5, "normal": share == 0}
-            for suffix, embeddings in (("", clean), ("_kept", x)):
-                errors = net.anomaly_map_generator.patch_errors(targets, net.decoder(embeddings))
-                for name, group in groups.items():
-                    sums[name + suffix] += errors[group].sum().item()
-            for name, group in groups.items():
-                counts[name] += int(group.sum())
-        values = {name: total / counts[name.removesuffix("_kept")] for name, total in sums.items()}
-        self.curve.append({"step": trainer.global_step, **values})
-        net.train()
+        if trainer.global_step not in self.args.score_at:
+            return
+        losses = {name: round(float(value), 5) for name, value in trainer.callback_metrics.items()}
+        point = {"step": trainer.global_step, "losses": losses, **measure(pl_module, self.test)}
+        self.points.append(point)
+        mean = {name: f"{100 * row['mean']['mean_of_seven']:.1f}" for name, row in point["metrics"].items()}
+        print(f"    {trainer.global_step} steps: {mean}", flush=True)
+        pl_module.train()
 
 
 def train(
     args: argparse.Namespace, splits: dict[str, Split], settings: dict[str, Any], seed: int
-) -> tuple[DecAD, float, list[dict[str, float]]]:
-    """Train a model; give it, the seconds that it took and its leakage over the training."""
+) -> tuple[DecAD, float, list[dict[str, Any]]]:
+    """Train a model; give it, the seconds that it took and what was measured on the way."""
     seed_everything(seed, verbose=False)
-    blocks = settings.get("blocks", args.blocks)
-    model = create(args, evaluator=False, **settings)
+    model = create(args, settings, evaluator=False)
     normal = splits["train"]
     weights = None
     if args.sampling == "balanced":
@@ -246,10 +153,10 @@ def train(
         range(count),  # type: ignore[arg-type]
         batch_size=args.batch_size,
         sampler=WeightedRandomSampler(weights or [1.0] * count, count, replacement=weights is not None),
-        collate_fn=lambda indices: normal.batch(indices, blocks, args.grid),
+        collate_fn=lambda indices: normal.batch(indices, model.model.encoder.layers),
         drop_last=True,
     )
-    leakage = Leakage(splits["test"], args)
+    progress = Progress(splits["test"], args)
     trainer = Trainer(
         max_steps=args.steps,
         accelerator="cpu",
@@ -258,17 +165,17 @@ def train(
         enable_checkpointing=False,
         enable_model_summary=False,
         enable_progress_bar=args.progress,
-        callbacks=[leakage] if args.leakage_every else [],
+        callbacks=[progress] if args.score_at else [],
     )
     start = time.perf_counter()
     trainer.fit(model, loader)
-    return model, time.perf_counter() - start, leakage.curve
+    return model, time.perf_counter() - start, progress.points
 
 
 def run(args: argparse.Namespace, splits: dict[str, Split], settings: dict[str, Any], seed: int) -> dict[str, Any]:
     """Train and score one model."""
-    model, seconds, leakage = train(args, splits, settings, seed)
-    table = score(args, model, splits["test"])
+    model, seconds, points = train(args, splits, settings, seed)
+    table = score(model, splits["test"])
     return {
         "settings": settings,
         "seed": seed,
@@ -283,20 +190,20 @@ def run(args: argparse.Namespace, splits: dict[str, Split], settings: dict[str, 
             for name, split in splits.items()
         },
         "training_seconds": round(seconds, 1),
-        "metrics": {name: {key: round(value, 5) for key, value in row.items()} for name, row in table.items()},
-        "leakage": [{key: round(value, 5) for key, value in point.items()} for point in leakage],
+        "metrics": rounded(table),
+        "progress": points,
     }
 
 
 @torch.inference_mode()
-def score(args: argparse.Namespace, model: DecAD, test: Split) -> dict[str, dict[str, float]]:
+def score(model: DecAD, test: Split) -> dict[str, dict[str, float]]:
     """Compute the seven metrics, and their mean, of each category and of all."""
-    net = model.eval().model.frozen(None)
-    size = (args.image_size, args.image_size)
+    net = model.eval().model.fused(None)
     metrics = CategoryMetrics()
     for chunk in chunks(range(len(test.labels)), 16):
-        batch = test.batch(chunk, blocks_of(model), args.grid)
-        output = net.inference_output(batch.features(), args.grid, size)
+        output = net.inference_output(
+            test.batch(chunk, net.encoder.layers).features(), test.grid, tuple(model.input_size)
+        )
         metrics.update(
             [test.categories[index] for index in chunk],
             output.pred_score,
@@ -307,44 +214,54 @@ def score(args: argparse.Namespace, model: DecAD, test: Split) -> dict[str, dict
     return table_of(metrics)
 
 
-def table_of(metrics: CategoryMetrics) -> dict[str, dict[str, float]]:
-    """Compute the seven metrics, and their mean, of each category and of all."""
+@torch.inference_mode()
+def measure(model: DecAD, test: Split) -> dict[str, Any]:
+    """Look into a model.
+
+    Args:
+        model (DecAD): The model.
+        test (Split): Test images.
+
+    Returns:
+        dict[str, Any]: ``metrics``: the seven of the map, and of its error and its energy alone. ``patch_auroc``: for
+            each category, how well the decoder's errors, with and without removal, and the energies tell defect from
+            normal patches. ``energy``: mean energy of either kind.
+    """
+    net = model.eval().model.fused(None)
+    size = tuple(model.input_size)
+    generator, names = net.anomaly_map_generator, ("both", "error", "energy")
+    metrics = {name: CategoryMetrics() for name in (names if net.decoupler else names[:2])}
+    values: dict[str, list[torch.Tensor]] = {"error": [], "kept": [], "energy": [], "share": []}
+    for chunk in chunks(range(len(test.labels)), 16):
+        outputs = test.batch(chunk, net.encoder.layers).features()
+        x, targets = net.fusion(outputs), net.standardizer(outputs)
+        clean, energy = net.decoupler(x) if net.decoupler else (x, x.new_ones(x.shape[:-1]))
+        error, kept = (generator.patch_errors(targets, net.decoder(embedding)) for embedding in (clean, x))
+        both = error * energy.pow(generator.options.energy_power)
+        for name, patches in zip(names, (both, error, energy), strict=True):
+            if name in metrics:
+                maps, scores = generator.maps_and_scores(patches, test.grid, size)
+                categories = [test.categories[index] for index in chunk]
+                metrics[name].update(categories, scores, test.labels[chunk], maps, test.masks[chunk])
+        for name, patches in (("error", error), ("kept", kept), ("energy", energy)):
+            values[name].append(patches)
+        values["share"].append(test.defect_shares(chunk))
+    share, patches = torch.cat(values.pop("share")), {name: torch.cat(parts) for name, parts in values.items()}
+    aurocs: dict[str, dict[str, float]] = {}
+    for category in dict.fromkeys(test.categories):
+        rows = [index for index, name in enumerate(test.categories) if name == category]
+        known = (share[rows] > 0.5) | (share[rows] == 0)
+        target = (share[rows] > 0.5)[known].numpy()
+        aurocs[category] = {
+            name: round(float(roc_auc_score(target, value[rows][known].numpy())), 5) for name, value in patches.items()
+        }
     return {
-        name: {**{metric: row[metric] for metric in METRICS}, "mean_of_seven": metrics.mean_of_seven(row)}
-        for name, row in metrics.compute().items()
-    }
-
-
-def blocks_of(model: LightningModule) -> list[int]:
-    """Name the encoder's blocks that a DecAD reads, counted from 1."""
-    return [index + 1 for index in model.model.encoder.indices]
-
-
-def chunks(indices: Sequence[int], length: int) -> list[list[int]]:
-    """Cut indices into lists of a length; the last may be shorter."""
-    return [list(indices[start : start + length]) for start in range(0, len(indices), length)]
-
-
-def machine() -> dict[str, str]:
-    """Describe what the figures depend on beside the settings."""
-    import anomalib
-    import timm
-
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-        cpu = names[0] if names else cpu
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        capture_output=True, text=True, check=False, cwd=Path(__file__).parent,
-    ).stdout.strip()  # fmt: skip
-    return {
-        "commit": commit,
-        "cpu": f"{cpu}, {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-        "anomalib": anomalib.__version__,
+        "metrics": {name: rounded(table_of(metric)) for name, metric in metrics.items()},
+        "patch_auroc": aurocs,
+        "energy": {
+            "normal": round(patches["energy"][share == 0].mean().item(), 5),
+            "defect": round(patches["energy"][share > 0.5].mean().item(), 5),
+        },
     }
 
 
@@ -352,9 +269,8 @@ def main() -> None:
     """Run all settings with all seeds."""
     args = parse()
     configurations = [{**args.settings, **setting} for setting in args.configurations]
-    blocks = sorted({block for setting in configurations for block in setting.get("blocks", args.blocks)})
-    splits = load(args, blocks)
-    facts = machine()
+    splits = load(args, sorted({layer for setting in configurations for layer in setting.get("layers", args.layers)}))
+    facts = common.machine()
     results: list[tuple[dict[str, Any], list[dict[str, Any]]]] = []
     for settings in configurations:
         results.append((settings, []))
@@ -365,36 +281,9 @@ def main() -> None:
             with args.log.open("a") as log:
                 log.write(json.dumps(line) + "\n")
             results[-1][1].append(line)
-            print(f"{settings} seed {seed}: {summarise([line], args)}", flush=True)
+            print(f"{settings} seed {seed}: {summarize([line], args)}", flush=True)
     print()
     print_table("settings", ((json.dumps(settings), lines) for settings, lines in results), args)
-
-
-def print_table(title: str, rows: Iterable[tuple[str, Sequence[dict[str, Any]]]], args: argparse.Namespace) -> None:
-    """Print a table of runs: a title for the first column, and for each row its name and the runs of all seeds."""
-    print(f"| {title} | {' | '.join(METRICS)} | mean of seven | chosen by | reported |")
-    print("|---" * (len(METRICS) + 4) + "|")
-    for name, lines in rows:
-        print(f"| {name} | {summarise(lines, args)} |")
-
-
-def summarise(lines: Sequence[dict[str, Any]], args: argparse.Namespace) -> str:
-    """Write means over seeds, and their standard deviation, in percent."""
-
-    def of(read: Callable[[dict[str, Any]], float]) -> str:
-        values = [100 * read(line["metrics"]) for line in lines]
-        deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-        return f"{statistics.mean(values):.1f}{deviation}"
-
-    def half(chosen: bool) -> Callable[[dict[str, Any]], float]:
-        return lambda metrics: statistics.mean(
-            row["mean_of_seven"] for name, row in metrics.items() if name != "mean" and (name in args.choose) == chosen
-        )
-
-    cells = [of(lambda metrics, key=metric: metrics["mean"][key]) for metric in (*METRICS, "mean_of_seven")]
-    if args.choose:
-        cells += [of(half(chosen=True)), of(half(chosen=False))]
-    return " | ".join(cells)
 
 
 def _value(text: str) -> Any:
@@ -413,27 +302,21 @@ def _setting(text: str) -> tuple[str, str]:
 
 def parse() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--categories", nargs="+", help="default: those of MVTec AD that are in the folder")
+    parser = common.argument_parser(__doc__)
     parser.add_argument("--name", default="", help="noted in the log")
     parser.add_argument("--set", type=_setting, nargs="+", default=[], help="arguments of DecAD, as name=value")
     parser.add_argument("--vary", type=_setting, action="append", default=[], help="name=value,value,...")
     parser.add_argument("--ablation", choices=ABLATIONS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--sampling", choices=["balanced", "natural"], default="balanced")
     parser.add_argument("--precision", default="bf16-mixed", help="of Lightning's trainer")
     parser.add_argument("--choose", nargs="+", default=[], help="categories that choices are made by")
     parser.add_argument(
-        "--leakage-every", type=int, default=0, help="measure the leakage every so many steps; 0: never"
+        "--score-at", type=int, nargs="+", default=[], help="also measure after so many steps, and look into the model"
     )
-    parser.add_argument("--leakage-stride", type=int, default=4, help="... on every so many test images")
-    parser.add_argument("--encoder", default="vit_small_patch14_dinov2")
     parser.add_argument("--encoder-weights", type=Path, help="a local file instead of timm's")
-    parser.add_argument("--blocks", type=int, nargs="+", default=[3, 6, 9])
-    parser.add_argument("--image-size", type=int, default=280)
+    parser.add_argument("--layers", type=int, nargs="+", default=[3, 6, 9])
     parser.add_argument("--features", type=Path, default=Path("results/features"), help="folder of the features")
     parser.add_argument("--log", type=Path, default=Path(__file__).parent / "experiments.jsonl")
     parser.add_argument("--progress", action="store_true", help="progress bars of the training")
@@ -441,8 +324,7 @@ def parse() -> argparse.Namespace:
     args.settings = {name: _value(value) for name, value in args.set}
     lists = [[(name, _value(value)) for value in values.split(",")] for name, values in args.vary]
     args.configurations = ABLATIONS[args.ablation] if args.ablation else [dict(c) for c in itertools.product(*lists)]
-    if args.categories is None and args.data.is_dir():
-        args.categories = sorted(path.name for path in args.data.iterdir() if (path / "train" / "good").is_dir())
+    common.check_data(args)
     return args
 
 

@@ -3,13 +3,12 @@
 
 usage: python benchmarks/exported_accuracy.py CHECKPOINT --data ROOT [--categories a b] [--formats torch onnx ...]
 
-ROOT is a folder in MVTec AD's layout. Scores and maps are compared as they come, that is after normalisation to
+ROOT is a folder in MVTec AD's layout. Scores and maps are compared as they come, that is after normalization to
 [0, 1], but only the order matters for the metrics.
 """
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +20,7 @@ from anomalib.deploy import CompressionType
 from rich.progress import track
 from torch.nn import functional
 
+import common
 from anomalib_decad import DecAD, MultiCategory
 from anomalib_decad.metrics import CategoryMetrics
 from inference import load
@@ -54,16 +54,15 @@ def outputs(prediction: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 def main() -> None:
     """Export, predict the test images with each file, and print a Markdown table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.argument_parser(__doc__)
     parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--categories", nargs="+")
     parser.add_argument("--formats", nargs="+", default=list(FORMATS), choices=FORMATS)
     parser.add_argument("--every", type=int, default=1, help="take every n-th test image only")
     args = parser.parse_args()
     torch.set_grad_enabled(False)
 
-    datamodule = MultiCategory("MVTecAD", root=args.data, categories=args.categories, num_workers=0)
+    common.check_data(args)
+    datamodule = common.datamodule(args)
     datamodule.setup()
     model = DecAD.load_from_checkpoint(args.checkpoint).eval()
     transform, post_processor = model.pre_processor.transform, model.post_processor

@@ -12,17 +12,16 @@ matter for speed and stay random unless --checkpoint gives trained ones for DecA
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import resource
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import common
 
 FORMATS = ("torch", "onnx", "openvino", "openvino-default", "openvino-int8")
 _OPENVINO_OPTIONS = {"INFERENCE_PRECISION_HINT": "f32"}
@@ -35,7 +34,7 @@ def export(args: argparse.Namespace, name: str, kind: str, folder: Path) -> Path
     from anomalib.deploy import CompressionType
 
     import peers
-    from anomalib_decad import DecAD, MultiCategory
+    from anomalib_decad import DecAD
 
     torch.manual_seed(0)
     if name == "DecAD" and args.checkpoint:
@@ -53,7 +52,8 @@ def export(args: argparse.Namespace, name: str, kind: str, folder: Path) -> Path
     compression = CompressionType.INT8_PTQ if kind == "openvino-int8" else None
     data = None
     if compression:
-        data = MultiCategory("MVTecAD", root=args.data, categories=args.categories, num_workers=0, eval_batch_size=1)
+        common.check_data(args)
+        data = common.datamodule(args, eval_batch_size=1)
     return model.to_openvino(folder, input_size=size, compression_type=compression, datamodule=data)
 
 
@@ -110,19 +110,19 @@ def measure_parts(args: argparse.Namespace) -> dict[str, float]:
     size, batch_size = args.image_size, 8
     model = DecAD.load_from_checkpoint(args.checkpoint) if args.checkpoint else None
     model = model or DecAD(encoder=args.encoder, image_size=(size, size))
-    net: Any = model.eval().model.frozen((size, size))
+    net: Any = model.eval().model.fused((size, size))
     grid = net.encoder.grid(size, size)
     with torch.inference_mode():
         images = torch.randn(batch_size, 3, size, size)
-        taps = net.encoder(images)
-        features = net.standardiser(taps)
-        x = net.fusion(taps)
+        outputs = net.encoder(images)
+        features = net.standardizer(outputs)
+        x = net.fusion(outputs)
         latent = net.decoupler.network(x)
         clean, energy = net.decoupler(x)
         reconstructions = net.decoder(clean)
         parts: dict[str, Callable[[], Any]] = {
             "encoder": lambda: net.encoder(images),
-            "standardisation and fusion": lambda: (net.standardiser(taps), net.fusion(taps)),
+            "standardization and fusion": lambda: (net.standardizer(outputs), net.fusion(outputs)),
             "network, forward": lambda: net.decoupler.network(x),
             "network, inverse": lambda: net.decoupler.network.inverse(latent),
             "decoder": lambda: net.decoder(clean),
@@ -140,18 +140,6 @@ def measure_parts(args: argparse.Namespace) -> dict[str, float]:
     return {part: statistics.median(values[2:]) for part, values in times.items()}
 
 
-def worker(args: argparse.Namespace, task: str, *arguments: str) -> dict[str, Any]:
-    """Run a part of this script in a process of its own and read its answer; an error is an answer, too."""
-    command = [sys.executable, __file__, *args.command_line, "--worker", task, *arguments]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRUST_REMOTE_CODE": "1", "PYTHONWARNINGS": "ignore"}
-    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    for line in result.stdout.splitlines():
-        if line.startswith("RESULT "):
-            return json.loads(line.removeprefix("RESULT "))
-    lines = result.stderr.strip().splitlines() or ["no output"]
-    return {"error": next((line for line in reversed(lines) if "Error" in line), lines[-1])[:200]}
-
-
 def work(args: argparse.Namespace) -> None:
     """Do the task of a worker."""
     task, *rest = args.worker
@@ -165,7 +153,7 @@ def work(args: argparse.Namespace) -> None:
         answer = measure(Path(path), kind, args.batches, args.image_size, args.seconds)
     else:
         answer = measure_parts(args)
-    print("RESULT " + json.dumps(answer))
+    common.tell(answer)
 
 
 def file_size(path: Path) -> float:
@@ -186,7 +174,7 @@ def main() -> None:
             if kind == "openvino-default" and (name, "openvino") in paths:
                 paths[name, kind] = paths[name, "openvino"]
                 continue
-            answer = worker(args, "export", name, kind)
+            answer = common.ask_worker(__file__, [*args.command_line, "--worker", "export", name, kind])
             if "error" in answer:
                 errors[name, kind] = answer["error"]
             else:
@@ -195,13 +183,16 @@ def main() -> None:
     results: dict[tuple[str, str], list[dict[str, float]]] = {key: [] for key in paths}
     for _ in range(args.rounds):
         for (name, kind), path in paths.items():
-            answer = worker(args, "measure", kind, str(path))
+            answer = common.ask_worker(__file__, [*args.command_line, "--worker", "measure", kind, str(path)])
             print(f"{name} {kind}: {answer}", file=sys.stderr, flush=True)
             if "error" in answer:
                 errors[name, kind] = answer["error"]
             else:
                 results[name, kind].append(answer)
-    print(report(args, paths, results, errors, worker(args, "parts") if "DecAD" in args.models else {}))
+    parts = {}
+    if "DecAD" in args.models:
+        parts = common.ask_worker(__file__, [*args.command_line, "--worker", "parts"])
+    print(report(args, paths, results, errors, parts))
 
 
 def report(
@@ -215,7 +206,7 @@ def report(
     columns = [f"batch {batch}" for batch in args.batches]
     lines = [
         f"`python benchmarks/inference.py {' '.join(args.command_line)}`: {args.encoder}, {args.image_size} pixels, "
-        f"{os.cpu_count()} CPUs ({cpu_name()}), medians of {args.rounds} rounds of {args.seconds:g} s.",
+        f"{os.cpu_count()} CPUs ({common.cpu_name()}), medians of {args.rounds} rounds of {args.seconds:g} s.",
         "",
         "| model | format | " + " | ".join(f"images/s, {column}" for column in columns) + " | peak MiB | file MB |",
         "|---" * (4 + len(columns)) + "|",
@@ -233,29 +224,16 @@ def report(
     return "\n".join(lines)
 
 
-def cpu_name() -> str:
-    """Name the processor."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
 def parse() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.argument_parser(__doc__, data_required=False)
     parser.add_argument("--models", nargs="+", default=["DecAD", "Dinomaly", "Patchcore"], help="names in peers.py")
     parser.add_argument("--formats", nargs="+", default=list(FORMATS[:4]), choices=FORMATS)
-    parser.add_argument("--encoder", default="vit_small_patch14_dinov2")
-    parser.add_argument("--image-size", type=int, default=280)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=8.0, help="of each measurement")
     parser.add_argument("--checkpoint", type=Path, help="a trained DecAD with that encoder")
     parser.add_argument("--memory-bank", type=int, default=10_000, help="patches that PatchCore keeps")
-    parser.add_argument("--data", type=Path, help="MVTec-layout folder to calibrate openvino-int8 with")
-    parser.add_argument("--categories", nargs="+", help="categories in it; default: MVTec AD's")
     parser.add_argument("--folder", type=Path, default=Path("benchmark-exports"), help="where exports go")
     parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
     command_line = sys.argv[1:]

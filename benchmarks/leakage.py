@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plot the leakage that experiments have measured: errors of defect and of normal patches over the training.
+"""Plot anomaly leakage over the training: how well errors of patches tell defects, with and without removal.
 
 usage: python benchmarks/leakage.py [--log benchmarks/experiments.jsonl] [--name leakage] [--output docs/leakage.png]
 
-Reads the lines of the log with that name, which `experiments.py --name leakage --leakage-every 50 ...` wrote. The first
-run of each setting is drawn.
+Reads the lines of the log with that name, which `experiments.py --name leakage --score-at 0 100 300 ...` wrote. The
+first run of each setting is drawn: the AUROC of the reconstruction errors of defect patches among those of normal ones,
+a mean over the categories, with embeddings cleaned and, by the same decoder, as they are.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ mpl.use("Agg")
 from matplotlib import pyplot as plt
 
 
-def read(log: Path, name: str) -> dict[str, list[dict[str, float]]]:
+def read(log: Path, name: str) -> dict[str, list[dict[str, Any]]]:
     """Read the curves of a log.
 
     Args:
@@ -28,42 +30,41 @@ def read(log: Path, name: str) -> dict[str, list[dict[str, float]]]:
         name (str): Name of the runs.
 
     Returns:
-        dict[str, list[dict[str, float]]]: For each setting, in words, its points.
+        dict[str, list[dict[str, Any]]]: For each setting, in words, what was measured on the way.
     """
     lines: list[dict[str, Any]] = [json.loads(line) for line in log.read_text().splitlines()]
-    curves: dict[str, list[dict[str, float]]] = {}
+    curves: dict[str, list[dict[str, Any]]] = {}
     for line in lines:
-        if line["name"] == name and line["leakage"]:
-            curves.setdefault(describe(line["settings"]), line["leakage"])
+        if line["name"] == name and line.get("progress"):
+            settings = ", ".join(f"{key} {value}" for key, value in line["settings"].items()) or "default"
+            curves.setdefault(settings, line["progress"])
     return curves
 
 
-def describe(settings: dict[str, Any]) -> str:
-    """Put settings in words."""
-    decoder = "memory" if settings.get("num_prototypes", True) else "transformer decoder"
-    others = [f"{key} {value}" for key, value in settings.items() if key not in {"num_prototypes", "decouple"}]
-    return ", ".join([decoder, "with removal" if settings.get("decouple", True) else "without removal", *others])
+def auroc(point: dict[str, Any], kind: str) -> float:
+    """Average an AUROC of patches over the categories."""
+    return statistics.mean(row[kind] for row in point["patch_auroc"].values())
 
 
-def plot(curves: dict[str, list[dict[str, float]]], output: Path) -> None:
-    """Draw errors, and their ratio, over the steps.
+def plot(curves: dict[str, list[dict[str, Any]]], output: Path) -> None:
+    """Draw the AUROCs over the steps.
 
     Args:
-        curves (dict[str, list[dict[str, float]]]): Curves by setting.
+        curves (dict[str, list[dict[str, Any]]]): Curves by setting.
         output (Path): The image to write.
     """
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for index, (label, points) in enumerate(curves.items()):
         steps = [point["step"] for point in points]
-        for group, style in (("defect", "-"), ("normal", "--")):
-            left.plot(steps, [point[group] for point in points], style, color=f"C{index}")
-        right.plot(steps, [point["defect"] / point["normal"] for point in points], color=f"C{index}", label=label)
-    left.set(ylabel="1 - cosine similarity", title="error of patches (solid: defect, dashed: normal)")
-    right.set(title="error of defect patches / error of normal patches")
-    for axes in (left, right):
-        axes.set(xlabel="training steps")
-        axes.grid(alpha=0.3)
-    figure.legend(loc="outside lower center", fontsize="small", ncols=2)
+        axes.plot(steps, [auroc(point, "error") for point in points], color=f"C{index}", label=label)
+        axes.plot(steps, [auroc(point, "kept") for point in points], "--", color=f"C{index}")
+    axes.set(
+        xlabel="training steps",
+        ylabel="AUROC of the errors of patches",
+        title="solid: in use, dashed: the same decoder, nothing removed",
+    )
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
     output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output, dpi=110)
     plt.close(figure)
@@ -78,12 +79,11 @@ def main() -> None:
     args = parser.parse_args()
     curves = read(args.log, args.name) if args.log.is_file() else {}
     if not curves:
-        raise SystemExit(f"{args.log} has no run {args.name!r} with --leakage-every")
+        raise SystemExit(f"{args.log} has no run {args.name!r} with --score-at")
     plot(curves, args.output)
     for label, points in curves.items():
         last = points[-1]
-        ratio = last["defect"] / last["normal"]
-        print(f"{label}: defect {last['defect']:.3f}, normal {last['normal']:.3f}, ratio {ratio:.3f}")
+        print(f"{label}: {auroc(last, 'error'):.3f}, nothing removed {auroc(last, 'kept'):.3f}")
 
 
 if __name__ == "__main__":

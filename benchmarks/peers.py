@@ -8,14 +8,14 @@ from anomalib.pre_processing import PreProcessor
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 
 from anomalib_decad import DecAD, DecoupledMambaAD, DecoupledReverseDistillation, DecoupledUniAD
-from nearest_neighbour import NearestNeighbour
+from nearest_neighbor import NearestNeighbor
 
-__all__ = ["ADAPTERS", "MODELS", "create"]
+__all__ = ["DECOUPLED", "MODELS", "create"]
 
-MODELS = ("DecAD", "Dinomaly", "InpFormer", "Patchcore", "AnomalyDINO", "NearestNeighbour")
+MODELS = ("DecAD", "Dinomaly", "InpFormer", "Patchcore", "AnomalyDINO", "NearestNeighbor")
 
 #: Methods that can be decoupled, by their names with and without it.
-ADAPTERS = {
+DECOUPLED = {
     **{cls.__name__: (cls, True) for cls in (DecoupledReverseDistillation, DecoupledUniAD, DecoupledMambaAD)},
     "ReverseDistillation": (DecoupledReverseDistillation, False),
     "UniAD": (DecoupledUniAD, False),
@@ -23,14 +23,14 @@ ADAPTERS = {
 }
 
 # Of the encoder, counted from 1, where a method is not bound to others.
-_BLOCKS = (3, 6, 9)
+_LAYERS = (3, 6, 9)
 
 
 def create(name: str, encoder: str, size: int, **kwargs: object) -> AnomalibModule:
     """Create a model with its own defaults but for encoder and image size.
 
     Args:
-        name (str): One of :data:`MODELS` or :data:`ADAPTERS`.
+        name (str): One of :data:`MODELS` or :data:`DECOUPLED`.
         encoder (str): A DINOv2 of timm.
         size (int): Side of the square images in pixels.
         **kwargs (object): Further arguments of the model.
@@ -40,8 +40,8 @@ def create(name: str, encoder: str, size: int, **kwargs: object) -> AnomalibModu
     """
     if name == "DecAD":
         return DecAD(encoder=encoder, image_size=(size, size), **kwargs)
-    if name in ADAPTERS:
-        cls, decouple = ADAPTERS[name]
+    if name in DECOUPLED:
+        cls, decouple = DECOUPLED[name]
         return cls(encoder=encoder, image_size=(size, size), decouple=decouple, **kwargs)
     pre_processor = PreProcessor(
         Compose(
@@ -58,9 +58,9 @@ def create(name: str, encoder: str, size: int, **kwargs: object) -> AnomalibModu
         return InpFormer(encoder_name=encoder, **kwargs)
     if name == "AnomalyDINO":
         return AnomalyDINO(encoder_name=encoder, **kwargs)
-    if name == "NearestNeighbour":
-        return NearestNeighbour(encoder=encoder, blocks=_BLOCKS, **kwargs)
+    if name == "NearestNeighbor":
+        return NearestNeighbor(encoder=encoder, layers=_LAYERS, **kwargs)
     if name == "Patchcore":
-        return Patchcore(backbone=encoder, layers=[f"blocks.{block - 1}" for block in _BLOCKS], **kwargs)
-    msg = f"no model {name}; there are {', '.join((*MODELS, *ADAPTERS))}"
+        return Patchcore(backbone=encoder, layers=[f"blocks.{layer - 1}" for layer in _LAYERS], **kwargs)
+    msg = f"no model {name}; there are {', '.join((*MODELS, *DECOUPLED))}"
     raise ValueError(msg)

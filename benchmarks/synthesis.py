@@ -19,7 +19,8 @@ from lightning.pytorch import seed_everything
 from torch.nn import functional
 
 import experiments
-from anomalib_decad.components import AdversarialSynthesis
+from anomalib_decad.components import AdversarialSynthesis, SynthesisOptions
+from features import chunks
 
 _IMAGES = 64
 
@@ -27,7 +28,7 @@ _IMAGES = 64
 def plain_step(
     x: torch.Tensor, perturbed: torch.Tensor, energy: Callable[[torch.Tensor], torch.Tensor], delta: float
 ) -> torch.Tensor:
-    """Take a step of length delta along the normalised gradient itself, and go back to the sphere."""
+    """Take a step of length delta along the normalized gradient itself, and go back to the sphere."""
     point = perturbed.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(energy(point).sum(), point)
     return x + delta * functional.normalize(perturbed - delta * functional.normalize(gradient, dim=-1) - x, dim=-1)
@@ -42,28 +43,28 @@ def energies(args: Namespace) -> dict[str, torch.Tensor]:
     Returns:
         dict[str, torch.Tensor]: For each kind of patch, energies of shape (K,).
     """
-    splits = experiments.load(args, args.blocks)
-    net = experiments.create(args, **args.settings).model.train()
+    splits = experiments.load(args, args.layers)
+    net = experiments.create(args, args.settings).model.train()
     order = torch.randperm(len(splits["train"].categories))[:_IMAGES].tolist()
-    features = splits["train"].batch(order, args.blocks, args.grid).features()
-    net.initialise(features)
+    features = splits["train"].batch(order, args.layers).features()
+    net.initialize(features)
     x = net.fusion(features)
     energy = net.decoupler.energy
+    test = splits["test"]
     result = {"normal": energy(x).flatten()}
     delta = net.synthesis.delta
     for noise in ("gaussian", "features"):
         for steps in (0, 1):
             torch.manual_seed(1)
-            perturbed, mask = AdversarialSynthesis(delta, 1.0, steps, noise)(x, energy, args.grid)
+            perturbed, mask = AdversarialSynthesis(delta, SynthesisOptions(1.0, steps, noise))(x, energy, test.grid)
             result[f"{noise}, {steps} step{'' if steps == 1 else 's'}"] = energy(perturbed[mask])
             if steps == 0:
                 plain = plain_step(x[mask], perturbed[mask], energy, delta)
                 result[f"{noise}, 1 step along the plain gradient"] = energy(plain)
-    test = splits["test"]
     defects = []
-    for chunk in experiments.chunks(test.labels.nonzero().flatten().tolist()[::4], 16):
-        embeddings = net.fusion(test.batch(chunk, args.blocks, args.grid).features())
-        defects.append(energy(embeddings)[test.defect_shares(chunk, args.grid) > 0.5])
+    for chunk in chunks(test.labels.nonzero().flatten().tolist()[::4], 16):
+        embeddings = net.fusion(test.batch(chunk, args.layers).features())
+        defects.append(energy(embeddings)[test.defect_shares(chunk) > 0.5])
     return result | {"real defects": torch.cat(defects)}
 
 

@@ -12,18 +12,16 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
-import os
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback
+
+import common
 
 MODES = ("off", "ram", "disk")
 _WARM_UP = 3
@@ -51,21 +49,14 @@ def run(args: argparse.Namespace, mode: str) -> dict[str, Any]:
     from anomalib.engine import Engine
     from lightning.pytorch import seed_everything
 
-    from anomalib_decad import DecAD, MultiCategory
+    from anomalib_decad import DecAD
 
     seed_everything(0)
     recorder = Recorder()
     with tempfile.TemporaryDirectory() as folder:
         size = (args.image_size, args.image_size)
         model = DecAD(args.encoder, image_size=size, feature_cache=mode, feature_cache_dir=folder, max_steps=args.steps)
-        data = MultiCategory(
-            "MVTecAD",
-            root=args.data,
-            categories=args.categories,
-            num_workers=0,
-            train_batch_size=args.batch_size,
-            eval_batch_size=args.batch_size,
-        )
+        data = common.datamodule(args)
         engine = Engine(
             max_steps=args.steps,
             limit_val_batches=0,
@@ -87,27 +78,21 @@ def run(args: argparse.Namespace, mode: str) -> dict[str, Any]:
 
 def main() -> None:
     """Train in each mode and print a Markdown table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--categories", nargs="+")
+    parser = common.argument_parser(__doc__)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--encoder", default="vit_small_patch14_dinov2")
-    parser.add_argument("--image-size", type=int, default=280)
     parser.add_argument("--precision", default="32-true", help="of Lightning's trainer")
     parser.add_argument("--modes", nargs="+", default=MODES, choices=MODES, help="the first is compared with")
     parser.add_argument("--worker", choices=MODES, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    common.check_data(args)
     if args.worker:
-        print("RESULT " + json.dumps(run(args, args.worker)))
+        common.tell(run(args, args.worker))
         return
     results: dict[str, dict[str, Any]] = {}
     for mode in args.modes:
-        command = [sys.executable, __file__, *sys.argv[1:], "--worker", mode]
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
-        output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment).stdout
-        line = next(line for line in output.splitlines() if line.startswith("RESULT "))
-        results[mode] = json.loads(line.removeprefix("RESULT "))
+        results[mode] = common.ask_worker(__file__, [*sys.argv[1:], "--worker", mode])
+        if "error" in results[mode]:
+            raise SystemExit(f"{mode}: {results[mode]['error']}")
     reference = results[args.modes[0]]
     print("| feature cache | step, s | faster | before the first step, s | peak MiB | largest change of a loss |")
     print("|---" * 6 + "|")

@@ -21,11 +21,18 @@ from anomalib.engine import Engine
 from lightning.pytorch import Callback, seed_everything
 
 from anomalib_decad import DecAD, MultiCategory
+from anomalib_decad.components import DecouplerOptions, InvertibleOptions
 
 ENCODER = "test_vit"  # timm's own tiny transformer: 6 blocks, 64 channels, patch of 16
 IMAGE_SIZE = 64
 #: Arguments of a DecAD that is quick to train.
-TINY = {"encoder": ENCODER, "blocks": [1, 2, 3], "hidden_dim": 8, "prior_dim": 16, "num_prototypes": 16}
+TINY = {
+    "encoder": ENCODER,
+    "layers": [1, 2, 3],
+    "num_prototypes": 16,
+    "invertible": InvertibleOptions(hidden_dim=8),
+    "decoupler": DecouplerOptions(prior_dim=16),
+}
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 ANOMALIB = str(Path(sys.executable).with_name("anomalib"))
 

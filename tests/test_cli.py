@@ -16,9 +16,9 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def model_args(encoder_weights):
     return [
-        "--model.encoder", ENCODER, "--model.encoder_weights", encoder_weights, "--model.blocks", "[1,2,3]",
-        "--model.image_size", f"[{IMAGE_SIZE},{IMAGE_SIZE}]", "--model.hidden_dim", "8",
-        "--model.num_blocks", "1",
+        "--model.encoder", ENCODER, "--model.encoder_weights", encoder_weights, "--model.layers", "[1,2,3]",
+        "--model.image_size", f"[{IMAGE_SIZE},{IMAGE_SIZE}]", "--model.invertible.hidden_dim", "8",
+        "--model.invertible.num_blocks", "1",
     ]  # fmt: skip
 
 
@@ -136,7 +136,7 @@ def test_config_file(name, tmp_path, encoder_weights, mvtec_root):
             "init_args": {
                 "encoder": ENCODER,
                 "encoder_weights": str(encoder_weights),
-                "blocks": [1, 2],
+                "layers": [1, 2],
                 "image_size": [IMAGE_SIZE, IMAGE_SIZE],
             },
         },
@@ -192,7 +192,7 @@ def test_benchmark(tmp_path, mvtec_root, encoder_weights):
                 "init_args": {
                     "encoder": ENCODER,
                     "encoder_weights": str(encoder_weights),
-                    "blocks": [1, 2],
+                    "layers": [1, 2],
                     "image_size": [IMAGE_SIZE, IMAGE_SIZE],
                     "max_steps": 2,
                 },
@@ -221,7 +221,7 @@ def test_benchmark(tmp_path, mvtec_root, encoder_weights):
 
 def test_help_describes_the_arguments():
     output = anomalib("train", "--model.help", "DecAD").stdout
-    for text in ("--model.encoder", "--model.delta", "Radius of the synthetic anomalies", "--model.blocks"):
+    for text in ("--model.encoder", "--model.delta", "Radius of the synthetic anomalies", "--model.layers"):
         assert text in output
     output = anomalib("train", "--model.help", "DecoupledMambaAD").stdout
     for text in ("--model.decouple", "--model.scan", "Curve that it scans along"):

@@ -11,7 +11,7 @@ from conftest import ENCODER, run_benchmark
 
 @pytest.mark.slow
 def test_a_race_writes_a_table_and_a_plot_and_is_not_run_twice(encoder_weights, mvtec_root, tmp_path):
-    arguments = {"DecAD": {"encoder_weights": str(encoder_weights), "blocks": [1, 2], "hidden_dim": 8}}
+    arguments = {"DecAD": {"encoder_weights": str(encoder_weights), "layers": [1, 2]}}
     command = [
         "--data", mvtec_root, "--models", "DecAD", "--encoder", ENCODER, "--image-size", 64, "--steps", 2, 3,
         "--minutes", 0.02, "--batch-size", 4, "--arguments", json.dumps(arguments), "--output", tmp_path,

@@ -15,8 +15,8 @@ def test_each_run_is_a_line_and_features_are_computed_once(encoder_weights, mvte
     log = tmp_path / "log.jsonl"
     command = [
         "--data", mvtec_root, "--encoder", ENCODER, "--encoder-weights", encoder_weights, "--image-size", 64,
-        "--blocks", 1, 3, "--set", "hidden_dim=8", "prior_dim=16", "num_prototypes=16", "--steps", 3, "--batch-size", 4,
-        "--leakage-every", 2, "--leakage-stride", 1, "--features", tmp_path / "features", "--log", log,
+        "--layers", 1, 3, "--set", "invertible.hidden_dim=8", "decoupler.prior_dim=16", "num_prototypes=16",
+        "--steps", 3, "--batch-size", 4, "--score-at", 0, 2, 3, "--features", tmp_path / "features", "--log", log,
         "--choose", "bolts",
     ]  # fmt: skip
     result = run_benchmark("experiments", *command, "--vary", "decouple=true,false", "--seeds", 0, 1)
@@ -29,10 +29,14 @@ def test_each_run_is_a_line_and_features_are_computed_once(encoder_weights, mvte
         assert line["images"] == {"train": {"bolts": 6, "cloth": 6}, "test": {"bolts": 6, "cloth": 6}}
         assert set(line["metrics"]) == {"bolts", "cloth", "mean"}
         assert all(0 <= line["metrics"]["cloth"][metric] <= 1 for metric in METRICS)
-        assert [point["step"] for point in line["leakage"]] == [0, 2, 3]
-        assert all(math.isfinite(value) for point in line["leakage"] for value in point.values())
+        assert [point["step"] for point in line["progress"]] == [0, 2, 3]
+        last = line["progress"][-1]
+        assert last["metrics"]["both"] == line["metrics"]
+        assert all(0 <= value <= 1 for row in last["patch_auroc"].values() for value in row.values())
+        assert math.isfinite(last["losses"]["train_loss"])
     # Without decoupling nothing is removed.
-    assert all(point["defect"] == point["defect_kept"] for point in lines[-1]["leakage"])
+    rows = lines[-1]["progress"][-1]["patch_auroc"].values()
+    assert all(row["error"] == row["kept"] for row in rows)
     table = result.stdout.splitlines()[-2:]
     assert all(row.count(" ± ") == 10 for row in table)
 
@@ -41,9 +45,8 @@ def test_each_run_is_a_line_and_features_are_computed_once(encoder_weights, mvte
     assert again.returncode == 0, again.stderr[-3000:]
     assert files == {path: path.stat().st_mtime_ns for path in (tmp_path / "features").rglob("*.npy")}
     assert len(log.read_text().splitlines()) == 5
-    # Fewer blocks than were computed, and one more.
-    more = run_benchmark("experiments", *command[:9], 2, 3, *command[11:])
-    assert more.returncode == 0, more.stderr[-3000:]
+    unknown = run_benchmark("experiments", *command, "--vary", "deltas=1.0")
+    assert unknown.stderr.strip().splitlines()[-1] == "DecAD has no argument 'deltas'"
 
     energies = run_benchmark("synthesis", *command)
     assert energies.returncode == 0, energies.stderr[-3000:]
@@ -58,7 +61,7 @@ def test_each_run_is_a_line_and_features_are_computed_once(encoder_weights, mvte
     assert len(rows) == 2 + 2 * 2 + 4 + 4 + 5  # with the header
     expected = [100 * lines[0]["metrics"]["mean"][name] for name in (*METRICS, "mean_of_seven")]
     assert [float(cell) for cell in rows["default"].split(" | ")[:8]] == pytest.approx(expected, abs=0.1)
-    assert rows["sigma 0"] != rows["default"]
+    assert rows["blur_sigma 0"] != rows["default"]
 
 
 def test_a_missing_folder_is_one_clear_line(tmp_path):
@@ -69,13 +72,15 @@ def test_a_missing_folder_is_one_clear_line(tmp_path):
 
 def test_the_leakage_is_plotted(tmp_path):
     log = tmp_path / "log.jsonl"
-    points = [{"step": step, "defect": 1.0 - step / 100, "normal": 1.0 - step / 60} for step in (0, 20, 40)]
-    line = {"name": "leakage", "settings": {"num_prototypes": 0, "decouple": False}, "leakage": points}
+    points = [
+        {"step": step, "patch_auroc": {name: {"error": 0.6 + step / 100, "kept": 0.5} for name in ("bolts", "cloth")}}
+        for step in (0, 20)
+    ]
+    line = {"name": "leakage", "settings": {"decouple": False}, "progress": points}
     log.write_text("\n".join(json.dumps(entry) for entry in (line, {**line, "name": "other", "settings": {}})))
     result = run_benchmark("leakage", "--log", log, "--output", tmp_path / "leakage.png")
     assert result.returncode == 0, result.stderr[-3000:]
-    expected = "transformer decoder, without removal: defect 0.600, normal 0.333, ratio 1.800\n"
-    assert result.stdout == expected
+    assert result.stdout == "decouple False: 0.800, nothing removed 0.500\n"
     assert cv2.imread(str(tmp_path / "leakage.png")).std() > 10
     result = run_benchmark("leakage", "--log", tmp_path / "none")
     assert result.returncode == 1

@@ -25,7 +25,7 @@ assert "DecAD" in anomalib.models.__all__ and "DecAD" in anomalib.models.image._
 assert "MultiCategory" in anomalib.data.__all__
 for name in ("decad", "DecAD", {"class_path": "DecAD"}, {"class_path": "anomalib.models.DecAD"},
              {"class_path": "anomalib.models.image.DecAD"}, {"class_path": "anomalib_decad.DecAD"}):
-    model = get_model(name, encoder="test_vit", blocks=[1, 2])
+    model = get_model(name, encoder="test_vit", layers=[1, 2])
     assert type(model) is DecAD, name
 for name in ("DecoupledUniAD", {"class_path": "anomalib.models.DecoupledUniAD"}):
     assert type(get_model(name, encoder="test_resnet")) is anomalib_decad.DecoupledUniAD is DecoupledUniAD, name
@@ -56,7 +56,7 @@ def run(code, **environment):
         "from anomalib_decad import DecAD",
         "from anomalib_decad import MultiCategory",
         "from anomalib_decad import DecADModel",
-        "import anomalib_decad.lightning_model",
+        "import anomalib_decad.models.decad.lightning_model",
         "import anomalib_decad.components",
     ],
 )

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 from anomalib_decad import plugin
 
 if TYPE_CHECKING:
-    from anomalib_decad.adapters import DecoupledMambaAD, DecoupledReverseDistillation, DecoupledUniAD
     from anomalib_decad.data import MultiCategory
-    from anomalib_decad.lightning_model import DecAD
-    from anomalib_decad.torch_model import DecADModel
+    from anomalib_decad.models.decad import DecAD, DecADModel
+    from anomalib_decad.models.mambaad import DecoupledMambaAD
+    from anomalib_decad.models.reverse_distillation import DecoupledReverseDistillation
+    from anomalib_decad.models.uniad import DecoupledUniAD
 
 __version__ = "0.1.0"
 __all__ = [
@@ -28,11 +29,11 @@ __all__ = [
 ]
 
 _MODULES = {
-    "DecAD": "anomalib_decad.lightning_model",
-    "DecADModel": "anomalib_decad.torch_model",
-    "DecoupledMambaAD": "anomalib_decad.adapters",
-    "DecoupledReverseDistillation": "anomalib_decad.adapters",
-    "DecoupledUniAD": "anomalib_decad.adapters",
+    "DecAD": "anomalib_decad.models.decad",
+    "DecADModel": "anomalib_decad.models.decad",
+    "DecoupledMambaAD": "anomalib_decad.models.mambaad",
+    "DecoupledReverseDistillation": "anomalib_decad.models.reverse_distillation",
+    "DecoupledUniAD": "anomalib_decad.models.uniad",
     "MultiCategory": "anomalib_decad.data",
 }
 

@@ -25,6 +25,8 @@ import warnings
 from importlib.machinery import ModuleSpec
 from typing import TYPE_CHECKING, Any
 
+from anomalib_decad.compat import is_importing, marks_as_imported
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from types import ModuleType
@@ -52,7 +54,7 @@ def install() -> None:
         if not any(isinstance(finder, _AnomalibFinder) for finder in sys.meta_path):
             sys.meta_path.insert(0, _AnomalibFinder())
         for name in (*_TARGETS, _CLI):
-            if _is_importing(name):  # anomalib.models imports torch, and so calls this, in its first lines
+            if is_importing(name):  # anomalib.models imports torch, and so calls this, in its first lines
                 sys.modules[name].__spec__.__class__ = _NotifyingSpec
             elif name in sys.modules:
                 _extend(name)
@@ -84,8 +86,7 @@ class _NotifyingSpec(ModuleSpec):
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        # The flag by which CPython tells modules that are being imported from those that have been.
-        if name == "_initializing" and not value:
+        if marks_as_imported(name, value):
             self.__class__ = ModuleSpec  # type: ignore[assignment]
             if self.name in sys.modules:
                 _extend(self.name)
@@ -155,7 +156,7 @@ def _load(entry: importlib.metadata.EntryPoint, modules: Sequence[ModuleType]) -
         # A package that is being imported right now, and so imported anomalib, is not broken: its class
         # exists when its import ends, and the module __getattr__ finds it from then on.
         package = entry.module.partition(".")[0]
-        if any(_is_importing(name) for name in list(sys.modules) if name.partition(".")[0] == package):
+        if any(is_importing(name) for name in list(sys.modules) if name.partition(".")[0] == package):
             return
         for module in modules:
             if entry.name in getattr(module, "__all__", ()):
@@ -179,10 +180,6 @@ def _honour_seed(cli_module: ModuleType) -> None:
         original(self)
 
     cli.before_instantiate_classes = before_instantiate_classes
-
-
-def _is_importing(name: str) -> bool:
-    return bool(getattr(getattr(sys.modules.get(name), "__spec__", None), "_initializing", False))
 
 
 def _warn(package: str, error: Exception) -> None:

@@ -30,7 +30,7 @@ def test_training_starts_from_the_best_linear_map_of_what_is_remembered():
     x, mixing = torch.randn(400, 12), torch.randn(2, 12, 12)
     features = [x @ matrix + 3 for matrix in mixing]
     decoder = FeatureDecoder(12, 2, num_heads=2, num_prototypes=40)
-    decoder.initialise(x, features)
+    decoder.initialize(x, features)
     with torch.no_grad():
         remembered = decoder.memory(x)
         outputs = decoder(x[None])
@@ -44,6 +44,6 @@ def test_an_anomaly_cannot_be_copied_before_training():
     """Where the memory returns the same, so does the decoder, however far away the input is."""
     x = torch.randn(400, 12)
     decoder = FeatureDecoder(12, 1, num_heads=2, num_prototypes=40)
-    decoder.initialise(x, [x])
+    decoder.initialize(x, [x])
     anomaly = 50 * torch.randn(1, 30, 12)
     assert decoder(anomaly)[0].norm(dim=-1).max() < 2 * x.norm(dim=-1).max()

@@ -2,14 +2,18 @@ import pytest
 import torch
 from torch.nn.utils import parametrize
 
-from anomalib_decad.components import Decoupler
+from anomalib_decad.components import Decoupler, DecouplerOptions, InvertibleOptions
+
+
+def make_decoupler(**options):
+    return Decoupler(16, DecouplerOptions(**options), InvertibleOptions(hidden_dim=8))
 
 
 @pytest.fixture(params=[0, 32], ids=["prior of 0", "conditional prior"])
 def decoupler(request):
-    decoupler = Decoupler(16, prior_dim=request.param, hidden_dim=8).train()
+    decoupler = make_decoupler(prior_dim=request.param).train()
     x = torch.randn(200, 16)
-    decoupler.initialise(x)
+    decoupler.initialize(x)
     decoupler.fit_prior(x)
     return decoupler.eval()
 
@@ -45,7 +49,7 @@ def test_energy_alone_is_the_same(decoupler):
         torch.testing.assert_close(decoupler.energy(x), decoupler(x)[1])
 
 
-def test_weights_are_normalised_once_in_a_forward_pass(decoupler, monkeypatch):
+def test_weights_are_normalized_once_in_a_forward_pass(decoupler, monkeypatch):
     computed = []
     forward = parametrize.ParametrizationList.forward
 
@@ -62,12 +66,12 @@ def test_weights_are_normalised_once_in_a_forward_pass(decoupler, monkeypatch):
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -0.5, 0.01])
 def test_both_components_need_channels(fraction):
     with pytest.raises(ValueError, match="abnormal_fraction"):
-        Decoupler(16, abnormal_fraction=fraction)
+        make_decoupler(abnormal_fraction=fraction)
 
 
 def test_prior_is_not_negative():
     with pytest.raises(ValueError, match="prior_dim"):
-        Decoupler(16, prior_dim=-1)
+        make_decoupler(prior_dim=-1)
 
 
 def test_prior_restores_what_the_normal_component_tells():
@@ -76,8 +80,8 @@ def test_prior_restores_what_the_normal_component_tells():
     x = torch.cat([known.abs(), known], dim=-1)
     clean = {}
     for prior_dim in (0, 128):
-        decoupler = Decoupler(16, prior_dim=prior_dim, hidden_dim=8).train()
-        decoupler.initialise(x)
+        decoupler = make_decoupler(prior_dim=prior_dim).train()
+        decoupler.initialize(x)
         decoupler.fit_prior(x)
         with torch.no_grad():
             clean[prior_dim], energy = decoupler.eval()(x)
@@ -89,9 +93,9 @@ def test_prior_restores_what_the_normal_component_tells():
 
 
 def test_losses_train_the_prior():
-    decoupler = Decoupler(16, prior_dim=8, hidden_dim=8).train()
+    decoupler = make_decoupler(prior_dim=8).train()
     x = torch.randn(50, 16)
-    decoupler.initialise(x)
+    decoupler.initialize(x)
     x_clean, energy = decoupler(x[None])
     (x_clean.square().mean() + energy.mean()).backward()
     assert decoupler.prior.output.weight.grad.abs().max() > 0

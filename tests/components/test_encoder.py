@@ -11,7 +11,7 @@ def encoder():
     return ViTEncoder("test_vit", [1, 3], pretrained=False)
 
 
-def test_returns_patch_tokens_of_the_blocks(encoder):
+def test_returns_patch_tokens_of_the_layers(encoder):
     images = torch.randn(2, 3, 32, 48)
     full = timm.create_model("test_vit", pretrained=False, num_classes=0, dynamic_img_size=True).eval()
     full.load_state_dict({**full.state_dict(), **encoder.vit.state_dict()})
@@ -22,7 +22,7 @@ def test_returns_patch_tokens_of_the_blocks(encoder):
     torch.testing.assert_close(outputs, expected)
 
 
-def test_nothing_behind_the_last_block_is_kept(encoder):
+def test_nothing_behind_the_last_layer_is_kept(encoder):
     assert len(encoder.vit.blocks) == 3
     assert isinstance(encoder.vit.norm, torch.nn.Identity)
 
@@ -39,10 +39,10 @@ def test_image_of_odd_size_is_refused_with_a_good_one(encoder):
         encoder(torch.randn(1, 3, 40, 100))
 
 
-@pytest.mark.parametrize("blocks", [[], [0, 1], [2, 1], [1, 1], [1, 7], [1.0], [True]])
-def test_wrong_blocks_are_refused(blocks):
+@pytest.mark.parametrize("layers", [[], [0, 1], [2, 1], [1, 1], [1, 7], [1.0], [True]])
+def test_wrong_layers_are_refused(layers):
     with pytest.raises(ValueError, match="increasing numbers from 1 to 6"):
-        ViTEncoder("test_vit", blocks, pretrained=False)
+        ViTEncoder("test_vit", layers, pretrained=False)
 
 
 def test_unknown_name_gets_close_ones():

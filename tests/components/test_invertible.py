@@ -8,7 +8,7 @@ from scipy.optimize import root
 from torch import nn
 from torch.nn.utils import parametrize
 
-from anomalib_decad.components import InvertibleNetwork, LipschitzDenseNet, MonotoneUnit
+from anomalib_decad.components import InvertibleNetwork, InvertibleOptions, LipschitzDenseNet, MonotoneUnit
 from anomalib_decad.components.invertible import ActNorm, SolverIterations
 
 
@@ -22,14 +22,14 @@ def _strong_units():
 
 def make_network(dim, dtype=torch.float32, iterations=None, **kwargs):
     options = {} if iterations is None else {"iterations": SolverIterations(iterations, iterations, iterations)}
-    network = InvertibleNetwork(dim, **options, **kwargs).to(dtype)
+    network = InvertibleNetwork(dim, InvertibleOptions(**kwargs), **options).to(dtype)
     network.train()
-    network.initialise(torch.randn(256, dim, dtype=dtype))
+    network.initialize(torch.randn(256, dim, dtype=dtype))
     return network
 
 
 def train(network, steps=60, lr=1e-2):
-    """Train hard towards a split latent, as the decoupler is trained, to leave the benign initialisation."""
+    """Train hard towards a split latent, as the decoupler is trained, to leave the benign initialization."""
     optimizer = torch.optim.AdamW(network.parameters(), lr=lr)
     network.train()
     mixing = torch.randn(network.dim, network.dim) / network.dim**0.5
@@ -156,7 +156,7 @@ def test_gradcheck_of_the_unit(rev):
 @pytest.mark.parametrize("dim", [8, 384])
 def test_frozen_network_computes_the_same_without_parametrizations(dim):
     network = train(make_network(dim), steps=20).eval()
-    frozen = network.frozen()
+    frozen = network.fused()
     x = torch.randn(2, 30, dim)
     with torch.no_grad():
         z = network(x)
@@ -173,7 +173,7 @@ def test_preconditioning_does_not_change_the_solution_and_saves_iterations():
     x = torch.randn(20, 33, dtype=torch.float64)
     for unit in (module for module in network.modules() if isinstance(module, MonotoneUnit)):
         for rev in (False, True):
-            plain, fast = (unit._folded(rev, preconditioned) for preconditioned in (False, True))
+            plain, fast = (unit._fused(rev, preconditioned) for preconditioned in (False, True))
             with torch.no_grad():
                 torch.testing.assert_close(fast.solve(x, 100), plain.solve(x, 200), rtol=1e-9, atol=1e-10)
         assert unit._needed_iterations(True) <= 0.7 * unit._needed_iterations(False) + 1
@@ -190,7 +190,7 @@ def test_the_plain_iteration_is_taken_where_preconditioning_is_worse():
             linear.bias.zero_()
         unit.net.decode.parametrizations.weight.original.copy_(torch.cat([torch.zeros(8, 8), torch.eye(8)], dim=1))
         for _ in range(50):  # power iterations
-            unit.net.folded()
+            unit.net.fused()
     unit.eval()
     assert unit._needed_iterations(True) > unit._needed_iterations(False)
     assert not unit._preconditioned
@@ -266,14 +266,15 @@ class TestActNorm:
         (again,), _ = norm([x * 2])
         torch.testing.assert_close(again.std(0, correction=0), 2 * torch.ones(6), rtol=1e-4, atol=0)
 
-    def test_evaluation_and_inverse_do_not_initialise(self):
+    def test_evaluation_and_inverse_do_not_initialize(self):
         norm = ActNorm([(6,)])
         x = torch.randn(50, 6) + 3
         (y,), _ = norm.eval()([x])
         torch.testing.assert_close(y, x)
         (y,), _ = norm.train()([x], rev=True)
         torch.testing.assert_close(y, x)
-        assert not norm.initialised
+        assert not norm.initialized
+        assert not norm.is_initialized
 
     def test_constant_channels_stay_finite(self):
         norm = ActNorm([(3,)]).train()
@@ -284,11 +285,11 @@ class TestActNorm:
         (back,), _ = norm([y], rev=True)
         torch.testing.assert_close(back, x)
 
-    @pytest.mark.parametrize("initialised", [False, True])
-    def test_state_dict_keeps_whether_it_was_initialised(self, initialised):
+    @pytest.mark.parametrize("initialized", [False, True])
+    def test_state_dict_keeps_whether_it_was_initialized(self, initialized):
         norm = ActNorm([(6,)]).train()
         x = torch.randn(50, 6) + 3
-        if initialised:
+        if initialized:
             norm([x])
         buffer = io.BytesIO()
         torch.save(norm.state_dict(), buffer)
@@ -296,7 +297,7 @@ class TestActNorm:
         restored = ActNorm([(6,)]).train()
         restored.load_state_dict(torch.load(buffer, weights_only=True))
         (y,), _ = restored([x - 100])
-        assert (y.mean().abs() < 1e-3) != initialised
+        assert (y.mean().abs() < 1e-3) != initialized
 
     def test_can_be_pickled(self):
         assert isinstance(pickle.loads(pickle.dumps(ActNorm([(6,)]))), nn.Module)
@@ -308,11 +309,10 @@ class TestActNorm:
         ({"num_blocks": 0}, "num_blocks must be at least 1"),
         ({"num_units": 0}, "num_units must be at least 1"),
         ({"hidden_dim": 0}, "hidden_dim must be at least 1"),
-        ({"depth": 0}, "depth must be at least 1"),
         ({"lipschitz": 1.0}, "lipschitz must be between 0 and 1"),
-        ({"k": 0.0}, "k must be positive"),
+        ({"pila_k": 0.0}, "pila_k must be positive"),
     ],
 )
 def test_bad_arguments_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
-        InvertibleNetwork(8, **arguments)
+        InvertibleNetwork(8, InvertibleOptions(**arguments))

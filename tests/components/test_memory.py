@@ -7,22 +7,22 @@ from anomalib_decad.components import PrototypeMemory
 @pytest.fixture
 def clusters():
     """Three well separated clusters of 60 patches."""
-    centres = 10 * torch.eye(3, 8)
-    return centres, (centres[:, None] + 0.1 * torch.randn(3, 60, 8)).flatten(0, 1)
+    centers = 10 * torch.eye(3, 8)
+    return centers, (centers[:, None] + 0.1 * torch.randn(3, 60, 8)).flatten(0, 1)
 
 
 def test_normal_embeddings_are_remembered_and_others_are_not(clusters):
-    centres, x = clusters
+    centers, x = clusters
     memory = PrototypeMemory(8, 24)
-    memory.initialise(x)
+    memory.initialize(x)
     assert (memory(x) - x).norm(dim=-1).max() < 1.5
-    anomaly = centres + 5 * torch.eye(8)[5]
+    anomaly = centers + 5 * torch.eye(8)[5]
     assert (memory(anomaly) - anomaly).norm(dim=-1).min() > 4
 
 
 def test_what_is_remembered_lies_between_the_prototypes(clusters):
     memory = PrototypeMemory(8, 24)
-    memory.initialise(clusters[1])
+    memory.initialize(clusters[1])
     output = memory(100 * torch.randn(50, 8))
     assert (output <= memory.values.max(1).values + 1e-4).all()
     assert (output >= memory.values.min(1).values - 1e-4).all()
@@ -43,14 +43,14 @@ def test_gradients():
 
 def test_more_prototypes_than_patches_is_no_error():
     memory = PrototypeMemory(4, 50)
-    memory.initialise(torch.randn(6, 4))
+    memory.initialize(torch.randn(6, 4))
     assert torch.isfinite(memory(torch.randn(3, 4))).all()
 
 
 def test_distances_are_as_exact_under_mixed_precision():
     memory = PrototypeMemory(8, 20)
     x = torch.randn(2, 9, 8) + 20  # far from 0, bfloat16 has no digits left for the distances
-    memory.initialise(x.flatten(0, 1))
+    memory.initialize(x.flatten(0, 1))
     distances = torch.cdist(x.double(), memory.keys.double()).square()
     expected = ((-memory.log_beta.exp() * distances).softmax(-1) @ memory.values.T.double()).float()
     with torch.autocast("cpu", torch.bfloat16):

@@ -3,7 +3,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anomalib_decad.components import AdversarialSynthesis, Decoupler
+from anomalib_decad.components import (
+    AdversarialSynthesis,
+    Decoupler,
+    DecouplerOptions,
+    InvertibleOptions,
+    SynthesisOptions,
+)
 
 
 def quadratic(x):
@@ -24,7 +30,9 @@ noises = pytest.mark.parametrize("noise", ["features", "gaussian"])
 )
 def test_norm_is_delta_on_the_chosen_patches_and_zero_elsewhere(delta, steps, noise, batch, grid, dim):
     x = torch.randn(batch, grid[0] * grid[1], dim, dtype=torch.float64)
-    perturbed, mask = AdversarialSynthesis(delta, fraction=1.0, num_steps=steps, noise=noise)(x, quadratic, grid)
+    perturbed, mask = AdversarialSynthesis(delta, SynthesisOptions(fraction=1.0, num_steps=steps, noise=noise))(
+        x, quadratic, grid
+    )
     assert mask.any(1).all()
     norms = (perturbed - x).norm(dim=-1)
     torch.testing.assert_close(norms[mask], torch.full_like(norms[mask], delta), rtol=1e-6, atol=1e-9)
@@ -40,7 +48,7 @@ def test_no_step_raises_the_energy_of_any_patch(noise, stiffness):
 
     def perturbed_energy(steps):
         torch.manual_seed(1)
-        synthesis = AdversarialSynthesis(fraction=1.0, num_steps=steps, noise=noise)
+        synthesis = AdversarialSynthesis(options=SynthesisOptions(fraction=1.0, num_steps=steps, noise=noise))
         perturbed, mask = synthesis(x, lambda y: (weights * y.square()).mean(-1))
         return (weights * perturbed.square()).mean(-1)[mask]
 
@@ -56,7 +64,7 @@ def test_no_step_ends_below_the_energy_of_the_patch_itself(noise):
 
     def perturbed_energy(steps):
         torch.manual_seed(1)
-        synthesis = AdversarialSynthesis(1.0, fraction=1.0, num_steps=steps, noise=noise)
+        synthesis = AdversarialSynthesis(1.0, SynthesisOptions(fraction=1.0, num_steps=steps, noise=noise))
         perturbed, mask = synthesis(x, quadratic)
         return quadratic(perturbed[mask]), quadratic(x[mask])
 
@@ -69,10 +77,10 @@ def test_no_step_ends_below_the_energy_of_the_patch_itself(noise):
 
 
 def test_steps_lower_the_energy_of_a_decoupler():
-    decoupler = Decoupler(16, hidden_dim=8).eval()
+    decoupler = Decoupler(16, DecouplerOptions(prior_dim=0), InvertibleOptions(hidden_dim=8)).eval()
     x = torch.randn(8, 64, 16)
-    random_, mask = AdversarialSynthesis(fraction=1.0, num_steps=0)(x, decoupler.energy)
-    hard, hard_mask = AdversarialSynthesis(fraction=1.0, num_steps=1)(x, decoupler.energy)
+    random_, mask = AdversarialSynthesis(options=SynthesisOptions(fraction=1.0, num_steps=0))(x, decoupler.energy)
+    hard, hard_mask = AdversarialSynthesis(options=SynthesisOptions(fraction=1.0, num_steps=1))(x, decoupler.energy)
     with torch.no_grad():
         assert decoupler.energy(hard)[hard_mask].mean() < decoupler.energy(random_)[mask].mean()
 
@@ -82,21 +90,25 @@ def test_anomalies_vary_as_features_do(steps):
     """Embeddings within a plane are not moved out of it, whatever the energy."""
     plane = torch.linalg.qr(torch.randn(6, 2)).Q
     x = torch.randn(4, 25, 2) @ plane.T
-    perturbed, mask = AdversarialSynthesis(fraction=1.0, num_steps=steps)(x, lambda y: (y - 1).square().mean(-1))
+    perturbed, mask = AdversarialSynthesis(options=SynthesisOptions(fraction=1.0, num_steps=steps))(
+        x, lambda y: (y - 1).square().mean(-1)
+    )
     off_plane = perturbed - perturbed @ plane @ plane.T
     assert mask.any()
     assert off_plane.abs().max() < 1e-5
 
 
 def test_equal_patches_get_gaussian_noise():
-    perturbed, mask = AdversarialSynthesis(1.0, fraction=1.0, num_steps=0)(torch.ones(2, 9, 4), quadratic)
+    perturbed, mask = AdversarialSynthesis(1.0, SynthesisOptions(fraction=1.0, num_steps=0))(
+        torch.ones(2, 9, 4), quadratic
+    )
     torch.testing.assert_close((perturbed - 1).norm(dim=-1)[mask], torch.ones(int(mask.sum())))
 
 
 def test_no_gradient_reaches_the_embeddings_or_the_parameters():
-    decoupler = Decoupler(16, hidden_dim=8)
+    decoupler = Decoupler(16, DecouplerOptions(prior_dim=0), InvertibleOptions(hidden_dim=8))
     x = torch.randn(2, 64, 16, requires_grad=True)
-    perturbed, _ = AdversarialSynthesis(fraction=1.0)(x, decoupler.energy)
+    perturbed, _ = AdversarialSynthesis(options=SynthesisOptions(fraction=1.0))(x, decoupler.energy)
     assert not perturbed.requires_grad
     assert x.grad is None
     assert all(parameter.grad is None for parameter in decoupler.parameters())
@@ -104,30 +116,30 @@ def test_no_gradient_reaches_the_embeddings_or_the_parameters():
 
 def test_about_the_asked_fraction_of_images_is_perturbed():
     x = torch.zeros(2000, 16, 2)
-    _, mask = AdversarialSynthesis(fraction=0.3, num_steps=0)(x, quadratic)
+    _, mask = AdversarialSynthesis(options=SynthesisOptions(fraction=0.3, num_steps=0))(x, quadratic)
     assert mask.any(1).float().mean().item() == pytest.approx(0.3, abs=0.05)
 
 
 def test_perturbed_patches_lie_together_in_blobs():
-    """The wider the blobs, the more of a perturbed patch's neighbours are perturbed; 1 leaves that to chance."""
+    """The wider the blobs, the more of a perturbed patch's neighbors are perturbed; 1 leaves that to chance."""
 
-    def neighbours(blob_size):
+    def neighbors(blob_size):
         torch.manual_seed(0)
-        synthesis = AdversarialSynthesis(fraction=1.0, num_steps=0, blob_size=blob_size)
+        synthesis = AdversarialSynthesis(options=SynthesisOptions(fraction=1.0, num_steps=0, blob_size=blob_size))
         _, mask = synthesis(torch.zeros(200, 400, 2), quadratic)
         grid = mask.view(-1, 20, 20)
         pairs = grid[:, 1:] & grid[:, :-1]
         return (pairs.sum((1, 2)) / mask.sum(1)).mean().item(), mask.float().mean().item()
 
-    scattered, share = neighbours(1)
+    scattered, share = neighbors(1)
     assert scattered == pytest.approx(share, abs=0.05)
-    blobs, wide = neighbours(4)[0], neighbours(10)[0]
+    blobs, wide = neighbors(4)[0], neighbors(10)[0]
     assert scattered + 0.3 < blobs < wide
 
 
 def test_zero_gradient_keeps_the_norm():
     x = torch.randn(2, 16, 4)
-    perturbed, mask = AdversarialSynthesis(2.0, fraction=1.0)(x, lambda y: (y * 0).sum(-1))
+    perturbed, mask = AdversarialSynthesis(2.0, SynthesisOptions(fraction=1.0))(x, lambda y: (y * 0).sum(-1))
     torch.testing.assert_close((perturbed - x).norm(dim=-1)[mask], torch.full((int(mask.sum()),), 2.0))
 
 
@@ -143,4 +155,4 @@ def test_zero_gradient_keeps_the_norm():
 )
 def test_bad_arguments_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
-        AdversarialSynthesis(**arguments)
+        AdversarialSynthesis(delta=arguments.pop("delta", 1.0), options=SynthesisOptions(**arguments))

@@ -1,31 +1,46 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parts of DecAD. They know nothing of Lightning."""
+"""The parts that models are composed of. They know nothing of Lightning and of any model."""
 
 from anomalib_decad.components.decoder import FeatureDecoder
 from anomalib_decad.components.decoupler import Decoupler
-from anomalib_decad.components.encoder import EncoderWeightsError, FrozenEncoder, ViTEncoder, check_name
-from anomalib_decad.components.fusion import FeatureFusion, FeatureStandardiser
-from anomalib_decad.components.invertible import InvertibleNetwork, LipschitzDenseNet, MonotoneUnit, Pila
+from anomalib_decad.components.embedding_decoupling import EmbeddingDecoupling, attach
+from anomalib_decad.components.encoders import EncoderWeightsError, FrozenEncoder, ViTEncoder, create_encoder
+from anomalib_decad.components.invertible import InvertibleNetwork, LipschitzDenseNet, MonotoneUnit, Pila, fixed_point
+from anomalib_decad.components.losses import DecouplingLoss, FeatureMSELoss
 from anomalib_decad.components.memory import PrototypeMemory
+from anomalib_decad.components.options import (
+    DecouplerOptions,
+    DecouplingLossOptions,
+    InvertibleOptions,
+    SynthesisOptions,
+)
 from anomalib_decad.components.prior import ConditionalPrior
-from anomalib_decad.components.solver import fixed_point
 from anomalib_decad.components.synthesis import AdversarialSynthesis
+from anomalib_decad.components.whitening import FeatureFusion, FeatureStandardizer
 
 __all__ = [
     "AdversarialSynthesis",
     "ConditionalPrior",
     "Decoupler",
+    "DecouplerOptions",
+    "DecouplingLoss",
+    "DecouplingLossOptions",
+    "EmbeddingDecoupling",
     "EncoderWeightsError",
     "FeatureDecoder",
     "FeatureFusion",
-    "FeatureStandardiser",
+    "FeatureMSELoss",
+    "FeatureStandardizer",
     "FrozenEncoder",
     "InvertibleNetwork",
+    "InvertibleOptions",
     "LipschitzDenseNet",
     "MonotoneUnit",
     "Pila",
     "PrototypeMemory",
+    "SynthesisOptions",
     "ViTEncoder",
-    "check_name",
+    "attach",
+    "create_encoder",
     "fixed_point",
 ]

@@ -17,19 +17,19 @@ _RIDGE = 1e-3
 
 
 class FeatureDecoder(nn.Module):
-    """A memory of normal embeddings, transformer blocks, and outputs for each tapped encoder block.
+    """A memory of normal embeddings, transformer blocks, and outputs for each layer of the encoder.
 
     The embeddings are looked up in the memory, and the blocks refine what it returns by its surroundings. A feature map
     is reconstructed as a linear map of the memory's output plus an output head on the blocks. As in reverse
-    distillation the order is reversed: early decoder blocks reconstruct deep encoder blocks. With as many decoder
-    blocks as taps each head reads a block of its own; otherwise the heads are spread evenly.
+    distillation the order is reversed: early decoder blocks reconstruct deep encoder layers. With as many decoder
+    blocks as layers each head reads a block of its own; otherwise the heads are spread evenly.
 
-    Before training (:meth:`initialise`) the linear maps are least squares and the blocks and heads add nothing, so that
+    Before training (:meth:`initialize`) the linear maps are least squares and the blocks and heads add nothing, so that
     training starts from what the memory alone can do.
 
     Args:
         dim (int): Number of channels of an embedding.
-        num_taps (int): Number of feature maps to reconstruct.
+        num_layers (int): Number of feature maps to reconstruct.
         depth (int): Number of transformer blocks.
             Defaults to ``2``.
         num_heads (int): Attention heads of a block; must divide ``dim``.
@@ -41,20 +41,22 @@ class FeatureDecoder(nn.Module):
         ValueError: If ``depth`` is below 1 or ``num_prototypes`` below 0.
     """
 
-    def __init__(self, dim: int, num_taps: int, depth: int = 2, num_heads: int = 6, num_prototypes: int = 2560) -> None:
+    def __init__(
+        self, dim: int, num_layers: int, depth: int = 2, num_heads: int = 6, num_prototypes: int = 2560
+    ) -> None:
         super().__init__()
         if depth < 1:
             msg = f"decoder_depth must be at least 1, got {depth}"
             raise ValueError(msg)
         self.memory = PrototypeMemory(dim, num_prototypes) if num_prototypes else None
         self.blocks = nn.ModuleList(Block(dim, num_heads, mlp_ratio=4.0, qkv_bias=True) for _ in range(depth))
-        self.heads = nn.ModuleList(nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim)) for _ in range(num_taps))
-        self.linears = nn.ModuleList(nn.Linear(dim, dim) for _ in range(num_taps)) if num_prototypes else None
-        # The last tap, the deepest, is read first.
-        self.sources = [((num_taps - tap) * depth - 1) // num_taps for tap in range(num_taps)]
+        self.heads = nn.ModuleList(nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim)) for _ in range(num_layers))
+        self.linears = nn.ModuleList(nn.Linear(dim, dim) for _ in range(num_layers)) if num_prototypes else None
+        # The last layer, the deepest, is read first.
+        self.sources = [((num_layers - layer) * depth - 1) // num_layers for layer in range(num_layers)]
 
     @torch.no_grad()
-    def initialise(self, x: torch.Tensor, features: Sequence[torch.Tensor]) -> None:
+    def initialize(self, x: torch.Tensor, features: Sequence[torch.Tensor]) -> None:
         """Fit the memory and the linear maps to normal patches.
 
         Args:
@@ -63,16 +65,16 @@ class FeatureDecoder(nn.Module):
         """
         if self.memory is None or self.linears is None:
             return
-        self.memory.initialise(x)
+        self.memory.initialize(x)
         # On the CPU, as not every device has float64.
         remembered = self.memory(x).cpu().double()
-        centred = remembered - remembered.mean(0)
-        gram = centred.T @ centred
+        centered = remembered - remembered.mean(0)
+        gram = centered.T @ centered
         gram += _RIDGE * gram.diagonal().mean().clamp(min=1e-12) * torch.eye(len(gram), dtype=gram.dtype)
         for linear, feature in zip(cast("Iterable[nn.Linear]", self.linears), features, strict=True):
             target = feature.cpu().double()
             mean = target.mean(0)
-            weight = torch.linalg.solve(gram, centred.T @ (target - mean)).T
+            weight = torch.linalg.solve(gram, centered.T @ (target - mean)).T
             linear.weight.copy_(weight)
             linear.bias.copy_(mean - weight @ remembered.mean(0))
         for block in cast("Iterable[Block]", self.blocks):
@@ -88,7 +90,7 @@ class FeatureDecoder(nn.Module):
             x (torch.Tensor): Cleaned embeddings of shape (B, N, dim).
 
         Returns:
-            list[torch.Tensor]: A reconstruction of shape (B, N, dim) for each tap, in the encoder's order.
+            list[torch.Tensor]: A reconstruction of shape (B, N, dim) for each layer, in the encoder's order.
         """
         if self.memory is not None:
             x = self.memory(x)

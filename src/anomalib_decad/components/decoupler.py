@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Decoupling: removal of the abnormal component of patch embeddings in the latent space."""
 
-from typing import Any
-
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from anomalib_decad.components.invertible import FrozenNetwork, InvertibleNetwork
+from anomalib_decad.components.invertible import FusedNetwork, InvertibleNetwork
+from anomalib_decad.components.options import DecouplerOptions, InvertibleOptions
 from anomalib_decad.components.prior import ConditionalPrior
 
 __all__ = ["Decoupler"]
@@ -23,15 +22,11 @@ class Decoupler(nn.Module):
 
     Args:
         dim (int): Number of channels of an embedding; at least 2.
-        abnormal_fraction (float): Share of the latent channels that hold the abnormal component, in (0, 1).
-            Defaults to ``0.5``.
-        prior_dim (int): Channels inside the prior's network; 0 for a prior of 0.
-            Defaults to ``0``.
-        **kwargs (Any): Further arguments of :class:`InvertibleNetwork`.
+        options (DecouplerOptions): How the latent is split, and its prior.
+        invertible (InvertibleOptions): Shape of the invertible network.
 
     Raises:
-        ValueError: If ``abnormal_fraction`` leaves one of the components without channels, or ``prior_dim`` is
-            negative.
+        ValueError: If ``abnormal_fraction`` leaves one of the components without channels.
 
     Example:
         >>> decoupler = Decoupler(dim=32)
@@ -40,17 +35,23 @@ class Decoupler(nn.Module):
         (torch.Size([2, 100, 32]), torch.Size([2, 100]))
     """
 
-    def __init__(self, dim: int, abnormal_fraction: float = 0.5, prior_dim: int = 0, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        dim: int,
+        options: DecouplerOptions = DecouplerOptions(),
+        invertible: InvertibleOptions = InvertibleOptions(),
+    ) -> None:
         super().__init__()
-        self.num_abnormal = round(dim * abnormal_fraction)
+        self.num_abnormal = round(dim * options.abnormal_fraction)
         if not 0 < self.num_abnormal < dim:
-            msg = f"abnormal_fraction must leave channels to both components of {dim}, got {abnormal_fraction}"
+            msg = f"abnormal_fraction must leave channels to both components of {dim}, got {options.abnormal_fraction}"
             raise ValueError(msg)
-        if prior_dim < 0:
-            msg = f"prior_dim must not be negative, got {prior_dim}"
-            raise ValueError(msg)
-        self.prior = ConditionalPrior(dim - self.num_abnormal, self.num_abnormal, prior_dim) if prior_dim else None
-        self.network: InvertibleNetwork | FrozenNetwork = InvertibleNetwork(dim, **kwargs)
+        self.prior = (
+            ConditionalPrior(dim - self.num_abnormal, self.num_abnormal, options.prior_dim)
+            if options.prior_dim
+            else None
+        )
+        self.network: InvertibleNetwork | FusedNetwork = InvertibleNetwork(dim, invertible)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Remove the abnormal component.
@@ -68,22 +69,22 @@ class Decoupler(nn.Module):
             latent = torch.cat([expected, normal], dim=-1)
             return self.network.inverse(latent), (abnormal - expected).square().mean(-1)
 
-    def initialise(self, x: torch.Tensor) -> None:
-        """Initialise the network from normal embeddings of shape (..., dim), unless it has been."""
+    def initialize(self, x: torch.Tensor) -> None:
+        """Initialize the network from normal embeddings of shape (..., dim), unless it has been."""
         if isinstance(self.network, InvertibleNetwork):
-            self.network.initialise(x)
+            self.network.initialize(x)
 
     def fit_prior(self, x: torch.Tensor) -> None:
-        """Fit the prior, if it is not 0, to normal embeddings of shape (K, dim). The network has to be initialised."""
+        """Fit the prior, if it is not 0, to normal embeddings of shape (K, dim). The network has to be initialized."""
         if self.prior is not None:
             with torch.no_grad():
                 abnormal, normal = self._split(x)
             self.prior.fit(normal, abnormal)
 
-    def freeze(self) -> None:
-        """Replace the network by a faster one without spectral normalisation, in place, for inference."""
+    def fuse(self) -> None:
+        """Replace the network by a faster one without spectral normalization, in place, for inference."""
         if isinstance(self.network, InvertibleNetwork):
-            self.network = self.network.frozen()
+            self.network = self.network.fused()
 
     def energy(self, x: torch.Tensor) -> torch.Tensor:
         """Compute the abnormal energy H alone, which needs no inverse.

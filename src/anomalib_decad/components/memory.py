@@ -15,7 +15,7 @@ class PrototypeMemory(nn.Module):
 
     :math:`m(x) = \sum_i w_i v_i` with :math:`w = \mathrm{softmax}(-\beta \|x - k_i\|^2)`: attention to prototypes with
     keys :math:`k_i`, values :math:`v_i` and sharpness :math:`\beta`, all learned. Keys and values start as cluster
-    centres of normal embeddings. Nothing of the input bypasses the prototypes, so an anomaly cannot be copied.
+    centers of normal embeddings. Nothing of the input bypasses the prototypes, so an anomaly cannot be copied.
 
     Measured (``benchmarks/NOTES.md``, "Accuracy"): after 150 steps a decoder of transformer blocks alone reaches a mean
     of the seven metrics of 77 by its errors, and 82 behind a memory.
@@ -45,17 +45,17 @@ class PrototypeMemory(nn.Module):
         self.log_beta = nn.Parameter(torch.tensor(sharpness / (2 * dim)).log())
 
     @torch.no_grad()
-    def initialise(self, x: torch.Tensor, max_iter: int = 6) -> None:
-        """Set the prototypes to cluster centres.
+    def initialize(self, x: torch.Tensor, max_iter: int = 6) -> None:
+        """Set the prototypes to cluster centers.
 
         Args:
             x (torch.Tensor): Normal embeddings of shape (K, dim).
             max_iter (int): Iterations of k-means.
         """
-        _, centres = KMeans(len(self.keys), max_iter).fit(x)
-        self.keys.copy_(centres)
-        self.values.copy_(centres.T)
-        distance = torch.cdist(x, centres).square().mean().clamp(min=1e-6)
+        _, centers = KMeans(len(self.keys), max_iter).fit(x)
+        self.keys.copy_(centers)
+        self.values.copy_(centers.T)
+        distance = torch.cdist(x, centers).square().mean().clamp(min=1e-6)
         self.log_beta.copy_((self.sharpness / distance).log())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,7 @@ def at_least_float32(x: torch.Tensor) -> torch.Tensor:
 
 
 def linear_rows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """Apply a linear map to all rows at once: exported, its weight keeps its name, by which quantisation spares it.
+    """Apply a linear map to all rows at once: exported, its weight keeps its name, by which quantization spares it.
 
     Args:
         x (torch.Tensor): Shape (..., in_features).

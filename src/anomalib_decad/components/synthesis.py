@@ -2,12 +2,12 @@
 """Adversarial synthesis of anomalies in feature space."""
 
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from torch import nn
 from torch.nn import functional
 
+from anomalib_decad.components.options import SynthesisOptions
 from anomalib_decad.components.precision import at_least_float32
 
 __all__ = ["AdversarialSynthesis"]
@@ -29,7 +29,7 @@ class AdversarialSynthesis(nn.Module):
     r"""Perturbs patch embeddings into the anomalies that the model misses most.
 
     :math:`\tilde{x} = x + \varepsilon` with :math:`\|\varepsilon\|_2 = \delta` on the chosen patches and 0 elsewhere.
-    :math:`\varepsilon` starts at a random point of the sphere of radius delta and follows the normalised gradient
+    :math:`\varepsilon` starts at a random point of the sphere of radius delta and follows the normalized gradient
     that lowers the energy H of the decoupler, back onto the sphere after each step. Only the gradient of H is needed:
     the encoder is never called, no image is edited.
 
@@ -47,52 +47,22 @@ class AdversarialSynthesis(nn.Module):
     Args:
         delta (float): Radius of the perturbation, in units of the embeddings; positive.
             Defaults to ``2.5``, the best value of DecAD's ablation.
-        fraction (float): Expected share of images with perturbed patches, in (0, 1].
-            Defaults to ``0.5``.
-        num_steps (int): Gradient steps; with 0 the perturbation is that which the others start from.
-            Defaults to ``1``.
-        noise (Literal["features", "gaussian"]): Where the perturbation starts: at a difference of two patches, or at
-            Gaussian noise.
-            Defaults to ``"features"``.
-        blob_size (int): About how many patches wide a blob is; 1 scatters the perturbed patches.
-            Defaults to ``4``.
+        options (SynthesisOptions): What they are like beside that.
 
     Raises:
-        ValueError: If an argument is out of its range.
+        ValueError: If ``delta`` is not positive.
 
     Reference:
-        DecAD, ICCV 2025, supplement: delta = 2.5, normalised gradient of the energy.
+        DecAD, ICCV 2025, supplement: delta = 2.5, normalized gradient of the energy.
     """
 
-    def __init__(
-        self,
-        delta: float = 2.5,
-        fraction: float = 0.5,
-        num_steps: int = 1,
-        noise: Literal["features", "gaussian"] = "features",
-        blob_size: int = 4,
-    ) -> None:
+    def __init__(self, delta: float = 2.5, options: SynthesisOptions = SynthesisOptions()) -> None:
         super().__init__()
         if not delta > 0:
             msg = f"delta must be positive, got {delta}"
             raise ValueError(msg)
-        if not 0 < fraction <= 1:
-            msg = f"fraction must be in (0, 1], got {fraction}"
-            raise ValueError(msg)
-        if num_steps < 0:
-            msg = f"num_steps must not be negative, got {num_steps}"
-            raise ValueError(msg)
-        if noise not in {"features", "gaussian"}:
-            msg = f"noise must be 'features' or 'gaussian', got {noise!r}"
-            raise ValueError(msg)
-        if blob_size < 1:
-            msg = f"blob_size must be at least 1, got {blob_size}"
-            raise ValueError(msg)
         self.delta = delta
-        self.fraction = fraction
-        self.num_steps = num_steps
-        self.noise = noise
-        self.blob_size = blob_size
+        self.options = options
 
     def forward(
         self,
@@ -123,7 +93,7 @@ class AdversarialSynthesis(nn.Module):
     def _start(self, x: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
         """Draw perturbations of embeddings, of shape (K, dim) as ``chosen``, from a batch of shape (B, N, dim)."""
         gaussian = self._to_sphere(at_least_float32(torch.randn_like(chosen)))
-        if self.noise == "gaussian":
+        if self.options.noise == "gaussian":
             return gaussian
         differences = _differences(x, len(chosen))
         # Not where both are the same patch, or equal.
@@ -137,7 +107,7 @@ class AdversarialSynthesis(nn.Module):
         eps = self._start(x, chosen)
         chosen = at_least_float32(chosen)
         differences = _differences(x, _METRIC_SAMPLES)
-        for _ in range(self.num_steps):
+        for _ in range(self.options.num_steps):
             point = (chosen + eps).requires_grad_()
             with torch.enable_grad():
                 (gradient,) = torch.autograd.grad(energy(point).sum(), point)
@@ -158,8 +128,8 @@ class AdversarialSynthesis(nn.Module):
         lengths = self.delta * eps.new_tensor(_STEP_LENGTHS)[:, None, None]
         moved = eps - lengths * direction  # (lengths, K, dim)
         # Where a step ends in the middle of the sphere, no direction is left.
-        is_off_centre = moved.norm(dim=-1, keepdim=True) > _SMALLEST_DIFFERENCE * self.delta
-        candidates = torch.where(is_off_centre, self._to_sphere(moved), eps)
+        is_off_center = moved.norm(dim=-1, keepdim=True) > _SMALLEST_DIFFERENCE * self.delta
+        candidates = torch.where(is_off_center, self._to_sphere(moved), eps)
         levels = energy((chosen + candidates).flatten(0, 1)).unflatten(0, candidates.shape[:2])
         is_too_normal = levels < energy(chosen)
         is_too_normal[-1] = False  # the start itself
@@ -172,12 +142,12 @@ class AdversarialSynthesis(nn.Module):
     def _choose_patches(self, x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """Draw the masks of the perturbed patches, booleans of shape (B, N)."""
         batch, num_patches = x.shape[:2]
-        noise = torch.rand(batch, 1, *(max(side // self.blob_size, 2) for side in grid), device=x.device)
+        noise = torch.rand(batch, 1, *(max(side // self.options.blob_size, 2) for side in grid), device=x.device)
         noise = functional.interpolate(noise, size=grid, mode="bicubic", align_corners=True).reshape(batch, num_patches)
         share = torch.empty(batch, 1, device=x.device).uniform_(_SMALLEST_REGION, _LARGEST_REGION)
         rank = noise.argsort(dim=1, descending=True).argsort(dim=1)
         blobs = rank < (share * num_patches).ceil()
-        return blobs & (torch.rand(batch, 1, device=x.device) < self.fraction)
+        return blobs & (torch.rand(batch, 1, device=x.device) < self.options.fraction)
 
 
 def _differences(x: torch.Tensor, count: int) -> torch.Tensor:

@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.types import TRAIN_DATALOADERS
 from torch.utils.data import DataLoader, WeightedRandomSampler
 from torchvision.transforms.v2 import Transform
 
+from anomalib_decad.compat import rename_datamodule, update_augmentations
 from anomalib_decad.data.category_dataset import CategoryDataset
 
 __all__ = ["MultiCategory"]
@@ -159,7 +160,7 @@ class MultiCategory(AnomalibDataModule):
         if not self._are_set_up:
             self._setup(stage)
             self._are_set_up = True
-        self._update_augmentations()
+        update_augmentations(self)
 
     def _setup(self, _stage: str | None = None) -> None:
         for category, module in self.datamodules.items():
@@ -337,6 +338,6 @@ def _with_category(template: AnomalibDataModule, category: str) -> AnomalibDataM
     module = copy.deepcopy(template)
     if isinstance(module, Folder):
         module.root = Path(module.root or ".") / category
-        module._name = category
+        rename_datamodule(module, category)
     module.category = category
     return module

@@ -36,7 +36,7 @@ class CategoryEvaluator(Evaluator):
     and ``metrics.json`` in the folder of the run.
 
     It works with every anomalib model: ``Patchcore(evaluator=CategoryEvaluator())``. The predictions are taken before
-    the post-processor, whose normalisation clips them and so ties scores that differ.
+    the post-processor, whose normalization clips them and so ties scores that differ.
 
     Args:
         max_fpr (float): Largest false positive rate of AUPRO, in (0, 1].

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FrEIA's ActNorm, made safe for evaluation before training and for data-parallel training."""
+"""ActNorm as FrEIA's module contract has it, safe for evaluation before training and for data-parallel training."""
 
 from collections.abc import Iterable, Sequence
 
 import torch
-from FrEIA import modules
+from FrEIA.modules import InvertibleModule
+from torch import nn
 
 __all__ = ["ActNorm"]
 
@@ -12,62 +13,75 @@ __all__ = ["ActNorm"]
 _SMALLEST = 1e-2
 
 
-class ActNorm(modules.ActNorm):
-    """Channel-wise scale and bias that start from the statistics of the first training batch.
+class ActNorm(InvertibleModule):
+    r"""Channel-wise scale and bias, :math:`y = e^s x + b`, that start from the statistics of the first training batch.
 
-    Unlike its base class, it
+    Unlike FrEIA's own ActNorm, it
 
-    - stays the identity in eval mode until it was initialised, so that a validation pass before training (Lightning's
-      sanity check) does not initialise it;
-    - initialises from the batches of all processes together, so that data-parallel replicas stay equal;
+    - stays the identity in eval mode until it was initialized, so that a validation pass before training (Lightning's
+      sanity check) does not initialize it;
+    - initializes from the batches of all processes together, so that data-parallel replicas stay equal;
     - keeps channels that do not vary finite;
-    - stores in its state whether it was initialised.
+    - stores in its state whether it was initialized.
 
     Args:
         dims_in (Iterable[tuple[int, ...]]): ``[(dim,)]``, as FrEIA passes it.
-        dims_c (Iterable[tuple[int]] | None): Unused; part of FrEIA's module contract.
+        dims_c (Iterable[tuple[int, ...]] | None): Must be empty: the layer takes no condition.
+
+    Reference:
+        D. P. Kingma and P. Dhariwal, Glow, NeurIPS 2018, section 3.1.
     """
 
-    initialised: torch.Tensor
-    init_on_next_batch: bool
+    initialized: torch.Tensor
 
-    def __init__(self, dims_in: Iterable[tuple[int, ...]], dims_c: Iterable[tuple[int]] | None = None) -> None:
+    def __init__(self, dims_in: Iterable[tuple[int, ...]], dims_c: Iterable[tuple[int, ...]] | None = None) -> None:
         super().__init__(dims_in, dims_c)
-        self.register_buffer("initialised", torch.tensor(False))
-        # The base class takes any loaded state for initialised, by a hook that is bound to this very instance and
-        # cannot be pickled.
-        self._load_state_dict_pre_hooks.clear()
-        self.register_load_state_dict_post_hook(self._restore_flag)
+        ((dim,),) = self.dims_in
+        self.scale = nn.Parameter(torch.zeros(dim))
+        self.bias = nn.Parameter(torch.zeros(dim))
+        self.register_buffer("initialized", torch.tensor(False))
+        # The same as a Python value: reading the buffer would make a device wait in each pass.
+        self.is_initialized = False
+        self.register_load_state_dict_post_hook(self._on_state_dict)
 
     @staticmethod
-    def _restore_flag(module: "ActNorm", incompatible_keys: object) -> None:
+    def _on_state_dict(module: "ActNorm", incompatible_keys: object) -> None:
         del incompatible_keys
-        module.init_on_next_batch = not bool(module.initialised)
+        module.is_initialized = bool(module.initialized)
 
     def forward(
-        self, x: Sequence[torch.Tensor], rev: bool = False, jac: bool = True
-    ) -> tuple[list[torch.Tensor], torch.Tensor]:
+        self,
+        x_or_z: Sequence[torch.Tensor],
+        c: Iterable[torch.Tensor] | None = None,
+        rev: bool = False,
+        jac: bool = True,
+    ) -> tuple[tuple[torch.Tensor], torch.Tensor]:
         """Scale and shift, or undo it.
 
         Args:
-            x (Sequence[torch.Tensor]): One tensor of shape (N, dim).
+            x_or_z (Sequence[torch.Tensor]): One tensor of shape (N, dim).
+            c (Iterable[torch.Tensor] | None): Unused.
             rev (bool): Apply the inverse.
-            jac (bool): Unused: the log-determinant is always computed.
+            jac (bool): Unused: the log-determinant costs nothing.
 
         Returns:
-            tuple[list[torch.Tensor], torch.Tensor]: Output of shape (N, dim), and the log-determinant of shape (N,).
+            tuple[tuple[torch.Tensor], torch.Tensor]: Output of shape (N, dim), and the log-determinant of shape (N,).
         """
-        pending = self.init_on_next_batch
-        if pending and self.training and not rev:
-            self._initialize_with_data(x[0])
-        elif pending:
-            self.init_on_next_batch = False  # the base class would initialise on any call
-        output = super().forward(x, rev=rev, jac=jac)
-        self.init_on_next_batch = pending and not bool(self.initialised)
-        return output
+        del c, jac
+        (x,) = x_or_z
+        if self.training and not rev and not self.is_initialized:
+            self._initialize(x)
+        log_det = self.scale.sum().expand(len(x))
+        if rev:
+            return ((x - self.bias) * (-self.scale).exp(),), -log_det
+        return (x * self.scale.exp() + self.bias,), log_det
+
+    def output_dims(self, input_dims: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
+        """Return the input dimensions: the layer keeps them."""
+        return input_dims
 
     @torch.no_grad()
-    def _initialize_with_data(self, data: torch.Tensor) -> None:
+    def _initialize(self, data: torch.Tensor) -> None:
         moments = torch.stack([torch.ones_like(data[0]), data.mean(0), data.square().mean(0)]) * len(data)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(moments)
@@ -77,7 +91,7 @@ class ActNorm(modules.ActNorm):
         # What varies less is rounding error, which must not be blown up: in bfloat16 it would be all there is.
         std = std.clamp(min=_SMALLEST * std.max().item())
         std = torch.where(std > 1e-6, std, torch.ones_like(std))
-        self.scale.copy_(-std.log().view_as(self.scale))
-        self.bias.copy_((-mean / std).view_as(self.bias))
-        self.initialised.fill_(True)
-        self.init_on_next_batch = False
+        self.scale.copy_(-std.log())
+        self.bias.copy_(-mean / std)
+        self.initialized.fill_(True)
+        self.is_initialized = True

@@ -11,7 +11,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from anomalib_decad.components.invertible.pila import Pila
 
-__all__ = ["DenseLayer", "FoldedDenseNet", "LipschitzDenseNet", "dense"]
+__all__ = ["DenseLayer", "FusedDenseNet", "LipschitzDenseNet", "dense"]
 
 # One power iteration a training step lags behind the weights at high learning rates, and the estimate is from below.
 _POWER_ITERATIONS = 3
@@ -20,14 +20,14 @@ _POWER_ITERATIONS = 3
 _GAIN = 0.05
 
 
-def _normalised_linear(in_features: int, out_features: int) -> nn.Linear:
+def _normalized_linear(in_features: int, out_features: int) -> nn.Linear:
     linear = nn.Linear(in_features, out_features)
     spectral_norm(linear, n_power_iterations=_POWER_ITERATIONS)
     return linear
 
 
 class DenseLayer(nn.Module):
-    r"""Concatenates its input with an activated, spectrally normalised linear map of it.
+    r"""Concatenates its input with an activated, spectrally normalized linear map of it.
 
     :math:`h(x) = [\eta_1 x,\ \eta_2\,\mathrm{Pila}(Wx + b)]` with learnable weights
     :math:`\eta_1^2 + \eta_2^2 = 1` and :math:`\|W\|_2 = 1`, hence 1-Lipschitz.
@@ -43,7 +43,7 @@ class DenseLayer(nn.Module):
 
     def __init__(self, in_features: int, growth: int, k: float = 5.0) -> None:
         super().__init__()
-        self.linear = _normalised_linear(in_features, growth)
+        self.linear = _normalized_linear(in_features, growth)
         self.activation = Pila(k)
         self.concatenation = nn.Parameter(torch.zeros(2))
 
@@ -58,7 +58,7 @@ class DenseLayer(nn.Module):
 
 
 class LipschitzDenseNet(nn.Module):
-    r"""i-DenseNet between two spectrally normalised linear maps: :math:`G(u) = L\,g\,(B\,D(Au + a) + b)`.
+    r"""i-DenseNet between two spectrally normalized linear maps: :math:`G(u) = L\,g\,(B\,D(Au + a) + b)`.
 
     A (dim to hidden_dim) and B (back to dim) have spectral norm 1, D, a stack of :class:`DenseLayer`, is 1-Lipschitz,
     and the learned gain g lies in (0, 1), so the Lipschitz constant of G is at most L. The gain starts at 0.05: a unit
@@ -96,9 +96,9 @@ class LipschitzDenseNet(nn.Module):
             msg = f"lipschitz must be between 0 and 1 (both excluded), got {lipschitz}"
             raise ValueError(msg)
         self.lipschitz = lipschitz
-        self.encode = _normalised_linear(dim, hidden_dim)
+        self.encode = _normalized_linear(dim, hidden_dim)
         self.dense = nn.Sequential(*(DenseLayer(hidden_dim + i * growth, growth, k) for i in range(depth)))
-        self.decode = _normalised_linear(hidden_dim + depth * growth, dim)
+        self.decode = _normalized_linear(hidden_dim + depth * growth, dim)
         self.gain = nn.Parameter(torch.tensor(_GAIN).logit())
 
     def forward(self, u: torch.Tensor) -> torch.Tensor:
@@ -112,11 +112,11 @@ class LipschitzDenseNet(nn.Module):
         """
         return self.lipschitz * self.gain.sigmoid() * self.decode(self.dense(self.encode(u)))
 
-    def folded(self) -> "FoldedDenseNet":
-        """Compute all normalised weights once, for many evaluations of D.
+    def fused(self) -> "FusedDenseNet":
+        """Compute all normalized weights once, for many evaluations of D.
 
         Returns:
-            FoldedDenseNet: A, a, B, b and D of the class's formula.
+            FusedDenseNet: A, a, B, b and D of the class's formula.
         """
         encode, decode = self.encode.weight, self.decode.weight
         scale = encode.new_ones(len(encode))
@@ -128,10 +128,10 @@ class LipschitzDenseNet(nn.Module):
             eta = layer.eta()
             scale = torch.cat([eta[0] * scale, (eta[1] / (2 * k)).expand(len(layer.linear.bias))])
         gain = self.gain.sigmoid()
-        return FoldedDenseNet(encode, self.encode.bias, gain * decode * scale, gain * self.decode.bias, layers)
+        return FusedDenseNet(encode, self.encode.bias, gain * decode * scale, gain * self.decode.bias, layers)
 
 
-class FoldedDenseNet(NamedTuple):
+class FusedDenseNet(NamedTuple):
     """A :class:`LipschitzDenseNet` with plain weights, into which all factors around the activations are multiplied.
 
     Args:
@@ -148,7 +148,7 @@ class FoldedDenseNet(NamedTuple):
     decode_bias: torch.Tensor
     layers: list[tuple[torch.Tensor, torch.Tensor]]
 
-    def linearised(self, slope: float) -> torch.Tensor:
+    def linearized(self, slope: float) -> torch.Tensor:
         """Compute the Jacobian of D if Pila had the same slope everywhere.
 
         Args:
@@ -169,7 +169,7 @@ def dense(
     layers: Iterable[tuple[torch.Tensor, torch.Tensor]],
     activation: Callable[[torch.Tensor], torch.Tensor] = Pila.scaled,
 ) -> torch.Tensor:
-    """Compute D of a :class:`FoldedDenseNet` but for the factors that are in B.
+    """Compute D of a :class:`FusedDenseNet` but for the factors that are in B.
 
     Args:
         v (torch.Tensor): Shape (..., hidden_dim).

@@ -7,8 +7,9 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from anomalib_decad.components.invertible.act_norm import ActNorm
-from anomalib_decad.components.invertible.folded import FoldedUnit, FrozenNetwork
-from anomalib_decad.components.invertible.unit import DEFAULT_ITERATIONS, MonotoneUnit, SolverIterations
+from anomalib_decad.components.invertible.fused import FusedNetwork, FusedUnit
+from anomalib_decad.components.invertible.unit import MonotoneUnit, SolverIterations
+from anomalib_decad.components.options import InvertibleOptions
 from anomalib_decad.components.precision import at_least_float32
 
 __all__ = ["InvertibleNetwork"]
@@ -24,25 +25,11 @@ class InvertibleNetwork(nn.Module):
 
     Args:
         dim (int): Number of channels of an embedding.
-        num_blocks (int): Number of blocks R.
-            Defaults to ``3``.
-        num_units (int): Units in a block, K.
-            Defaults to ``2``.
-        hidden_dim (int): Channels inside G. A unit changes its input within a subspace of this dimension.
-            Defaults to ``64``.
-        growth (int): Channels that each dense layer of G adds.
-            Defaults to ``32``.
-        depth (int): Dense layers in G.
-            Defaults to ``2``.
-        lipschitz (float): Bound of G's Lipschitz constant, in (0, 1): larger is more expressive, smaller needs fewer
-            solver iterations.
-            Defaults to ``0.9``.
-        k (float): Sharpness of the activation Pila.
-            Defaults to ``5.0``.
+        options (InvertibleOptions): Its shape.
         iterations (SolverIterations): Number of solver iterations.
 
     Raises:
-        ValueError: If an argument is out of its range.
+        ValueError: If ``dim`` is below 1.
 
     Example:
         >>> network = InvertibleNetwork(dim=32).eval()
@@ -57,42 +44,33 @@ class InvertibleNetwork(nn.Module):
     def __init__(
         self,
         dim: int,
-        num_blocks: int = 3,
-        num_units: int = 2,
-        hidden_dim: int = 64,
-        growth: int = 32,
-        depth: int = 2,
-        lipschitz: float = 0.9,
-        k: float = 5.0,
-        iterations: SolverIterations = DEFAULT_ITERATIONS,
+        options: InvertibleOptions = InvertibleOptions(),
+        iterations: SolverIterations = SolverIterations(),
     ) -> None:
         super().__init__()
-        for name, value in (("dim", dim), ("num_blocks", num_blocks), ("num_units", num_units)):
-            if value < 1:
-                msg = f"{name} must be at least 1, got {value}"
-                raise ValueError(msg)
+        if dim < 1:
+            msg = f"dim must be at least 1, got {dim}"
+            raise ValueError(msg)
         self.dim = dim
         self.sequence = SequenceINN(dim)
-        for _ in range(num_blocks):
-            for _ in range(num_units):
+        for _ in range(options.num_blocks):
+            for _ in range(options.num_units):
                 self.sequence.append(
                     MonotoneUnit,
-                    hidden_dim=hidden_dim,
-                    growth=growth,
-                    depth=depth,
-                    lipschitz=lipschitz,
-                    k=k,
+                    hidden_dim=options.hidden_dim,
+                    lipschitz=options.lipschitz,
+                    k=options.pila_k,
                     iterations=iterations,
                 )
             self.sequence.append(ActNorm)
 
-    def initialise(self, x: torch.Tensor) -> None:
-        """Initialise the ActNorms from normal embeddings, unless they have been. Only in training mode.
+    def initialize(self, x: torch.Tensor) -> None:
+        """Initialize the ActNorms from normal embeddings, unless they have been. Only in training mode.
 
         Args:
             x (torch.Tensor): Embeddings of shape (..., dim).
         """
-        pending = (module.init_on_next_batch for module in self.modules() if isinstance(module, ActNorm))
+        pending = (not module.is_initialized for module in self.modules() if isinstance(module, ActNorm))
         if self.training and any(pending):
             with torch.no_grad():
                 self(x)
@@ -120,29 +98,29 @@ class InvertibleNetwork(nn.Module):
         return self._run(z, rev=True)
 
     @torch.no_grad()
-    def frozen(self) -> FrozenNetwork:
+    def fused(self) -> FusedNetwork:
         """Copy the network for inference: faster, the same within rounding, and free of parametrizations.
 
         Returns:
-            FrozenNetwork: The copy, which can be pickled and exported.
+            FusedNetwork: The copy, which can be pickled and exported.
         """
         self.eval()
-        forward_units: list[tuple[FoldedUnit, int]] = []
-        inverse_units: list[tuple[FoldedUnit, int]] = []
+        forward_units: list[tuple[FusedUnit, int]] = []
+        inverse_units: list[tuple[FusedUnit, int]] = []
         for module in self.sequence.module_list:
             if isinstance(module, ActNorm):
-                scale, bias = module.scale.flatten().exp(), module.bias.flatten()
+                scale, bias = module.scale.exp(), module.bias
                 unit, iterations = forward_units[-1]
                 forward_units[-1] = unit.then_affine(scale, bias), iterations
                 unit, iterations = inverse_units[-1]
                 inverse_units[-1] = unit.after_affine(1 / scale, -bias / scale), iterations
             else:
-                forward_units.append(module.frozen(rev=False))
-                inverse_units.append(module.frozen(rev=True))
-        return FrozenNetwork(forward_units, reversed(inverse_units))
+                forward_units.append(module.fused(rev=False))
+                inverse_units.append(module.fused(rev=True))
+        return FusedNetwork(forward_units, reversed(inverse_units))
 
     def _run(self, x: torch.Tensor, rev: bool) -> torch.Tensor:
-        # Nested in the cache of a caller, if any, the normalised weights are shared with its other passes.
+        # Nested in the cache of a caller, if any, the normalized weights are shared with its other passes.
         with parametrize.cached():
             rows = at_least_float32(x.reshape(-1, self.dim))
             output, _ = self.sequence(rows, rev=rev, jac=False)

@@ -9,7 +9,7 @@ from FrEIA.modules import InvertibleModule
 from torch.nn import functional
 
 from anomalib_decad.components.invertible.dense_net import LipschitzDenseNet, dense
-from anomalib_decad.components.invertible.folded import FoldedUnit
+from anomalib_decad.components.invertible.fused import FusedUnit
 
 __all__ = ["MonotoneUnit", "SolverIterations"]
 
@@ -38,9 +38,6 @@ class SolverIterations(NamedTuple):
     backward: int = 4
 
 
-DEFAULT_ITERATIONS = SolverIterations()
-
-
 class MonotoneUnit(InvertibleModule):
     r"""Inverts a monotone operator: :math:`f(x) = (\frac{Id + G}{2})^{-1}(x) - x`.
 
@@ -48,7 +45,7 @@ class MonotoneUnit(InvertibleModule):
     the fixed point of the contraction :math:`u = 2x - G(u)`, and the inverse of :math:`f_G` is :math:`f_{-G}`, which
     costs the same.
 
-    How the fixed point is found is told in :class:`FoldedUnit`.
+    How the fixed point is found is told in :class:`FusedUnit`.
 
     Args:
         dims_in (Iterable[tuple[int]]): ``[(dim,)]``, as FrEIA passes it.
@@ -74,7 +71,7 @@ class MonotoneUnit(InvertibleModule):
         depth: int = 2,
         lipschitz: float = 0.9,
         k: float = 5.0,
-        iterations: SolverIterations = DEFAULT_ITERATIONS,
+        iterations: SolverIterations = SolverIterations(),
     ) -> None:
         super().__init__(dims_in, dims_c)
         if self.dims_c:
@@ -113,7 +110,7 @@ class MonotoneUnit(InvertibleModule):
     def _needed_iterations(self, preconditioned: bool) -> int:
         needed = 1
         for rev in (False, True):
-            unit = self._folded(rev, preconditioned)
+            unit = self._fused(rev, preconditioned)
             # Numbers of a generator of its own: neither the user's nor the training's are used up.
             noise = torch.randn(64, len(unit.start_bias), generator=torch.Generator().manual_seed(0))
             start = torch.cat([scale * noise for scale in _PROBES]).to(unit.start_bias)
@@ -126,19 +123,21 @@ class MonotoneUnit(InvertibleModule):
             needed = max(needed, count if change <= _TOLERANCE else _MAX_ITERATIONS)
         return needed
 
-    def _folded(self, rev: bool, preconditioned: bool) -> FoldedUnit:
-        return FoldedUnit.of(self.net.folded(), -self.net.lipschitz if rev else self.net.lipschitz, preconditioned)
+    def _fused(self, rev: bool, preconditioned: bool) -> FusedUnit:
+        return FusedUnit.from_dense_net(
+            self.net.fused(), -self.net.lipschitz if rev else self.net.lipschitz, preconditioned
+        )
 
-    def frozen(self, rev: bool) -> tuple[FoldedUnit, int]:
+    def fused(self, rev: bool) -> tuple[FusedUnit, int]:
         """Compute the unit's plain weights in one direction, and its number of iterations in eval mode.
 
         Args:
             rev (bool): Whether the inverse is meant.
 
         Returns:
-            tuple[FoldedUnit, int]: The weights and the number.
+            tuple[FusedUnit, int]: The weights and the number.
         """
-        return self._folded(rev, self._preconditioned), self._evaluation_iterations
+        return self._fused(rev, self._preconditioned), self._evaluation_iterations
 
     @staticmethod
     def _on_state_dict(module: "MonotoneUnit", incompatible_keys: object) -> None:
@@ -172,7 +171,7 @@ class MonotoneUnit(InvertibleModule):
         with torch.autocast(x.device.type, enabled=False):
             # Folded here, under grad: the solver's evaluations have no graph, and the cache of parametrizations would
             # keep their weights.
-            unit = self._folded(rev, self._preconditioned or self.training)
+            unit = self._fused(rev, self._preconditioned or self.training)
             iterations = self.iterations.training if self.training else self._evaluation_iterations
             rounded = unit.to(dtype)
             v = rounded.solve(x.to(dtype), iterations, self.iterations.backward)
@@ -191,7 +190,7 @@ class MonotoneUnit(InvertibleModule):
         return input_dims
 
 
-def _log_det(encode_weight: torch.Tensor, unit: FoldedUnit, v: torch.Tensor) -> torch.Tensor:
+def _log_det(encode_weight: torch.Tensor, unit: FusedUnit, v: torch.Tensor) -> torch.Tensor:
     mixing = -encode_weight @ unit.output_weight
     # df/dx = (I - G')(I + G')^-1, and by Sylvester's identity det(I + L B D' A) = det(I + L D' A B), hidden_dim wide.
     jacobian = torch.func.vmap(torch.func.jacrev(lambda row: functional.linear(dense(row, unit.layers), mixing)))(v)

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Features of the training and test images of a data set, computed once and read by every experiment."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from anomalib_decad import DecAD, MultiCategory
+from anomalib_decad.feature_cache import FeatureBatch, FeatureCode, FeatureFile, FeatureSource
+
+__all__ = ["Split", "chunks", "load"]
+
+# GiB that all feature files together may take.
+_LIMIT = 64.0
+_BATCH_SIZE = 8
+
+
+@dataclass
+class Split:
+    """The features of a split, and what is known of its images.
+
+    Args:
+        codes (np.ndarray): Encoded features of shape (images, layers, N, dim).
+        code (FeatureCode): How they are decoded.
+        layers (tuple[int, ...]): The encoder's layers, counted from 1.
+        grid (tuple[int, int]): Patch rows and columns, N = rows * columns.
+        categories (list[str]): Category of each image.
+        labels (torch.Tensor): Whether each image has a defect, shape (images,).
+        masks (torch.Tensor): Their defects, booleans of shape (images, height, width).
+    """
+
+    codes: np.ndarray
+    code: FeatureCode
+    layers: tuple[int, ...]
+    grid: tuple[int, int]
+    categories: list[str]
+    labels: torch.Tensor
+    masks: torch.Tensor
+
+    def batch(self, indices: Sequence[int], layers: Sequence[int]) -> FeatureBatch:
+        """Read the features that some layers give of some images."""
+        rows = [self.layers.index(layer) for layer in layers]
+        codes = torch.from_numpy(np.stack([self.codes[index][rows] for index in indices]))
+        return FeatureBatch(codes, FeatureCode(self.code.offset[rows], self.code.scale[rows]), self.grid)
+
+    def defect_shares(self, indices: Sequence[int]) -> torch.Tensor:
+        """Compute which share of each patch of some images is defect, shape (images, N)."""
+        return functional.adaptive_avg_pool2d(self.masks[indices][:, None].float(), self.grid).flatten(1)
+
+
+def chunks(indices: Sequence[int], length: int) -> list[list[int]]:
+    """Cut indices into lists of a length; the last may be shorter."""
+    return [list(indices[start : start + length]) for start in range(0, len(indices), length)]
+
+
+def load(model: DecAD, root: Path, categories: Sequence[str] | None, folder: Path) -> dict[str, Split]:
+    """Find the features of all layers that a model reads, or compute them.
+
+    Args:
+        model (DecAD): The model.
+        root (Path): Folder in MVTec AD's layout.
+        categories (Sequence[str] | None): Names of the categories.
+        folder (Path): Folder of the features.
+
+    Returns:
+        dict[str, Split]: The splits ``"train"`` and ``"test"``.
+    """
+    datamodule = MultiCategory("MVTecAD", root=root, categories=categories, num_workers=0)
+    datamodule.setup()
+    return {name: _split(model.eval(), getattr(datamodule, f"{name}_data"), folder) for name in ("train", "test")}
+
+
+@torch.inference_mode()
+def _split(model: DecAD, dataset: Any, folder: Path) -> Split:
+    source = FeatureSource(model, dataset, _BATCH_SIZE)
+    file = FeatureFile(folder, source.key())
+    with file.lock():
+        if not file.is_complete:
+            file.create(source.shape, _LIMIT)
+            file.write_code(source.choose_code())
+            features = file.open_partial()
+            source.encode_into(features, range(len(dataset)), file.read_code())
+            features.flush()
+            file.complete()
+    return Split(
+        np.load(file.features, mmap_mode="r"),
+        file.read_code(),
+        model.model.encoder.layers,
+        source.grid,
+        list(dataset.samples["category"]),
+        torch.from_numpy(dataset.samples.label_index.to_numpy()).bool(),
+        _masks(dataset, tuple(model.input_size)),
+    )
+
+
+def _masks(dataset: Any, size: tuple[int, int]) -> torch.Tensor:
+    masks = torch.zeros(len(dataset), *size, dtype=torch.bool)
+    for index, label in enumerate(dataset.samples.label_index):
+        if label:
+            mask = dataset[index].gt_mask[None, None].float()
+            masks[index] = functional.interpolate(mask, size, mode="nearest")[0, 0] > 0
+    return masks

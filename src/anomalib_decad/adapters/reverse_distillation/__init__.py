@@ -1,7 +1,0 @@
-# SPDX-License-Identifier: Apache-2.0
-"""Reverse distillation with decoupling."""
-
-from anomalib_decad.adapters.reverse_distillation.lightning_model import DecoupledReverseDistillation
-from anomalib_decad.adapters.reverse_distillation.torch_model import DecoupledReverseDistillationModel
-
-__all__ = ["DecoupledReverseDistillation", "DecoupledReverseDistillationModel"]

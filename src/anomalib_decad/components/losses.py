@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Losses of decoupling and of reconstructed features."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from anomalib_decad.components.options import DecouplingLossOptions
+
+__all__ = ["DecouplingLoss", "FeatureMSELoss"]
+
+
+class DecouplingLoss(nn.Module):
+    r"""The terms that train the decoupling.
+
+    - ``normal_energy``: mean abnormal energy H of unperturbed patches, which the prior wants to be 0.
+    - ``abnormal_energy``: mean hinge :math:`\max(0, m - H)` of perturbed patches.
+    - ``restoration``: :math:`\|\hat{x} - x\|^2 / \|x\|^2`, each averaged over the patches, with x the embedding before
+      perturbation: removal restores it.
+
+    Args:
+        options (DecouplingLossOptions): Their weights, and the margin m.
+    """
+
+    def __init__(self, options: DecouplingLossOptions = DecouplingLossOptions()) -> None:
+        super().__init__()
+        self.options = options
+
+    def forward(
+        self, x: torch.Tensor, x_clean: torch.Tensor, energy: torch.Tensor, perturbed: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """Compute the terms, times their weights.
+
+        Args:
+            x (torch.Tensor): Embeddings before perturbation, shape (B, N, dim).
+            x_clean (torch.Tensor): Embeddings after removal, shape (B, N, dim).
+            energy (torch.Tensor): Abnormal energies of the perturbed embeddings, shape (B, N).
+            perturbed (torch.Tensor): Which patches were perturbed, booleans of shape (B, N).
+
+        Returns:
+            dict[str, torch.Tensor]: The scalars ``normal_energy``, ``abnormal_energy`` and ``restoration``; the loss is
+                their sum.
+        """
+        options = self.options
+        return {
+            "normal_energy": options.normal_weight * _mean(energy[~perturbed]),
+            "abnormal_energy": options.abnormal_weight * _mean(functional.relu(options.margin - energy[perturbed])),
+            "restoration": options.restoration_weight * (x_clean - x).square().mean() / x.square().mean(),
+        }
+
+
+def _mean(values: torch.Tensor) -> torch.Tensor:
+    """Mean that is 0 for no values: a batch may have no perturbed patch."""
+    return values.sum() / max(values.numel(), 1)
+
+
+class FeatureMSELoss(nn.Module):
+    """Sum over feature maps of the mean squared error of their reconstruction.
+
+    Args:
+        weight (float): Factor of the sum: 1 in UniAD, 5 in MambaAD.
+            Defaults to ``1.0``.
+    """
+
+    def __init__(self, weight: float = 1.0) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, features: Sequence[torch.Tensor], reconstructions: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Compute the loss.
+
+        Args:
+            features (Sequence[torch.Tensor]): Feature maps of any shape.
+            reconstructions (Sequence[torch.Tensor]): Their reconstructions, same shapes.
+
+        Returns:
+            torch.Tensor: A scalar.
+        """
+        errors = [
+            functional.mse_loss(reconstruction.float(), feature.float())
+            for feature, reconstruction in zip(features, reconstructions, strict=True)
+        ]
+        return self.weight * torch.stack(errors).sum()

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Groups of arguments that belong together, each documented here and nowhere else.
+
+Models take them whole, and the command line shows their fields: ``--model.synthesis.num_steps 3``.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+__all__ = ["DecouplerOptions", "DecouplingLossOptions", "InvertibleOptions", "SynthesisOptions"]
+
+
+@dataclass(frozen=True)
+class InvertibleOptions:
+    """Shape of the invertible network.
+
+    Args:
+        num_blocks (int): Number of blocks R.
+            Defaults to ``3``, as in DecAD's supplement.
+        num_units (int): Units in a block, K.
+            Defaults to ``2``, as in DecAD's supplement.
+        hidden_dim (int): Channels inside a unit, which changes its input within a subspace of this dimension.
+            Defaults to ``64``.
+        lipschitz (float): Bound of the Lipschitz constant of a unit's network G, in (0, 1): larger is more expressive,
+            smaller needs fewer solver iterations.
+            Defaults to ``0.9``.
+        pila_k (float): Sharpness of the activation Pila, positive.
+            Defaults to ``5.0``, as in DecAD's supplement.
+
+    Raises:
+        ValueError: If a value is out of its range.
+    """
+
+    num_blocks: int = 3
+    num_units: int = 2
+    hidden_dim: int = 64
+    lipschitz: float = 0.9
+    pila_k: float = 5.0
+
+    def __post_init__(self) -> None:
+        for name in ("num_blocks", "num_units", "hidden_dim"):
+            _check(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        _check(0 < self.lipschitz < 1, "lipschitz", "between 0 and 1 (both excluded)", self.lipschitz)
+        _check(self.pila_k > 0, "pila_k", "positive", self.pila_k)
+
+
+@dataclass(frozen=True)
+class DecouplerOptions:
+    """How the latent is split and what takes the place of its abnormal component.
+
+    Args:
+        abnormal_fraction (float): Share of the latent channels that hold the abnormal component, in (0, 1).
+            Defaults to ``0.5``.
+        prior_dim (int): Channels inside the network that predicts the abnormal component of a normal patch from its
+            normal one; 0 for the same abnormal component, 0, for all normal patches.
+            Defaults to ``512``.
+
+    Raises:
+        ValueError: If a value is out of its range.
+    """
+
+    abnormal_fraction: float = 0.5
+    prior_dim: int = 512
+
+    def __post_init__(self) -> None:
+        _check(0 < self.abnormal_fraction < 1, "abnormal_fraction", "between 0 and 1", self.abnormal_fraction)
+        _check(self.prior_dim >= 0, "prior_dim", "not negative", self.prior_dim)
+
+
+@dataclass(frozen=True)
+class SynthesisOptions:
+    """What synthetic anomalies are like, beside their radius delta.
+
+    Args:
+        fraction (float): Expected share of training images with perturbed patches, in (0, 1].
+            Defaults to ``0.5``.
+        num_steps (int): Gradient steps that make an anomaly hard to see; 0 for its random start.
+            Defaults to ``1``.
+        noise (Literal["features", "gaussian"]): Where it starts: at a difference of two patches of the batch, as
+            features vary, or at Gaussian noise, which is seen at once.
+            Defaults to ``"features"``.
+        blob_size (int): About how many patches wide it is; 1 scatters the perturbed patches.
+            Defaults to ``4``.
+
+    Raises:
+        ValueError: If a value is out of its range.
+    """
+
+    fraction: float = 0.5
+    num_steps: int = 1
+    noise: Literal["features", "gaussian"] = "features"
+    blob_size: int = 4
+
+    def __post_init__(self) -> None:
+        _check(0 < self.fraction <= 1, "fraction", "in (0, 1]", self.fraction)
+        _check(self.num_steps >= 0, "num_steps", "not negative", self.num_steps)
+        _check(self.noise in {"features", "gaussian"}, "noise", "'features' or 'gaussian'", repr(self.noise))
+        _check(self.blob_size >= 1, "blob_size", "at least 1", self.blob_size)
+
+
+@dataclass(frozen=True)
+class DecouplingLossOptions:
+    """Weights of the losses that train the decoupling, beside that of the reconstruction, which is 1.
+
+    Args:
+        margin (float): Abnormal energy that a perturbed patch should have, positive.
+            Defaults to ``1.0``.
+        normal_weight (float): Weight of the abnormal energy of normal patches.
+            Defaults to ``1.0``.
+        abnormal_weight (float): Weight of the hinge of perturbed patches.
+            Defaults to ``1.0``.
+        restoration_weight (float): Weight of what has removal restore the embeddings before perturbation.
+            Defaults to ``1.0``.
+
+    Raises:
+        ValueError: If a value is out of its range.
+    """
+
+    margin: float = 1.0
+    normal_weight: float = 1.0
+    abnormal_weight: float = 1.0
+    restoration_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check(self.margin > 0, "margin", "positive", self.margin)
+        for name in ("normal_weight", "abnormal_weight", "restoration_weight"):
+            _check(getattr(self, name) >= 0, name, "not negative", getattr(self, name))
+
+
+def _check(is_right: bool, name: str, range_: str, value: object) -> None:
+    if not is_right:
+        msg = f"{name} must be {range_}, got {value}"
+        raise ValueError(msg)

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training on features that are computed once."""
+
+import logging
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+from anomalib.data import AnomalibDataModule
+from anomalib.models.components import AnomalibModule
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.seed import isolate_rng
+
+from anomalib_decad.feature_cache.codec import FeatureCode
+from anomalib_decad.feature_cache.dataset import CachedFeatures
+from anomalib_decad.feature_cache.source import FeatureSource
+from anomalib_decad.feature_cache.store import GIB, FeatureFile, default_folder, num_bytes
+
+__all__ = ["FeatureCaching"]
+
+logger = logging.getLogger(__name__)
+
+
+class FeatureCaching(Callback):
+    """Computes the frozen encoder's features of all training images before training, and trains on these.
+
+    The datamodule's training dataset is replaced for the time of the fit, by one that reads neither images nor calls
+    the encoder. Which images a step sees, and in which order, does not change.
+
+    Args:
+        mode (str): ``"ram"`` for memory, ``"disk"`` for a file that later runs use again.
+        folder (str | Path | None): Folder of the files.
+            Defaults to ``None``: a folder in the user's cache.
+        limit (float): GiB that the features may take.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+    """
+
+    def __init__(self, mode: str, folder: str | Path | None = None, limit: float = 16.0) -> None:
+        if mode not in {"ram", "disk"}:
+            msg = f"feature_cache must be 'off', 'ram' or 'disk', got {mode!r}"
+            raise ValueError(msg)
+        if not limit > 0:
+            msg = f"feature_cache_limit must be positive, got {limit}"
+            raise ValueError(msg)
+        self.mode = mode
+        self.folder = Path(folder).expanduser() if folder else default_folder()
+        self.limit = limit
+        self._datamodule: AnomalibDataModule | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Replace the training dataset; the features come later, when the encoder has its weights.
+
+        Args:
+            trainer (Trainer): The trainer.
+            pl_module (LightningModule): The model.
+            stage (str): Only ``"fit"`` matters.
+
+        Raises:
+            ValueError: If there is no datamodule, or several nodes.
+        """
+        del pl_module
+        if stage != "fit":
+            return
+        datamodule = getattr(trainer, "datamodule", None)
+        if not isinstance(datamodule, AnomalibDataModule):
+            msg = "feature_cache needs an anomalib datamodule: give one, or train with feature_cache=off"
+            raise ValueError(msg)
+        if trainer.num_nodes > 1:
+            msg = "feature_cache works on one machine, not on several nodes: train with feature_cache=off"
+            raise ValueError(msg)
+        datamodule.train_data = CachedFeatures(datamodule.train_data)  # type: ignore[assignment]
+        self._datamodule = datamodule
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Compute or find the features.
+
+        Args:
+            trainer (Trainer): The trainer.
+            pl_module (LightningModule): The model.
+
+        Raises:
+            ValueError: If the images change at random, or the features are larger than the limit.
+            OSError: If the disk has too little space.
+        """
+        datamodule = cast("AnomalibDataModule", self._datamodule)
+        cached = cast("CachedFeatures", datamodule.train_data)
+        # Nothing here may change the random numbers of the training.
+        with isolate_rng(), torch.no_grad():
+            source = FeatureSource(
+                cast("AnomalibModule", pl_module),
+                cached.images,
+                datamodule.eval_batch_size,
+                datamodule.num_workers,
+                trainer,
+            )
+            source.check()
+            features, code = self._find_or_build(trainer, source)
+        cached.fill(features, code, source.grid)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put the images back."""
+        del trainer, pl_module
+        self._restore()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Put the images back."""
+        del trainer, pl_module, exception
+        self._restore()
+
+    def _restore(self) -> None:
+        if self._datamodule is not None:
+            self._datamodule.train_data = cast("CachedFeatures", self._datamodule.train_data).images
+            self._datamodule = None
+
+    def _find_or_build(self, trainer: Trainer, source: FeatureSource) -> tuple[np.ndarray | Path, FeatureCode]:
+        shape = source.shape
+        size = num_bytes(shape) / GIB
+        if size > self.limit:
+            msg = (
+                f"feature_cache: the features of {shape[0]} images need {size:.2f} GiB, more than the limit of "
+                f"{self.limit:g} GiB: raise feature_cache_limit, or train with feature_cache=off"
+            )
+            raise ValueError(msg)
+        if self.mode == "ram" and trainer.world_size == 1:
+            logger.info("Feature cache: %.2f GiB of memory for %d images.", size, shape[0])
+            features = np.empty(shape, dtype=np.float16)
+            code = source.choose_code()
+            source.encode_into(features, range(shape[0]), code)
+            return features, code
+        with self._shared_folder(trainer) as folder:
+            file = FeatureFile(folder, source.key())
+            self._build_file(trainer, source, file, size)
+            result = file.features if self.mode == "disk" else file.read(), file.read_code()
+            trainer.strategy.barrier()
+        return result
+
+    def _build_file(self, trainer: Trainer, source: FeatureSource, file: FeatureFile, size: float) -> None:
+        """Build a file unless it is there, each process its share of the images."""
+        leads = trainer.is_global_zero
+        with file.lock() if leads else nullcontext():
+            complete = trainer.strategy.broadcast(file.is_complete)
+            if complete:
+                if leads:
+                    logger.info("Feature cache: using %s (%.2f GiB).", file.path, size)
+                    file.touch()
+                return
+            try:
+                if leads:
+                    logger.info(
+                        "Feature cache: %.2f GiB on disk for %d images, in %s.", size, source.shape[0], file.path
+                    )
+                    file.create(source.shape, self.limit)
+                    file.write_code(source.choose_code())
+                trainer.strategy.barrier()
+                features = file.open_partial()
+                mine = range(trainer.global_rank, source.shape[0], trainer.world_size)
+                source.encode_into(features, mine, file.read_code())
+                cast("np.memmap", features).flush()
+                trainer.strategy.barrier()
+                if leads:
+                    file.complete()
+            finally:
+                if leads:
+                    file.discard()
+            trainer.strategy.barrier()
+
+    @contextmanager
+    def _shared_folder(self, trainer: Trainer) -> Iterator[Path]:
+        """Give the folder of the caches, or for features in memory one that all processes share for a moment."""
+        if self.mode == "disk":
+            yield self.folder
+            return
+        with tempfile.TemporaryDirectory() if trainer.is_global_zero else nullcontext("") as folder:
+            yield Path(trainer.strategy.broadcast(folder))

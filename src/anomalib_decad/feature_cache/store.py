@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cached features on disk."""
+
+import hashlib
+import json
+import logging
+import math
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from filelock import FileLock
+from platformdirs import user_cache_path
+
+from anomalib_decad.feature_cache.codec import FeatureCode
+
+__all__ = ["GIB", "FeatureFile", "default_folder", "fingerprint", "num_bytes"]
+
+logger = logging.getLogger(__name__)
+
+_FEATURES, _CODE, _DONE = "features.npy", "code.npy", "done.json"
+GIB = 2**30
+
+
+def default_folder() -> Path:
+    """Name the folder of caches: ``anomalib_decad`` in the user's cache folder."""
+    return user_cache_path("anomalib_decad", appauthor=False)
+
+
+def num_bytes(shape: Sequence[int]) -> int:
+    """Compute the size of float16 features of a shape."""
+    return 2 * math.prod(shape)
+
+
+def fingerprint(*parts: Any) -> str:
+    """Compute a name that changes with any of its parts.
+
+    Args:
+        *parts (Any): Tensors, mappings of names to tensors, paths (which stand for the file's name, size and time of
+            change), and anything else with a ``repr`` that tells its content.
+
+    Returns:
+        str: 32 hexadecimal digits.
+    """
+    digest = hashlib.sha256()
+    for part in parts:
+        _add(digest, part)
+    return digest.hexdigest()[:32]
+
+
+def _add(digest: Any, part: Any) -> None:
+    if isinstance(part, torch.Tensor):
+        digest.update(f"{part.dtype}{tuple(part.shape)}".encode())
+        digest.update(part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    elif isinstance(part, dict):
+        for key, value in part.items():
+            digest.update(f"{key}:".encode())
+            _add(digest, value)
+    elif isinstance(part, Path):
+        status = part.stat()
+        digest.update(f"{part.resolve()}|{status.st_size}|{status.st_mtime_ns}\n".encode())
+    else:
+        digest.update(f"{part!r}|".encode())
+
+
+class FeatureFile:
+    """Features on disk: a folder that appears when it is complete and is never changed after.
+
+    Args:
+        folder (Path): Folder of all caches.
+        key (str): Name of this one, a :func:`fingerprint` of all that the features depend on.
+    """
+
+    def __init__(self, folder: Path, key: str) -> None:
+        self.folder = folder
+        self.path = folder / key
+        self.partial = folder / f"{key}.partial"
+        self.features = self.path / _FEATURES
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether there is something to read."""
+        return (self.path / _DONE).is_file()
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep other processes from writing the same cache; they wait."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{self.path}.lock"):
+            yield
+
+    def create(self, shape: tuple[int, ...], limit: float) -> None:
+        """Begin to write: make room, and allocate a partial file.
+
+        Args:
+            shape (tuple[int, ...]): Shape (images, layers, N, dim).
+            limit (float): GiB that all caches in the folder may take. The least recently used ones are deleted.
+
+        Raises:
+            OSError: If the disk has too little space.
+        """
+        shutil.rmtree(self.partial, ignore_errors=True)
+        size = num_bytes(shape)
+        self._make_room(limit * GIB - size)
+        free = shutil.disk_usage(self.folder).free
+        if size > free:
+            msg = (
+                f"feature_cache: the features need {size / GIB:.1f} GiB, but {self.folder} has only {free / GIB:.1f} "
+                "left. Give another folder (feature_cache_dir) or train without (feature_cache=off)"
+            )
+            raise OSError(msg)
+        self.partial.mkdir(parents=True)
+        np.lib.format.open_memmap(self.partial / _FEATURES, mode="w+", dtype=np.float16, shape=shape).flush()
+
+    def open_partial(self) -> np.ndarray:
+        """Open the partial file for writing, also in several processes at once."""
+        return np.lib.format.open_memmap(self.partial / _FEATURES, mode="r+")
+
+    def write_code(self, code: FeatureCode) -> None:
+        """Write the code of the features."""
+        np.save(self.partial / _CODE, torch.stack([code.offset, code.scale]).cpu().numpy())
+
+    def read_code(self) -> FeatureCode:
+        """Read the code of the features, of the partial or the complete file."""
+        folder = self.path if self.is_complete else self.partial
+        offset, scale = torch.from_numpy(np.load(folder / _CODE)).unbind(0)
+        return FeatureCode(offset, scale)
+
+    def complete(self) -> None:
+        """Let the file appear, in one step."""
+        (self.partial / _DONE).write_text(json.dumps({"format": 1}))
+        shutil.rmtree(self.path, ignore_errors=True)
+        self.partial.rename(self.path)
+
+    def discard(self) -> None:
+        """Delete the partial file, if any."""
+        shutil.rmtree(self.partial, ignore_errors=True)
+
+    def touch(self) -> None:
+        """Note the use, for the order in which old caches are deleted."""
+        (self.path / _DONE).touch()
+
+    def read(self) -> np.ndarray:
+        """Read all features into memory."""
+        return np.load(self.features)
+
+    def _make_room(self, allowed: float) -> None:
+        """Delete the least recently used caches until the rest takes no more than some bytes."""
+        done = sorted(self.folder.glob(f"*/{_DONE}"), key=lambda path: path.stat().st_mtime, reverse=True)
+        for path in done:
+            allowed -= (path.parent / _FEATURES).stat().st_size
+            if allowed < 0:
+                logger.info("Deleting the feature cache %s to keep to feature_cache_limit.", path.parent)
+                # The mark first: what is left of a deletion that is cut short is no cache.
+                path.unlink()
+                shutil.rmtree(path.parent, ignore_errors=True)

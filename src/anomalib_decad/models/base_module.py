@@ -1,0 +1,313 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the package's anomalib models share: length of the training, checkpoints, multi-class evaluation."""
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, cast
+
+import torch
+from anomalib import LearningType
+from anomalib.data import Batch
+from anomalib.metrics import Evaluator
+from anomalib.models.components import AnomalibModule
+from anomalib.post_processing import PostProcessor
+from anomalib.pre_processing import PreProcessor
+from anomalib.visualization import Visualizer
+from lightning.pytorch.utilities.seed import isolate_rng
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+from torchvision.transforms.v2 import Compose, Normalize, Resize
+from typing_extensions import Self
+
+from anomalib_decad.compat import set_training_steps
+from anomalib_decad.components import (
+    DecouplerOptions,
+    DecouplingLossOptions,
+    InvertibleOptions,
+    SynthesisOptions,
+)
+from anomalib_decad.export import ParityExportMixin
+from anomalib_decad.metrics import BoundedPostProcessor, CategoryEvaluator
+
+__all__ = ["BaseModule"]
+
+logger = logging.getLogger(__name__)
+
+#: What Lightning sets max_epochs to when it is given neither max_steps nor max_epochs nor max_time.
+_LIGHTNING_MAX_EPOCHS = 1000
+
+_RNG_KEY = "anomalib_decad_rng"
+
+
+# anomalib lists, and finds by name, the direct subclasses of its base class: this must not be one, but the models must.
+if TYPE_CHECKING:
+
+    class _Base(ParityExportMixin, AnomalibModule): ...
+else:
+    _Base = ParityExportMixin
+
+
+class BaseModule(_Base):
+    """Base of the package's anomalib models, which also have ``AnomalibModule`` as a base, behind this one.
+
+    A subclass sets ``self.model``, a torch module with a frozen part ``encoder`` (with ``load_weights``), a method
+    what :class:`ParityExportMixin` asks for, and :attr:`is_prepared` and :meth:`prepare` of its own.
+
+    Args:
+        max_steps (int): Training steps where the trainer is given neither max_steps nor max_epochs.
+        gradient_clip_val (float): Norm that gradients are clipped to. The trainer's own gradient_clip_val comes first.
+        pre_processor (PreProcessor | bool): Pre-processor, or whether to use the default one.
+        post_processor (PostProcessor | bool): Post-processor, or whether to use the default one.
+        evaluator (Evaluator | bool): Evaluator, or whether to use the default one.
+        visualizer (Visualizer | bool): Visualizer, or whether to use the default one.
+
+    Raises:
+        ValueError: If ``max_steps`` is not positive.
+    """
+
+    model: Any
+
+    #: Arguments that a checkpoint only fits with; a dot leads into a group.
+    shape_arguments: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(
+        self,
+        max_steps: int,
+        gradient_clip_val: float,
+        pre_processor: PreProcessor | bool = True,
+        post_processor: PostProcessor | bool = True,
+        evaluator: Evaluator | bool = True,
+        visualizer: Visualizer | bool = True,
+    ) -> None:
+        super().__init__(
+            pre_processor=pre_processor,
+            post_processor=post_processor,
+            evaluator=evaluator,
+            visualizer=visualizer,
+        )
+        if not max_steps > 0:
+            msg = f"max_steps must be positive, got {max_steps}"
+            raise ValueError(msg)
+        self.max_steps = max_steps
+        self.gradient_clip_val = gradient_clip_val
+
+    def resize_for_encoder(
+        self, pre_processor: PreProcessor | bool, image_size: tuple[int, int] | None, default: tuple[int, int]
+    ) -> None:
+        """Resize to a size and normalize as the encoder was trained, if the user wants the default pre-processor.
+
+        Args:
+            pre_processor (PreProcessor | bool): The argument of the model.
+            image_size (tuple[int, int] | None): The argument of the model: height and width in pixels.
+            default (tuple[int, int]): Height and width if that is ``None``.
+
+        Raises:
+            ValueError: If there is an ``image_size``, but not the default pre-processor.
+        """
+        if pre_processor is True:
+            encoder = self.model.encoder
+            resize = Resize(tuple(image_size or default), antialias=True)
+            normalize = Normalize(mean=list(encoder.image_mean), std=list(encoder.image_std))
+            self.pre_processor = PreProcessor(transform=Compose([resize, normalize]))
+        elif image_size is not None:
+            msg = "image_size belongs to the default pre_processor: give the size to the pre_processor instead"
+            raise ValueError(msg)
+
+    def configure_post_processor(self) -> PostProcessor:
+        """Configure anomalib's post-processor, in bounded memory."""
+        return BoundedPostProcessor()
+
+    @staticmethod
+    def configure_evaluator() -> Evaluator:
+        """Configure the evaluator of the seven metrics for each category."""
+        return CategoryEvaluator()
+
+    @property
+    def learning_type(self) -> LearningType:
+        """One-class: only normal images are trained with."""
+        return LearningType.ONE_CLASS
+
+    @property
+    def trainer_arguments(self) -> dict[str, Any]:
+        """Trainer arguments that the model sets."""
+        return {"num_sanity_val_steps": 0}
+
+    def setup(self, stage: str) -> None:
+        """Set the default number of training steps.
+
+        Args:
+            stage (str): ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``.
+        """
+        trainer = self.trainer
+        if stage == "fit" and trainer.max_steps == -1 and trainer.max_epochs == _LIGHTNING_MAX_EPOCHS:
+            set_training_steps(trainer, self.max_steps)
+            logger.info("Neither max_steps nor max_epochs is set: training for %d steps.", self.max_steps)
+
+    @property
+    def is_prepared(self) -> bool:
+        """Whether what :meth:`prepare` sets has been set, or loaded from a checkpoint."""
+        return True
+
+    def prepare(self) -> None:
+        """Set what depends on the data alone, before the first step, with training images."""
+
+    def on_fit_start(self) -> None:
+        """Load the encoder's weights, and prepare the model.
+
+        A model that has been prepared, as one from a checkpoint, stays as it is. Of several processes, all end with the
+        model of the first.
+
+        Raises:
+            EncoderWeightsError: If the weights cannot be had and no checkpoint brought them.
+        """
+        # Not earlier: only now has Lightning loaded the checkpoint, if any.
+        self.model.encoder.load_weights()
+        if self.is_prepared:
+            return
+        # Lightning begins the first epoch here, whose random numbers are those of the training.
+        self.trainer.fit_loop.setup_data()
+        with isolate_rng():
+            # How many have been used up by now depends on the number of workers.
+            torch.manual_seed(torch.initial_seed())
+            self.model.train()
+            self.prepare()
+            if self.trainer.world_size > 1:
+                own = {
+                    name: value for name, value in self.model.state_dict().items() if not name.startswith("encoder.")
+                }
+                self.model.load_state_dict(self.trainer.strategy.broadcast(own), strict=False)
+
+    def training_loader(self) -> Iterable[Any]:
+        """Give a loader of training images for :meth:`prepare`, not that of the training, which has begun to read."""
+        datamodule = getattr(self.trainer, "datamodule", None)
+        return datamodule.train_dataloader() if datamodule else cast("DataLoader", self.trainer.train_dataloader)
+
+    def log_losses(self, loss: torch.Tensor, terms: Mapping[str, torch.Tensor], batch_size: int) -> torch.Tensor:
+        """Log the loss of a training step and its terms.
+
+        Args:
+            loss (torch.Tensor): The loss, a scalar.
+            terms (Mapping[str, torch.Tensor]): Its terms by name, scalars.
+            batch_size (int): Number of images.
+
+        Returns:
+            torch.Tensor: The loss.
+
+        Raises:
+            RuntimeError: If the loss is not finite.
+        """
+        if not torch.isfinite(loss):
+            values = ", ".join(f"{name} {value.item():.3g}" for name, value in terms.items())
+            msg = (
+                f"the training loss is not finite at step {self.global_step} ({values}). Lower "
+                "learning_rate, or train with --trainer.precision 32"
+            )
+            raise RuntimeError(msg)
+        self.log("train_loss", loss, on_step=True, on_epoch=True, prog_bar=True, batch_size=batch_size)
+        self.log_dict({f"train_{name}": value for name, value in terms.items()}, batch_size=batch_size)
+        return loss
+
+    def validation_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        """Predict a batch, for the post-processor's thresholds.
+
+        Args:
+            batch (Batch): Batch with images of shape (B, 3, H, W).
+            *args (Any): Unused.
+            **kwargs (Any): Unused.
+
+        Returns:
+            STEP_OUTPUT: The batch with ``pred_score`` and ``anomaly_map``.
+        """
+        del args, kwargs
+        return batch.update(**self.model(batch.image)._asdict())
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip gradients to the trainer's gradient_clip_val or else the model's.
+
+        Args:
+            optimizer (Optimizer): The optimizer.
+            gradient_clip_val (int | float | None): The trainer's value.
+            gradient_clip_algorithm (str | None): The trainer's algorithm.
+        """
+        self.clip_gradients(
+            optimizer,
+            gradient_clip_val=self.gradient_clip_val if gradient_clip_val is None else gradient_clip_val,
+            gradient_clip_algorithm=gradient_clip_algorithm or "norm",
+        )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the state of the random number generators, so that a resumed run goes on as an unbroken one.
+
+        Args:
+            checkpoint (dict[str, Any]): The checkpoint.
+        """
+        super().on_save_checkpoint(checkpoint)
+        checkpoint[_RNG_KEY] = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            checkpoint[_RNG_KEY]["cuda"] = torch.cuda.get_rng_state(self.device)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check that the checkpoint fits, and restore the random number generators if a fit is resumed.
+
+        Args:
+            checkpoint (dict[str, Any]): The checkpoint.
+
+        Raises:
+            ValueError: If the checkpoint is of a model of other shape; the message names the arguments to give.
+        """
+        mine, theirs = self.hparams, checkpoint.get("hyper_parameters", {})
+        different = []
+        for name in self.shape_arguments:
+            value, other = _value_of(mine, name), _value_of(theirs, name)
+            if _MISSING not in (value, other) and value != other:
+                different.append(f"{name} {other}")
+        if different:
+            flags = " ".join(f"--model.{item}" for item in different)
+            msg = f"the checkpoint is of a {type(self).__name__} of another shape: give it the arguments {flags}"
+            raise ValueError(msg)
+        super().on_load_checkpoint(checkpoint)
+        # Before the dataloaders draw their seeds, as when the checkpoint was saved.
+        if self._trainer is not None and self.trainer.training and _RNG_KEY in checkpoint:
+            torch.set_rng_state(checkpoint[_RNG_KEY]["cpu"].cpu())
+            device = self.trainer.strategy.root_device
+            if device.type == "cuda" and "cuda" in checkpoint[_RNG_KEY]:
+                torch.cuda.set_rng_state(checkpoint[_RNG_KEY]["cuda"].cpu(), device)
+
+    @classmethod
+    def checkpoint_safe_globals(cls) -> Sequence[Any]:
+        """Allow the groups of arguments in checkpoints, which are loaded without running code."""
+        return (InvertibleOptions, DecouplerOptions, SynthesisOptions, DecouplingLossOptions)
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> Self:  # type: ignore[override]
+        """Load a model from a checkpoint, which has all weights: neither the hub nor a weights file is needed.
+
+        Args:
+            checkpoint_path (str | Path): The checkpoint.
+            *args (Any): Arguments of ``AnomalibModule.load_from_checkpoint``.
+            **kwargs (Any): Arguments of ``AnomalibModule.load_from_checkpoint``, and overriding model arguments.
+
+        Returns:
+            Self: The model.
+        """
+        kwargs.setdefault("encoder_weights", None)
+        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)  # type: ignore[return-value]
+
+
+_MISSING = object()
+
+
+def _value_of(arguments: Mapping[str, Any], name: str) -> Any:
+    """Find an argument, or a field of a group of them, so that equal sequences compare equal."""
+    group, _, field = name.partition(".")
+    value = arguments.get(group, _MISSING)
+    if field:
+        value = getattr(value, field, _MISSING)
+    return list(value) if isinstance(value, list | tuple) else value

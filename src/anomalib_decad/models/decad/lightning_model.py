@@ -1,0 +1,315 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DecAD as an anomalib model."""
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from anomalib.data import Batch
+from anomalib.metrics import Evaluator
+from anomalib.models.components import AnomalibModule
+from anomalib.post_processing import PostProcessor
+from anomalib.pre_processing import PreProcessor
+from anomalib.visualization import Visualizer
+from lightning.pytorch import Callback
+from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+
+from anomalib_decad.components import (
+    AdversarialSynthesis,
+    Decoupler,
+    DecouplerOptions,
+    DecouplingLossOptions,
+    FeatureDecoder,
+    InvertibleOptions,
+    SynthesisOptions,
+    ViTEncoder,
+)
+from anomalib_decad.components.precision import at_least_float32
+from anomalib_decad.feature_cache import FeatureBatch, FeatureCaching
+from anomalib_decad.models.base_module import BaseModule
+from anomalib_decad.models.decad.anomaly_map import AnomalyMapGenerator, AnomalyMapOptions
+from anomalib_decad.models.decad.loss import DecADLoss
+from anomalib_decad.models.decad.torch_model import DecADModel
+
+__all__ = ["DecAD"]
+
+logger = logging.getLogger(__name__)
+
+#: Side of the default image, in patches: 280 pixels with a patch of 14.
+_DEFAULT_GRID = 20
+
+#: How many training images, and how many of their patches, the model is prepared with.
+_SAMPLE_IMAGES, _SAMPLE_PATCHES = 256, 32_768
+
+
+class DecAD(BaseModule, AnomalibModule):
+    """Anomaly detection by decoupling: one model for all product categories.
+
+    A frozen vision transformer encodes the image. Each patch embedding is mapped by an invertible network to a latent
+    space, where its abnormal component is removed, and back; a decoder then reconstructs the encoder's features. What
+    it cannot reconstruct is an anomaly. Anomalies to train with are synthesized in feature space.
+
+    Train it on many categories with ``--data MultiCategory``, or on one with any of anomalib's datamodules.
+
+    Args:
+        encoder (str): Name of a timm vision transformer: any patch size, with or without register tokens.
+            Defaults to ``"vit_base_patch14_dinov2"``.
+        encoder_weights (str | Path | None): Local .safetensors or .pth file with the encoder's weights, in timm's or
+            the original DINOv2's key names.
+            Defaults to ``None``: timm's pretrained weights, from the Hugging Face hub or its local cache.
+        layers (Sequence[int]): Encoder layers (transformer blocks) whose outputs are reconstructed, counted from 1, in
+            increasing order.
+            Defaults to ``(3, 6, 9)``.
+        image_size (tuple[int, int] | None): Height and width that images are resized to, multiples of the patch.
+            Defaults to ``None``: 20 x 20 patches, which is (280, 280) with a patch of 14.
+        delta (float): Radius of the synthetic anomalies in feature space.
+            Defaults to ``2.5``.
+        decouple (bool): Whether anomalies are synthesized and removed. Without, it is a plain reconstruction, to
+            compare with.
+            Defaults to ``True``.
+        decoder_depth (int): Transformer blocks of the decoder.
+            Defaults to ``2``.
+        num_prototypes (int): Prototypes of normal patches in the decoder's memory; 0 for no memory.
+            Defaults to ``2560``.
+        invertible (InvertibleOptions): Shape of the invertible network.
+        decoupler (DecouplerOptions): Split of the latent, and its prior.
+        synthesis (SynthesisOptions): What synthetic anomalies are like beside their radius.
+        loss (DecouplingLossOptions): Weights of the losses that train the decoupling.
+        anomaly_map (AnomalyMapOptions): From errors to an anomaly map and a score.
+        max_steps (int): Training steps where the trainer is given neither max_steps nor max_epochs, for example in
+            ``anomalib benchmark``, which gives it none.
+            Defaults to ``15000``, as in the paper.
+        learning_rate (float): Peak learning rate of AdamW.
+            Defaults to ``1e-3``.
+        weight_decay (float): Weight decay of AdamW.
+            Defaults to ``1e-4``.
+        warmup_steps (int): Steps in which the learning rate rises; at most a quarter of the training. After them it
+            falls along a cosine to 1 % at the end of the training.
+            Defaults to ``100``.
+        gradient_clip_val (float): Norm that gradients are clipped to. The trainer's own gradient_clip_val comes first.
+            Defaults to ``1.0``.
+        feature_cache (Literal["off", "ram", "disk"]): Whether the encoder's features of all training images are
+            computed once, before the training, and kept in memory or in a file that later runs use again. Only
+            without random augmentations.
+            Defaults to ``"off"``.
+        feature_cache_dir (str | Path | None): Folder of such files.
+            Defaults to ``None``: ``anomalib_decad`` in the user's cache folder.
+        feature_cache_limit (float): GiB that the features, and all files in that folder together, may take. The least
+            recently used files are deleted.
+            Defaults to ``16.0``.
+        pre_processor (PreProcessor | bool): Pre-processor, or whether to use the default one: resize to image_size
+            and normalize as the encoder was trained.
+            Defaults to ``True``.
+        post_processor (PostProcessor | bool): Post-processor, or whether to use the default one: anomalib's, in bounded
+            memory.
+            Defaults to ``True``.
+        evaluator (Evaluator | bool): Evaluator, or whether to use the default one: the seven metrics for each category.
+            Defaults to ``True``.
+        visualizer (Visualizer | bool): Visualizer, or whether to use anomalib's default one.
+            Defaults to ``True``.
+
+    Raises:
+        ValueError: If an argument is out of its range or does not fit the encoder.
+        FileNotFoundError: If ``encoder_weights`` is no file.
+
+    Example:
+        >>> from anomalib.engine import Engine
+        >>> from anomalib_decad import DecAD, MultiCategory
+        >>> datamodule = MultiCategory("MVTecAD", root="./datasets/MVTecAD")
+        >>> Engine(max_steps=15_000).train(DecAD(), datamodule=datamodule)  # doctest: +SKIP
+
+    See Also:
+        :class:`anomalib_decad.DecADModel`: the torch module.
+    """
+
+    model: DecADModel
+    shape_arguments = (
+        "encoder", "layers", "decouple", "decoder_depth", "num_prototypes", "invertible.num_blocks",
+        "invertible.num_units", "invertible.hidden_dim", "decoupler.abnormal_fraction", "decoupler.prior_dim",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        encoder: str = "vit_base_patch14_dinov2",
+        encoder_weights: str | Path | None = None,
+        layers: Sequence[int] = (3, 6, 9),
+        image_size: tuple[int, int] | None = None,
+        delta: float = 2.5,
+        decouple: bool = True,
+        decoder_depth: int = 2,
+        num_prototypes: int = 2560,
+        invertible: InvertibleOptions = InvertibleOptions(),
+        decoupler: DecouplerOptions = DecouplerOptions(),
+        synthesis: SynthesisOptions = SynthesisOptions(),
+        loss: DecouplingLossOptions = DecouplingLossOptions(),
+        anomaly_map: AnomalyMapOptions = AnomalyMapOptions(),
+        max_steps: int = 15_000,
+        learning_rate: float = 1e-3,
+        weight_decay: float = 1e-4,
+        warmup_steps: int = 100,
+        gradient_clip_val: float = 1.0,
+        feature_cache: Literal["off", "ram", "disk"] = "off",
+        feature_cache_dir: str | Path | None = None,
+        feature_cache_limit: float = 16.0,
+        pre_processor: PreProcessor | bool = True,
+        post_processor: PostProcessor | bool = True,
+        evaluator: Evaluator | bool = True,
+        visualizer: Visualizer | bool = True,
+    ) -> None:
+        super().__init__(
+            max_steps,
+            gradient_clip_val,
+            pre_processor=pre_processor,
+            post_processor=post_processor,
+            evaluator=evaluator,
+            visualizer=visualizer,
+        )
+        if not learning_rate > 0:
+            msg = f"learning_rate must be positive, got {learning_rate}"
+            raise ValueError(msg)
+        vit = ViTEncoder(encoder, layers, encoder_weights)
+        self.model = DecADModel(
+            encoder=vit,
+            decoupler=Decoupler(vit.dim, decoupler, invertible) if decouple else None,
+            synthesis=AdversarialSynthesis(delta, synthesis) if decouple else None,
+            decoder=FeatureDecoder(vit.dim, len(layers), decoder_depth, vit.num_heads, num_prototypes),
+            anomaly_map=AnomalyMapGenerator(anomaly_map),
+        )
+        self.loss = DecADLoss(loss)
+        self.feature_caching = (
+            None if feature_cache == "off" else FeatureCaching(feature_cache, feature_cache_dir, feature_cache_limit)
+        )
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.warmup_steps = warmup_steps
+        height, width = self.model.encoder.patch_size
+        self.resize_for_encoder(pre_processor, image_size, (_DEFAULT_GRID * height, _DEFAULT_GRID * width))
+        if self.input_size is not None:
+            self.model.encoder.grid(*self.input_size)
+
+    @classmethod
+    def checkpoint_safe_globals(cls) -> Sequence[Any]:
+        """Allow the groups of arguments in checkpoints."""
+        return (*super().checkpoint_safe_globals(), AnomalyMapOptions)
+
+    @staticmethod
+    def configure_pre_processor(image_size: tuple[int, int] | None = None) -> PreProcessor:
+        """Configure the pre-processor of an encoder with patches of 14 pixels and ImageNet statistics, as DINOv2.
+
+        Args:
+            image_size (tuple[int, int] | None): Height and width that images are resized to.
+                Defaults to ``None``: (280, 280).
+
+        Returns:
+            PreProcessor: The pre-processor.
+        """
+        return AnomalibModule.configure_pre_processor(image_size or (280, 280))
+
+    def configure_callbacks(self) -> Sequence[Callback] | Callback:
+        """Configure anomalib's callbacks, and that of the feature cache."""
+        callbacks = super().configure_callbacks()
+        callbacks = list(callbacks) if isinstance(callbacks, Sequence) else [callbacks]
+        return [*callbacks, self.feature_caching] if self.feature_caching else callbacks
+
+    @property
+    def is_prepared(self) -> bool:
+        """Whether the model has been initialized."""
+        return bool(self.model.initialized)
+
+    def prepare(self) -> None:
+        """Initialize the model by a sample of training images."""
+        logger.info("Preparing the model with up to %d training images: a minute or two on a CPU.", _SAMPLE_IMAGES)
+        trainer = self.trainer
+        columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
+        with Progress(*columns, disable=not (trainer.is_global_zero and trainer.progress_bar_callback)) as progress:
+            task = progress.add_task("Looking at training images", total=_SAMPLE_IMAGES)
+            features = self._sample_features(lambda count: progress.update(task, completed=count))
+            progress.update(task, completed=_SAMPLE_IMAGES)  # also where there are fewer
+            # How far it is cannot be told.
+            progress.add_task("Fitting to their patches", total=None)
+            self.model.initialize(features)
+
+    @torch.no_grad()
+    def _sample_features(self, report: Callable[[int], None]) -> list[torch.Tensor]:
+        """Encode a sample of patches of training images.
+
+        Args:
+            report (Callable[[int], None]): Is told the number of images after each batch, at most ``_SAMPLE_IMAGES``.
+
+        Returns:
+            list[torch.Tensor]: Features of shape (K, dim), one for each layer.
+        """
+        trainer, transform = self.trainer, getattr(self.pre_processor, "transform", None)
+        chosen: list[torch.Tensor] = []
+        count = 0
+        for batch in self.training_loader():
+            batch = trainer.strategy.batch_to_device(batch)
+            if isinstance(batch, FeatureBatch):
+                features = batch.features()
+            else:
+                with trainer.precision_plugin.forward_context():
+                    features = self.model.encoder(transform(batch.image) if transform else batch.image)
+            rows = torch.stack(features, dim=2).flatten(0, 1)
+            patches = len(rows) * _SAMPLE_PATCHES // (_SAMPLE_IMAGES * features[0].shape[1]) + 1
+            chosen.append(rows[torch.randperm(len(rows), device=rows.device)[:patches]])
+            count += len(features[0])
+            report(min(count, _SAMPLE_IMAGES))
+            if count >= _SAMPLE_IMAGES:
+                break
+        return list(at_least_float32(torch.cat(chosen)).unbind(1))
+
+    def training_step(self, batch: Batch | FeatureBatch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        """Compute the loss of a batch of normal images.
+
+        Args:
+            batch (Batch | FeatureBatch): Batch with images of shape (B, 3, H, W), or with their features.
+            *args (Any): Unused.
+            **kwargs (Any): Unused.
+
+        Returns:
+            STEP_OUTPUT: The loss.
+
+        Raises:
+            RuntimeError: If the loss is not finite.
+        """
+        del args, kwargs
+        if isinstance(batch, FeatureBatch):
+            loss_input = self.model.training_output(batch.features(), batch.grid)
+        else:
+            loss_input = self.model(batch.image)
+        terms = self.loss(loss_input)
+        loss = terms.pop("loss")
+        return self.log_losses(loss, terms, len(loss_input.x))
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Configure AdamW, with warm-up and cosine decay over the trainer's max_steps or max_epochs.
+
+        Returns:
+            OptimizerLRScheduler: The optimizer and its scheduler.
+
+        Raises:
+            ValueError: If the trainer has neither a number of steps nor of epochs.
+        """
+        total = self.trainer.estimated_stepping_batches
+        if math.isinf(total):
+            msg = "the learning rate decays over the training: set --trainer.max_steps or --trainer.max_epochs"
+            raise ValueError(msg)
+        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        optimizer = AdamW(parameters, lr=self.learning_rate, weight_decay=self.weight_decay)
+        warmup = max(min(self.warmup_steps, int(total) // 4), 1)
+        scheduler = LambdaLR(optimizer, lambda step: _learning_rate_factor(step, warmup, int(total)))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def _learning_rate_factor(step: int, warmup: int, total: int) -> float:
+    """Rise linearly for ``warmup`` steps, then fall along a cosine to 1 % at ``total`` steps."""
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = min((step - warmup) / max(total - warmup, 1), 1.0)
+    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress))

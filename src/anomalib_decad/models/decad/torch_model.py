@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DecAD as a torch module: encoder, decoupler, decoder, anomaly map."""
+
+import copy
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from anomalib.data import InferenceBatch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from anomalib_decad.components import (
+    AdversarialSynthesis,
+    Decoupler,
+    FeatureDecoder,
+    FeatureFusion,
+    FeatureStandardizer,
+    ViTEncoder,
+)
+from anomalib_decad.models.decad.anomaly_map import AnomalyMapGenerator
+
+__all__ = ["DecADModel", "TrainingOutput"]
+
+
+class TrainingOutput(NamedTuple):
+    """What :class:`DecADModel` returns in training mode; the input of the loss.
+
+    Args:
+        features (list[torch.Tensor]): Standardized feature maps of the encoder, each of shape (B, N, dim).
+        reconstructions (list[torch.Tensor]): Their reconstructions from ``x_clean``.
+        x (torch.Tensor): Embeddings before perturbation, shape (B, N, dim).
+        x_clean (torch.Tensor): Cleaned embeddings, shape (B, N, dim).
+        energy (torch.Tensor): Abnormal energies of the perturbed embeddings, shape (B, N).
+        perturbed (torch.Tensor): Which patches were perturbed, booleans of shape (B, N).
+    """
+
+    features: list[torch.Tensor]
+    reconstructions: list[torch.Tensor]
+    x: torch.Tensor
+    x_clean: torch.Tensor
+    energy: torch.Tensor
+    perturbed: torch.Tensor
+
+
+class DecADModel(nn.Module):
+    """Detects anomalies as what a decoder cannot reconstruct after their removal in a latent space.
+
+    A frozen vision transformer gives feature maps. Their fusion is cleaned patch by patch (:class:`Decoupler`), and a
+    decoder reconstructs the standardized feature maps from it. In training mode, anomalies are synthesized in feature
+    space.
+
+    What depends on the data alone (statistics, principal axes, prior, prototypes) comes from a sample of normal images,
+    given to :meth:`initialize` before training or taken from the first batch.
+
+    Args:
+        encoder (ViTEncoder): Gives the feature maps.
+        decoupler (Decoupler | None): Removes what is abnormal from embeddings of the encoder's channels.
+            ``None``: nothing is removed, a plain reconstruction.
+        synthesis (AdversarialSynthesis | None): Perturbs embeddings in training mode.
+            ``None``: none are perturbed.
+        decoder (FeatureDecoder): Reconstructs as many feature maps as the encoder gives.
+        anomaly_map (AnomalyMapGenerator): Compares.
+
+    Example:
+        >>> encoder = ViTEncoder("test_vit", [1, 2, 3], pretrained=False)
+        >>> decoder = FeatureDecoder(encoder.dim, num_layers=3, num_heads=4, num_prototypes=16)
+        >>> model = DecADModel(
+        ...     encoder, Decoupler(encoder.dim), AdversarialSynthesis(), decoder, AnomalyMapGenerator()
+        ... ).eval()
+        >>> model(torch.rand(2, 3, 64, 64)).anomaly_map.shape
+        torch.Size([2, 1, 64, 64])
+
+    Reference:
+        DecAD, ICCV 2025.
+    """
+
+    initialized: torch.Tensor
+
+    def __init__(
+        self,
+        encoder: ViTEncoder,
+        decoupler: Decoupler | None,
+        synthesis: AdversarialSynthesis | None,
+        decoder: FeatureDecoder,
+        anomaly_map: AnomalyMapGenerator,
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.standardizer = FeatureStandardizer(encoder.dim, len(encoder.layers))
+        self.fusion = FeatureFusion(encoder.dim)
+        self.decoupler = decoupler
+        self.synthesis = synthesis
+        self.decoder = decoder
+        self.anomaly_map_generator = anomaly_map
+        self.register_buffer("initialized", torch.tensor(False))
+
+    def forward(self, images: torch.Tensor) -> TrainingOutput | InferenceBatch:
+        """Run the model.
+
+        Args:
+            images (torch.Tensor): Normalized images of shape (B, 3, H, W); H and W are multiples of the patch.
+
+        Returns:
+            TrainingOutput | InferenceBatch: In training mode the input of the loss; in eval mode ``pred_score`` of
+                shape (B,) and ``anomaly_map`` of shape (B, 1, H, W).
+
+        Raises:
+            ValueError: If the image size does not fit the encoder.
+        """
+        height, width = images.shape[-2:]
+        grid = self.encoder.grid(height, width)
+        features = self.encoder(images)
+        if self.training:
+            return self.training_output(features, grid)
+        return self.inference_output(features, grid, (height, width))
+
+    def inference_output(
+        self, features: Sequence[torch.Tensor], grid: tuple[int, int], image_size: tuple[int, int]
+    ) -> InferenceBatch:
+        """Remove anomalies, reconstruct and compare.
+
+        Args:
+            features (Sequence[torch.Tensor]): Feature maps of the encoder, each of shape (B, N, dim).
+            grid (tuple[int, int]): Patch rows and columns, N = rows * columns.
+            image_size (tuple[int, int]): Height and width of the anomaly maps in pixels.
+
+        Returns:
+            InferenceBatch: ``pred_score`` of shape (B,) and ``anomaly_map`` of shape (B, 1, H, W).
+        """
+        x = self.fusion(features)
+        x_clean, energy = self.decoupler(x) if self.decoupler else (x, x.new_ones(x.shape[:-1]))
+        reconstructions = self.decoder(x_clean)
+        maps, scores = self.anomaly_map_generator(
+            self.standardizer(features), reconstructions, grid, image_size, energy
+        )
+        return InferenceBatch(pred_score=scores, anomaly_map=maps)
+
+    @torch.no_grad()
+    def initialize(self, features: Sequence[torch.Tensor]) -> None:
+        """Set what depends on the data alone, from the principal axes to the prototypes.
+
+        Args:
+            features (Sequence[torch.Tensor]): Feature maps of normal patches from the encoder, each of shape
+                (..., dim): some ten thousand patches of all that is normal.
+
+        Raises:
+            RuntimeError: If the model is not in training mode.
+        """
+        if not self.training:
+            msg = "initialize needs a model in training mode: call train() first"
+            raise RuntimeError(msg)
+        rows = [feature.flatten(0, -2) for feature in features]
+        self.standardizer.initialize(rows)
+        self.fusion.initialize(rows)
+        x = self.fusion(rows)
+        if self.decoupler:
+            self.decoupler.initialize(x)
+            self.decoupler.fit_prior(x)
+            x, _ = self.decoupler(x)
+        self.decoder.initialize(x, self.standardizer(rows))
+        self.initialized.fill_(True)
+
+    @property
+    def float_parts(self) -> list[str]:
+        """Names of the parts that quantization leaves in floating point.
+
+        Whitening and removal are only faithful if they are accurate, and the memory takes exponentials of differences
+        between large numbers.
+        """
+        optional = {"decoupler": self.decoupler, "decoder.memory": self.decoder.memory}
+        return ["fusion", "standardizer", *(name for name, part in optional.items() if part is not None)]
+
+    def fused(self, image_size: tuple[int, int] | None) -> "DecADModel":
+        """Copy the model for inference, faster and the same within rounding.
+
+        What only training or other sizes need is computed once and multiplied into the weights: spectral norms, the
+        solver's preconditioning, ActNorms, position embeddings. The copy can be pickled and exported.
+
+        Args:
+            image_size (tuple[int, int] | None): The only height and width that the copy will take, multiples of the
+                patch, or ``None`` for any.
+
+        Returns:
+            DecADModel: The copy, in eval mode.
+
+        Raises:
+            ValueError: If the image size does not fit the encoder.
+        """
+        model = copy.deepcopy(self).eval()
+        model.encoder.load_weights()
+        if image_size is not None:
+            model.encoder.fuse(*image_size)
+        if model.decoupler:
+            model.decoupler.fuse()
+        return model.requires_grad_(False)
+
+    def training_output(self, features: Sequence[torch.Tensor], grid: tuple[int, int] | None = None) -> TrainingOutput:
+        """Synthesize anomalies, remove them and reconstruct.
+
+        Args:
+            features (Sequence[torch.Tensor]): Feature maps of the encoder, each of shape (B, N, dim).
+            grid (tuple[int, int] | None): Patch rows and columns, N = rows * columns.
+                Defaults to ``None``: a square grid.
+
+        Returns:
+            TrainingOutput: The input of the loss.
+        """
+        if not self.initialized:
+            self.initialize(features)
+        standardized = self.standardizer(features)
+        x = self.fusion(features)
+        unchanged = x, x.new_zeros(x.shape[:-1]).bool()
+        if self.decoupler is None:
+            return TrainingOutput(standardized, self.decoder(x), x, x, x.new_zeros(x.shape[:-1]), unchanged[1])
+        # One cache around all passes of the step: the spectral norms are computed once.
+        with parametrize.cached():
+            perturbed, mask = self.synthesis(x, self.decoupler.energy, grid) if self.synthesis else unchanged
+            x_clean, energy = self.decoupler(perturbed)
+        return TrainingOutput(standardized, self.decoder(x_clean), x, x_clean, energy, mask)

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the torch modules of methods with decoupling share."""
+
+import copy
+from typing import Any
+
+from torch import nn
+from typing_extensions import Self
+
+from anomalib_decad.components import EmbeddingDecoupling
+
+__all__ = ["DecoupledModel"]
+
+
+class DecoupledModel(nn.Module):
+    """Base of the torch modules of methods with decoupling: a frozen encoder, and a copy for inference.
+
+    In training mode a subclass returns (features, reconstructions), lists of tensors, and in eval mode anomalib's
+    ``InferenceBatch``.
+    """
+
+    encoder: Any  # a CNNEncoder or a ViTPyramid
+
+    @property
+    def decoupling(self) -> EmbeddingDecoupling | None:
+        """The decoupling, unless the method is plain."""
+        found = (module for module in self.modules() if isinstance(module, EmbeddingDecoupling))
+        return next(found, None)
+
+    @property
+    def float_parts(self) -> list[str]:
+        """Names of the parts that quantization leaves in floating point: removal is only faithful if it is accurate."""
+        parts = {name for name, module in self.named_modules() if isinstance(module, EmbeddingDecoupling)}
+        return [f"{name}.decoupler" for name in sorted(parts)]
+
+    def fused(self, image_size: tuple[int, int] | None) -> Self:
+        """Copy the model for inference, faster and the same within rounding.
+
+        Args:
+            image_size (tuple[int, int] | None): Height and width of the images in pixels.
+
+        Returns:
+            Self: The copy, in eval mode.
+
+        Raises:
+            EncoderWeightsError: If the encoder's weights had to be loaded and could not.
+        """
+        model = copy.deepcopy(self).eval()
+        if image_size is not None:
+            model.encoder.fuse(*image_size)
+        if model.decoupling:
+            model.decoupling.fuse()
+        return model.requires_grad_(False)

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the anomalib models with a decoupled embedding share."""
+
+import math
+from typing import Any, cast
+
+import torch
+from anomalib.data import Batch
+from anomalib.pre_processing import PreProcessor
+from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import MultiStepLR
+
+from anomalib_decad.components.encoders import default_size
+from anomalib_decad.models.base_module import BaseModule
+
+__all__ = ["DecoupledModule"]
+
+
+class DecoupledModule(BaseModule):
+    """Base of the anomalib models that are another method with decoupling; ``AnomalibModule`` comes behind it.
+
+    A subclass sets ``self.model``, a :class:`DecoupledModel`, and ``self.loss``, the method's own loss of what that
+    returns in training mode; and it configures the method's optimizer. The loss is the method's own, plus the
+    decoupling's terms.
+
+    Args:
+        decoupling_learning_rate (float): Learning rate of the decoupling's parameters.
+        learning_rate (float): Learning rate of all others.
+        **kwargs (Any): Arguments of :class:`BaseModule`.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+    """
+
+    def __init__(self, decoupling_learning_rate: float, learning_rate: float, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        for name, rate in (
+            ("learning_rate", learning_rate),
+            ("decoupling_learning_rate", decoupling_learning_rate),
+        ):
+            if not rate > 0:
+                msg = f"{name} must be positive, got {rate}"
+                raise ValueError(msg)
+        self.decoupling_learning_rate = decoupling_learning_rate
+        self.learning_rate = learning_rate
+
+    def model_size(
+        self,
+        encoder: str,
+        pre_processor: PreProcessor | bool,
+        image_size: tuple[int, int] | None,
+        default: tuple[int, int],
+    ) -> tuple[int, int]:
+        """Find the height and width of the images that the model will see.
+
+        Args:
+            encoder (str): Name of the encoder.
+            pre_processor (PreProcessor | bool): The argument of the model.
+            image_size (tuple[int, int] | None): The argument of the model.
+            default (tuple[int, int]): Height and width with a convolutional network, in pixels.
+
+        Returns:
+            tuple[int, int]: Height and width in pixels.
+
+        Raises:
+            ValueError: If the user's pre-processor does not resize to one size.
+        """
+        if isinstance(pre_processor, PreProcessor):
+            if self.input_size is None:
+                msg = f"{type(self).__name__} takes images of one size: have the pre_processor resize to it"
+                raise ValueError(msg)
+            return self.input_size
+        if image_size is None:
+            return default_size(encoder, default)
+        height, width = image_size
+        return height, width
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Give the parameters to train, and their learning rates, to an optimizer."""
+        decoupling = self.model.decoupling
+        extra = [p for p in decoupling.parameters() if p.requires_grad] if decoupling else []
+        theirs = set(extra)
+        own = [p for p in self.model.parameters() if p.requires_grad and p not in theirs]
+        groups = [{"params": own, "lr": self.learning_rate}]
+        if extra:
+            groups.append({"params": extra, "lr": self.decoupling_learning_rate})
+        return groups
+
+    def step_down(self, optimizer: Optimizer) -> OptimizerLRScheduler:
+        """Have an optimizer's learning rates fall to a tenth after 80 % of the training.
+
+        Args:
+            optimizer (Optimizer): The optimizer.
+
+        Returns:
+            OptimizerLRScheduler: The optimizer and its scheduler.
+        """
+        total = self.trainer.estimated_stepping_batches
+        last = int(0.8 * total) if math.isfinite(total) else self.max_steps
+        scheduler = MultiStepLR(optimizer, milestones=[max(last, 1)], gamma=0.1)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    @property
+    def is_prepared(self) -> bool:
+        """Whether the decoupling, if any, has seen a batch."""
+        return not self.model.decoupling or self.model.decoupling.is_initialized
+
+    @torch.no_grad()
+    def prepare(self) -> None:
+        """Initialize the decoupling by a batch of training images."""
+        batch = next(iter(self.training_loader()))
+        batch = self.trainer.strategy.batch_to_device(batch)
+        transform = getattr(self.pre_processor, "transform", None)
+        self.model(transform(batch.image) if transform else batch.image)
+        self.model.decoupling.losses()
+
+    def training_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        """Compute the loss of a batch of normal images.
+
+        Args:
+            batch (Batch): Batch with images of shape (B, 3, H, W).
+            *args (Any): Unused.
+            **kwargs (Any): Unused.
+
+        Returns:
+            STEP_OUTPUT: The loss.
+
+        Raises:
+            RuntimeError: If the loss is not finite.
+        """
+        del args, kwargs
+        images = cast("torch.Tensor", batch.image)
+        features, reconstructions = self.model(images)
+        terms = {"reconstruction": self.loss(features, reconstructions)}
+        loss = terms["reconstruction"]
+        if decoupling := self.model.decoupling:
+            terms |= (extra := decoupling.losses())
+            loss = loss + torch.stack(list(extra.values())).sum()
+        return self.log_losses(loss, terms, len(images))

@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MambaAD's decoder: locality-enhanced state spaces with hybrid scanning."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from timm.layers import DropPath, trunc_normal_
+from torch import nn
+from torch.nn import functional
+
+from anomalib_decad.models.mambaad.scan_order import Curve, scan_orders
+from anomalib_decad.models.mambaad.selective_scan import selective_scan
+
+__all__ = ["HybridStateSpace", "LocalityEnhancedStateSpace", "MambaDecoder"]
+
+_NUM_STATES = 16
+_EXPANSION = 2
+
+#: Range of the step sizes that the scan starts with.
+_MIN_DELTA, _MAX_DELTA = 0.001, 0.1
+
+#: Kernels of the convolutions beside the state spaces.
+_KERNELS = (5, 7)
+
+#: Share of residual branches that are dropped in training: this in the first block, none in the last.
+_DROP_PATH = 0.2
+
+
+class HybridStateSpace(nn.Module):
+    """Selective state space that scans a feature map in several directions, and sums what they give.
+
+    Args:
+        dim (int): Number of channels.
+        grid (tuple[int, int]): Rows and columns of the feature map.
+        num_directions (int): 2, 4 or 8.
+        curve (Curve): Curve of the scan.
+
+    Raises:
+        ValueError: If ``num_directions`` or ``curve`` is out of its range.
+
+    Reference:
+        MambaAD, section 3.3, and VMamba's SS2D.
+    """
+
+    order: torch.Tensor
+    inverse: torch.Tensor
+
+    def __init__(self, dim: int, grid: tuple[int, int], num_directions: int, curve: Curve) -> None:
+        super().__init__()
+        inner = _EXPANSION * dim
+        self.rank = math.ceil(dim / 16)
+        self.input_projection = nn.Linear(dim, 2 * inner, bias=False)
+        self.convolution = nn.Conv2d(inner, inner, 3, padding=1, groups=inner)
+        bound = inner**-0.5
+        self.parameter_projection = nn.Parameter(
+            torch.empty(num_directions, self.rank + 2 * _NUM_STATES, inner).uniform_(-bound, bound)
+        )
+        bound = self.rank**-0.5
+        self.delta_projection = nn.Parameter(torch.empty(num_directions, inner, self.rank).uniform_(-bound, bound))
+        delta = torch.empty(num_directions, inner).uniform_(math.log(_MIN_DELTA), math.log(_MAX_DELTA)).exp()
+        self.delta_bias = nn.Parameter(delta + torch.log(-torch.expm1(-delta)))  # softplus gives delta again
+        states = torch.arange(1, _NUM_STATES + 1, dtype=torch.float32)
+        self.log_a = nn.Parameter(states.log().repeat(num_directions, inner, 1))
+        self.skip = nn.Parameter(torch.ones(num_directions, inner))
+        self.norm = nn.LayerNorm(inner)
+        self.output_projection = nn.Linear(inner, dim, bias=False)
+        order = scan_orders(grid, curve, num_directions)
+        self.register_buffer("order", order, persistent=False)
+        self.register_buffer("inverse", order.argsort(dim=1), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Scan a feature map.
+
+        Args:
+            x (torch.Tensor): Shape (B, rows, columns, dim).
+
+        Returns:
+            torch.Tensor: Same shape.
+        """
+        features, gate = self.input_projection(x).chunk(2, dim=-1)
+        features = functional.silu(self.convolution(features.permute(0, 3, 1, 2)))
+        y = self._scan(features.flatten(2)).mT.unflatten(1, x.shape[1:3])
+        return self.output_projection(self.norm(y.to(x.dtype)) * functional.silu(gate))
+
+    def _scan(self, features: torch.Tensor) -> torch.Tensor:
+        """Scan features of shape (B, inner, L) in all directions and sum, same shape."""
+        directions = torch.stack([features[..., order] for order in self.order], dim=1)
+        parameters = self.parameter_projection @ directions
+        rank, b, c = parameters.split([self.rank, _NUM_STATES, _NUM_STATES], dim=2)
+        delta = functional.softplus((self.delta_projection @ rank).float() + self.delta_bias[..., None])
+        y = selective_scan(directions, delta, -self.log_a.float().exp(), b, c, self.skip)
+        return torch.stack([y[:, index][..., order] for index, order in enumerate(self.inverse)]).sum(0)
+
+
+class _StateSpaceBlock(nn.Module):
+    def __init__(self, dim: int, grid: tuple[int, int], num_directions: int, curve: Curve, drop_path: float) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.state_space = HybridStateSpace(dim, grid, num_directions, curve)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.drop_path(self.state_space(self.norm(x)))
+
+
+def _convolution(dim: int, kernel: int) -> nn.Sequential:
+    """Depthwise convolution between two of size 1, each with an instance norm and SiLU."""
+    convolutions = (
+        nn.Conv2d(dim, dim, 1),
+        nn.Conv2d(dim, dim, kernel, padding=kernel // 2, groups=dim, bias=False),
+        nn.Conv2d(dim, dim, 1),
+    )
+    return nn.Sequential(*(layer for conv in convolutions for layer in (conv, nn.InstanceNorm2d(dim), nn.SiLU())))
+
+
+class LocalityEnhancedStateSpace(nn.Module):
+    """State space blocks, which see the whole map, beside convolutions, which see the neighborhood.
+
+    Args:
+        dim (int): Number of channels.
+        grid (tuple[int, int]): Rows and columns of the feature map.
+        num_directions (int): Directions of a scan: 2, 4 or 8.
+        curve (Curve): Curve of the scan.
+        drop_paths (Sequence[float]): For each state space block, the share that is dropped in training.
+
+    Reference:
+        MambaAD, section 3.2.
+    """
+
+    def __init__(
+        self, dim: int, grid: tuple[int, int], num_directions: int, curve: Curve, drop_paths: Sequence[float]
+    ) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(
+            *(_StateSpaceBlock(dim, grid, num_directions, curve, drop_path) for drop_path in drop_paths)
+        )
+        self.convolutions = nn.ModuleList(_convolution(dim, kernel) for kernel in _KERNELS)
+        self.join = nn.Conv2d((1 + len(_KERNELS)) * dim, dim, 1)
+        for module in (*self.convolutions.modules(), self.join):
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Transform a feature map.
+
+        Args:
+            x (torch.Tensor): Shape (B, rows, columns, dim).
+
+        Returns:
+            torch.Tensor: Same shape.
+        """
+        channels_first = x.permute(0, 3, 1, 2)
+        parts = [self.blocks(x).permute(0, 3, 1, 2), *(branch(channels_first) for branch in self.convolutions)]
+        return x + self.join(torch.cat(parts, dim=1)).permute(0, 2, 3, 1)
+
+
+class _PatchExpand(nn.Module):
+    """Twice the rows and columns, half the channels."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.expand = nn.Linear(dim, 2 * dim, bias=False)
+        self.norm = nn.LayerNorm(dim // 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.expand(x).unflatten(-1, (2, 2, -1))  # (B, rows, columns, 2, 2, dim / 2)
+        return self.norm(x.transpose(2, 3).flatten(3, 4).flatten(1, 2))
+
+
+class MambaDecoder(nn.Module):
+    """Decodes an embedding to feature maps of twice its size and half its channels, and again.
+
+    Args:
+        dim (int): Channels of the embedding.
+        grid (tuple[int, int]): Its rows and columns.
+        depths (Sequence[int]): State space blocks of each stage, from the coarsest; multiples of 2 or 3.
+        num_directions (int): Directions of a scan: 2, 4 or 8.
+        curve (Curve): Curve of the scan.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+
+    Reference:
+        MambaAD, section 3.1.
+    """
+
+    def __init__(
+        self, dim: int, grid: tuple[int, int], depths: Sequence[int], num_directions: int, curve: Curve
+    ) -> None:
+        super().__init__()
+        if len(depths) < 2 or any(depth < 1 or (depth % 2 and depth % 3) for depth in depths):
+            msg = f"depths must be multiples of 2 or 3, at least two of them, got {list(depths)}"
+            raise ValueError(msg)
+        rates = iter(torch.linspace(_DROP_PATH, 0, sum(depths)).tolist())
+        stages = []
+        for level, depth in enumerate(depths):
+            width = dim // 2**level
+            size = (grid[0] * 2**level, grid[1] * 2**level)
+            length = 3 if depth % 3 == 0 else 2
+            modules: list[nn.Module] = [_PatchExpand(2 * width)] if level else []
+            modules += [
+                LocalityEnhancedStateSpace(width, size, num_directions, curve, [next(rates) for _ in range(length)])
+                for _ in range(depth // length)
+            ]
+            stages.append(nn.Sequential(*modules))
+        self.stages = nn.ModuleList(stages)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                trunc_normal_(module.weight, std=0.02)
+
+    def forward(self, embeddings: torch.Tensor) -> list[torch.Tensor]:
+        """Decode.
+
+        Args:
+            embeddings (torch.Tensor): Shape (B, dim, rows, columns).
+
+        Returns:
+            list[torch.Tensor]: Maps of all stages but the first, from the finest, channels first.
+        """
+        x = embeddings.permute(0, 2, 3, 1)
+        maps: list[torch.Tensor] = []
+        for stage in self.stages:
+            x = stage(x)
+            maps.insert(0, x.permute(0, 3, 1, 2))
+        return maps[:-1]

@@ -1,0 +1,143 @@
+"""The decoupler inside any model."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from anomalib_decad.components import (
+    DecouplerOptions,
+    DecouplingLossOptions,
+    EmbeddingDecoupling,
+    InvertibleOptions,
+    SynthesisOptions,
+    attach,
+)
+
+SMALL = InvertibleOptions(hidden_dim=8)
+
+
+class Autoencoder(nn.Module):
+    """Anyone's model."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Conv2d(3, 16, 4, 4), nn.ReLU(), nn.Conv2d(16, 8, 1))
+        self.decoder = nn.ConvTranspose2d(8, 3, 4, 4)
+
+    def forward(self, images):
+        return self.decoder(self.encoder(images))
+
+
+def train(model, decoupling, images, steps=60):
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(steps):
+        loss = functional.mse_loss(model(images), images) + sum(decoupling.losses().values())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model.eval()
+
+
+def test_a_toy_autoencoder_is_decoupled():
+    images = torch.rand(8, 3, 32, 32).sort(dim=-1).values
+    model = Autoencoder()
+    decoupling = attach(
+        model,
+        "encoder",
+        dim=8,
+        decoupler=DecouplerOptions(0.5, prior_dim=0),
+        invertible=InvertibleOptions(hidden_dim=16),
+    )
+    train(model, decoupling, images)
+    error = functional.mse_loss(model(images), images)
+    assert error < 0.25 * images.var()
+    # Perturbed embeddings have more energy, and removal brings them back towards the clean ones.
+    x = model.encoder.layer(images).flatten(2).mT * 5 / decoupling.norm
+    perturbed = x + 2.5 * functional.normalize(torch.randn_like(x), dim=-1)
+    energy, clean_energy = decoupling.decoupler.energy(perturbed), decoupling.decoupler.energy(x)
+    assert energy.mean() > 2 * clean_energy.mean()
+    removed = decoupling.decoupler(perturbed)[0]
+    assert (removed - x).norm(dim=-1).mean() < 0.9 * (perturbed - x).norm(dim=-1).mean()
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 4, 5), (2, 20, 6)])
+def test_maps_and_tokens_are_the_same(shape):
+    decoupling = EmbeddingDecoupling(6, invertible=SMALL)
+    decoupling(torch.randn(4, 20, 6))
+    decoupling.eval()
+    x = torch.randn(shape)
+    assert decoupling(x).shape == shape
+    tokens = torch.randn(2, 20, 6)
+    expected = decoupling(tokens).mT.unflatten(2, (4, 5))
+    torch.testing.assert_close(decoupling(tokens.mT.unflatten(2, (4, 5))), expected)
+
+
+def test_removal_does_not_depend_on_the_scale_of_the_embeddings():
+    x = torch.randn(4, 20, 6)
+    small = EmbeddingDecoupling(6, invertible=SMALL)
+    large = copy.deepcopy(small)
+    torch.manual_seed(1)
+    small(x)
+    torch.manual_seed(1)
+    large(100 * x)
+    small.eval(), large.eval()
+    torch.testing.assert_close(large(100 * x), 100 * small(x), rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(large.norm, 100 * small.norm)
+
+
+def test_gradients_reach_the_encoder_and_all_parameters():
+    decoupling = EmbeddingDecoupling(6, invertible=SMALL, synthesis=SynthesisOptions(fraction=1.0))
+    x = torch.randn(4, 20, 6, requires_grad=True)
+    y = decoupling(x)
+    (y.square().mean() + sum(decoupling.losses().values())).backward()
+    assert x.grad.abs().sum() > 0
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in decoupling.parameters())
+
+
+def test_losses_are_used_once():
+    decoupling = EmbeddingDecoupling(6)
+    with pytest.raises(RuntimeError, match="no batch went through"):
+        decoupling.losses()
+    decoupling(torch.randn(2, 9, 6))
+    assert set(decoupling.losses()) == {"normal_energy", "abnormal_energy", "restoration"}
+    with pytest.raises(RuntimeError, match="no batch went through"):
+        decoupling.losses()
+    decoupling.eval()(torch.randn(2, 9, 6))
+    with pytest.raises(RuntimeError, match="no batch went through"):
+        decoupling.losses()
+
+
+def test_a_state_brings_the_scale():
+    decoupling = EmbeddingDecoupling(6, invertible=SMALL)
+    assert not decoupling.is_initialized
+    decoupling(torch.randn(4, 20, 6))
+    other = EmbeddingDecoupling(6, invertible=SMALL)
+    other.load_state_dict(decoupling.state_dict())
+    assert other.is_initialized
+    x = torch.randn(2, 20, 6)
+    torch.testing.assert_close(other.eval()(x), decoupling.eval()(x))
+
+
+def test_attaching_names_the_layers_there_are():
+    with pytest.raises(ValueError, match=r"no submodule 'neck'; it has encoder, encoder\.0"):
+        attach(Autoencoder(), "neck", dim=8)
+    model = Autoencoder()
+    attach(model, "encoder.1", dim=16)
+    assert model(torch.rand(1, 3, 8, 8)).shape == (1, 3, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("margin", lambda: {"loss": DecouplingLossOptions(margin=0)}),
+        ("normal_weight", lambda: {"loss": DecouplingLossOptions(normal_weight=-1)}),
+        ("delta", lambda: {"delta": 0}),
+        ("abnormal_fraction", lambda: {"decoupler": DecouplerOptions(abnormal_fraction=1)}),
+    ],
+)
+def test_arguments_are_checked(name, make):
+    with pytest.raises(ValueError, match=name):
+        EmbeddingDecoupling(8, **make())

@@ -1,0 +1,381 @@
+"""Exports predict what the checkpoint predicts: every format, runtime and image size."""
+
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from anomalib.deploy import OpenVINOInferencer, TorchInferencer
+from anomalib.engine import Engine
+from anomalib.pre_processing import PreProcessor
+from torch.nn.utils import parametrize
+from torchvision.transforms.v2 import Compose, Normalize, Resize
+
+import textures
+from anomalib_decad import DecAD, MultiCategory
+from anomalib_decad.components import InvertibleOptions
+from anomalib_decad.export.pre_processor import MatrixResize, for_export
+from conftest import ENCODER
+
+pytestmark = pytest.mark.slow
+
+onnxruntime = pytest.importorskip("onnxruntime")
+openvino = pytest.importorskip("openvino")
+
+SIZE = (64, 80)
+FLOAT32 = {"INFERENCE_PRECISION_HINT": "f32"}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Photographs of textures, with and without defects."""
+    root = tmp_path_factory.mktemp("data") / "textures"
+    textures.build(root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def datamodule(data):
+    return MultiCategory("MVTecAD", root=data, categories=["brick", "gravel"], num_workers=0, train_batch_size=8)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(datamodule, encoder_weights, tmp_path_factory):
+    torch.manual_seed(0)
+    model = DecAD(
+        encoder=ENCODER, encoder_weights=encoder_weights, layers=[1, 2, 3], image_size=SIZE, num_prototypes=64,
+        invertible=InvertibleOptions(hidden_dim=16, num_units=1),
+    )  # fmt: skip
+    engine = Engine(
+        max_steps=60, logger=False, accelerator="cpu", default_root_dir=tmp_path_factory.mktemp("run"), devices=1
+    )
+    engine.fit(model, datamodule=datamodule)
+    path = Path(engine.best_model_path or engine.trainer.checkpoint_callback.best_model_path)
+    assert path.is_file()
+    return path
+
+
+@pytest.fixture(scope="module")
+def images(data, tmp_path_factory):
+    """A folder with images of several sizes and shapes."""
+    folder = tmp_path_factory.mktemp("images")
+    sizes = ((280, 280), (64, 80), (50, 60), (300, 111), (97, 210), (64, 80))
+    sources = sorted(data.glob("brick/test/perlin/*.png"))[:3] + sorted(data.glob("gravel/test/good/*.png"))[:3]
+    for index, (source, (height, width)) in enumerate(zip(sources, sizes, strict=True)):
+        image = cv2.resize(cv2.imread(str(source)), (width, height), interpolation=cv2.INTER_AREA)
+        cv2.imwrite(str(folder / f"{index}.png"), image)
+    return sorted(folder.glob("*.png"))
+
+
+@pytest.fixture(scope="module")
+def expected(checkpoint, images):
+    """What ``Engine.predict`` gives for the folder."""
+    return predict(DecAD.load_from_checkpoint(checkpoint), images)
+
+
+@pytest.fixture(scope="module")
+def export(checkpoint, datamodule, tmp_path_factory):
+    """Export once for each set of arguments, through the Engine."""
+    done = {}
+
+    def run(kind, input_size=None, compression=None):
+        key = kind, input_size, compression
+        if key not in done:
+            done[key] = Engine(logger=False, accelerator="cpu").export(
+                DecAD.load_from_checkpoint(checkpoint),
+                kind,
+                export_root=tmp_path_factory.mktemp("export"),
+                input_size=input_size,
+                compression_type=compression,
+                datamodule=datamodule if compression else None,
+            )
+        return done[key]
+
+    return run
+
+
+def predict(model, images):
+    """Predict the images of a folder with the Engine."""
+    batches = Engine(logger=False, accelerator="cpu").predict(model, data_path=images[0].parent)
+    items = {Path(item.image_path): item for batch in batches for item in batch}
+    return [items[path] for path in images]
+
+
+def read(path):
+    """Read an image as bytes, shape (H, W, 3), RGB."""
+    return cv2.cvtColor(cv2.imread(str(path)), cv2.COLOR_BGR2RGB)
+
+
+def assert_agrees(prediction, item, tolerance=1e-4, decisions=True):
+    score = float(np.ravel(prediction["pred_score"])[0])
+    assert score == pytest.approx(float(item.pred_score), rel=tolerance)
+    map_, expected_map = np.squeeze(np.asarray(prediction["anomaly_map"])), item.anomaly_map.squeeze().numpy()
+    assert np.linalg.norm(map_ - expected_map) <= tolerance * np.linalg.norm(expected_map)
+    if decisions:
+        assert bool(np.ravel(prediction["pred_label"])[0]) == bool(item.pred_label)
+        mask, expected_mask = np.squeeze(np.asarray(prediction["pred_mask"])), item.pred_mask.squeeze().numpy()
+        assert (mask != expected_mask).mean() <= 10 * tolerance
+
+
+def assert_resembles(prediction, item):
+    assert float(np.ravel(prediction["pred_score"])[0]) == pytest.approx(float(item.pred_score), abs=0.1)
+    maps = np.ravel(prediction["anomaly_map"]), item.anomaly_map.numpy().ravel()
+    assert np.corrcoef(*maps)[0, 1] > 0.95
+
+
+def assert_usual(items):
+    """The comparison means something: scores and maps vary."""
+    scores = torch.stack([item.pred_score.reshape(()) for item in items])
+    assert scores.std() > 1e-2
+    assert all(item.anomaly_map.std() > 1e-3 for item in items)
+
+
+def torch_model(path):
+    model = torch.load(path, weights_only=False)["model"].eval()
+    return torch.inference_mode()(lambda batch: model(torch.from_numpy(batch))._asdict())
+
+
+def onnx_session(path):
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    return lambda batch: dict(zip(names, session.run(None, {"input": batch}), strict=True))
+
+
+def openvino_model(path, config=FLOAT32):
+    compiled = openvino.Core().compile_model(str(path), "CPU", config)
+    return lambda batch: {next(iter(key.names)): value for key, value in compiled([batch]).items()}
+
+
+def array(image):
+    return (image.astype(np.float32) / 255).transpose(2, 0, 1)[None]
+
+
+def test_torch_inferencer(export, images, expected, monkeypatch):
+    assert_usual(expected)
+    monkeypatch.setenv("TRUST_REMOTE_CODE", "1")
+    inferencer = TorchInferencer(export("torch"), device="cpu")
+    for path, item in zip(images, expected, strict=True):
+        image = read(path)
+        for source in (path, image, (image / 255).astype(np.float32), torch.from_numpy(array(image))):
+            with torch.no_grad():
+                assert_agrees(vars(inferencer.predict(source)), item)
+
+
+@pytest.mark.parametrize("kind", ["onnx", "openvino"])
+def test_openvino_inferencer(kind, export, images, expected, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # it writes a cache
+    inferencer = OpenVINOInferencer(export(kind), device="CPU", config=FLOAT32)
+    for path, item in zip(images, expected, strict=True):
+        image = read(path)
+        for source in (path, image, (image / 255).astype(np.float32)):
+            assert_agrees(vars(inferencer.predict(source)), item)
+
+
+@pytest.mark.parametrize(("runtime", "kind"), [(onnx_session, "onnx"), (openvino_model, "openvino")])
+def test_plain_runtimes_with_images_of_any_size(runtime, kind, export, images, expected):
+    model = runtime(export(kind))
+    for path, item in zip(images, expected, strict=True):
+        assert_agrees(model(array(read(path))), item)
+
+
+@pytest.mark.parametrize(("runtime", "kind"), [(onnx_session, "onnx"), (openvino_model, "openvino")])
+@pytest.mark.parametrize("index", [0, 1])
+def test_exports_for_one_size_take_batches(runtime, kind, index, export, images, expected):
+    image = array(read(images[index]))
+    model = runtime(export(kind, input_size=image.shape[2:]))
+    outputs = model(np.concatenate([image, 1 - image, image]))
+    for row in (0, 2):
+        assert_agrees({name: value[row] for name, value in outputs.items()}, expected[index])
+    with pytest.raises(Exception, match=r"(?i)dimension|shape"):
+        model(image[:, :, :-1])
+
+
+def test_dynamic_batches_equal_single_images(export, images):
+    images = [array(read(path)) for path in images if read(path).shape[:2] == SIZE]
+    assert len(images) == 2
+    model = onnx_session(export("onnx"))
+    together = model(np.concatenate(images))
+    for row, image in enumerate(images):
+        np.testing.assert_allclose(together["anomaly_map"][row], model(image)["anomaly_map"][0], rtol=1e-4, atol=1e-5)
+
+
+def test_half_precision_file(export, images, expected):
+    path = export("openvino", compression="FP16")
+    assert path.with_suffix(".bin").stat().st_size < 0.6 * export("openvino").with_suffix(".bin").stat().st_size
+    model = openvino_model(path)
+    for image, item in zip(images, expected, strict=True):
+        assert_agrees(model(array(read(image))), item, tolerance=1e-2, decisions=False)
+
+
+def test_half_precision_arithmetic_keeps_the_resizing(export, images, expected):
+    """Runtimes choose bfloat16 by themselves where the machine has it."""
+    model = openvino_model(export("openvino"), {"INFERENCE_PRECISION_HINT": "bf16"})
+    for image, item in zip(images, expected, strict=True):
+        assert_resembles(model(array(read(image))), item)
+
+
+@pytest.mark.parametrize("compression", ["INT8", "INT8_PTQ", "INT8_ACQ"])
+@pytest.mark.parametrize("input_size", [None, (48, 64)])
+def test_integers(compression, input_size, export, images, expected):
+    if input_size and compression == "INT8":
+        pytest.skip("needs no images")
+    path = export("openvino", input_size=input_size, compression=compression)
+    assert path.with_suffix(".bin").stat().st_size < 0.8 * export("openvino").with_suffix(".bin").stat().st_size
+    model = openvino_model(path)
+    for image, item in zip(images, expected, strict=True):
+        if input_size is None:
+            assert_resembles(model(array(read(image))), item)
+    if input_size:
+        outputs = model(np.random.rand(2, 3, *input_size).astype(np.float32))
+        assert outputs["anomaly_map"].shape == (2, 1, *SIZE)
+
+
+def never_validated(checkpoint):
+    model = DecAD.load_from_checkpoint(checkpoint)
+    for name, buffer in model.post_processor.named_buffers():
+        if name.rsplit("_", 1)[-1] in {"min", "max", "threshold"}:
+            buffer.fill_(torch.nan)
+    return model
+
+
+@pytest.mark.parametrize(("kind", "compression"), [("torch", None), ("onnx", None), ("openvino", "INT8_PTQ")])
+def test_a_model_that_was_never_validated(kind, compression, checkpoint, datamodule, images, tmp_path, caplog):
+    model = never_validated(checkpoint)
+    items = predict(model, images)
+    path = Engine(logger=False, accelerator="cpu").export(
+        model, kind, export_root=tmp_path, compression_type=compression, datamodule=datamodule if compression else None
+    )
+    assert "never validated" in caplog.text
+    assert model.post_processor.enable_normalization
+    run = {"torch": torch_model, "onnx": onnx_session, "openvino": openvino_model}[kind](path)
+    for image, item in zip(images, items, strict=True):
+        (assert_resembles if compression else assert_agrees)(run(array(read(image))), item)
+
+
+def test_integers_without_images_are_refused_at_once(checkpoint, tmp_path):
+    model = DecAD.load_from_checkpoint(checkpoint)
+    with pytest.raises(ValueError, match="needs images to calibrate with"):
+        model.to_openvino(tmp_path, compression_type="INT8_PTQ")
+    with pytest.raises(ValueError, match="is not a valid CompressionType"):
+        model.to_openvino(tmp_path, compression_type="INT3")
+    assert not list(tmp_path.iterdir())
+
+
+def test_control_of_labels_without_thresholds_is_refused_at_once(checkpoint, datamodule, tmp_path):
+    with pytest.raises(ValueError, match="INT8_ACQ controls the accuracy of labels.*never validated"):
+        never_validated(checkpoint).to_openvino(tmp_path, compression_type="INT8_ACQ", datamodule=datamodule)
+    assert not list(tmp_path.iterdir())
+
+
+def test_exporting_leaves_the_model_as_it_was(checkpoint, tmp_path):
+    model = DecAD.load_from_checkpoint(checkpoint)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.to_torch(tmp_path)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert any(parametrize.is_parametrized(module) for module in model.model.modules())
+    assert model.train().model(torch.rand(4, 3, *SIZE)).x.requires_grad is False
+
+
+def test_exported_torch_model_has_no_training_parts(export):
+    model = torch.load(export("torch"), weights_only=False)["model"]
+    assert not any(parametrize.is_parametrized(module) for module in model.modules())
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    pickle.dumps(model)
+
+
+def test_another_models_resampling_of_positions_changes_nothing(checkpoint, expected, images, monkeypatch):
+    import functools
+
+    import timm.models.vision_transformer as vit
+
+    without = functools.partial(vit.resample_abs_pos_embed, antialias=False)
+    monkeypatch.setattr(vit, "resample_abs_pos_embed", without)
+    model = DecAD.load_from_checkpoint(checkpoint).eval()
+    batch = torch.from_numpy(array(read(images[1])))
+    with torch.no_grad():
+        for variant in (model, model._for_export(native=True)):
+            assert_agrees(variant(batch)._asdict(), expected[1])
+    assert vit.resample_abs_pos_embed is without
+
+
+def test_no_size_to_export_for_is_one_clear_error(encoder_weights, tmp_path):
+    model = DecAD(encoder=ENCODER, encoder_weights=encoder_weights, layers=[1], pre_processor=False)
+    with pytest.raises(ValueError, match="--input_size"):
+        model.to_onnx(tmp_path)
+    with pytest.raises(ValueError, match="48 x 64 would do"):
+        model.to_onnx(tmp_path, input_size=(50, 60))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("size", [(20, 30), (40, 50), (33, 17), (500, 7)])
+def test_matrix_resize_is_torchvisions(size):
+    images = torch.rand(2, 3, 40, 50)
+    expected = Resize(size, antialias=True)(images)
+    torch.testing.assert_close(MatrixResize(size)(images), expected, rtol=0, atol=1e-4)
+
+
+def test_other_resizing_is_exported_with_a_warning(caplog):
+    pre_processor = PreProcessor(Compose([Resize(32, antialias=True), Normalize([0.5] * 3, [0.5] * 3)]))
+    images = torch.rand(1, 3, 64, 48)
+    exported = for_export(pre_processor)
+    assert "without antialiasing" in caplog.text
+    torch.testing.assert_close(exported(images), pre_processor(images))
+    torch.testing.assert_close(for_export(pre_processor, native=True)(images), pre_processor.transform(images))
+    assert pre_processor.export_transform.transforms[0].antialias is False
+
+
+@pytest.mark.parametrize(("script", "kind"), [("onnx_inference.py", "onnx"), ("openvino_inference.py", "openvino")])
+def test_examples_run_without_anomalib(script, kind, export, images, expected, tmp_path):
+    path = Path(__file__).parents[1] / "examples" / script
+    code = (
+        "import runpy, sys; sys.modules.update(anomalib=None, torch=None, anomalib_decad=None);"
+        f"sys.argv = sys.argv[1:]; runpy.run_path({str(path)!r}, run_name='__main__')"
+    )
+    command = [sys.executable, "-c", code, script, str(export(kind)), *map(str, images), "--output", str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 0, result.stderr
+    for line, image, item in zip(result.stdout.splitlines(), images, expected, strict=True):
+        name, _, rest = line.partition(": score ")
+        assert name == str(image)
+        assert float(rest.split(",")[0]) == pytest.approx(float(item.pred_score), abs=2e-4)
+        assert ("anomalous" in rest) == bool(item.pred_label)
+        assert cv2.imread(str(tmp_path / image.name)).shape == cv2.imread(str(image)).shape
+
+
+@pytest.mark.parametrize("script", ["onnx_inference.py", "openvino_inference.py"])
+def test_examples_name_what_is_no_image(script, export, tmp_path):
+    path = Path(__file__).parents[1] / "examples" / script
+    model = export("onnx" if script.startswith("onnx") else "openvino")
+    command = [sys.executable, str(path), str(model), str(tmp_path / "none.png"), "--output", str(tmp_path / "out")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 1
+    assert result.stderr.strip().endswith("none.png is no image that OpenCV can read")
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "expected_text"),
+    [
+        (
+            "inference.py",
+            ["--formats", "torch", "--models", "DecAD", "--seconds", "0.2", "--rounds", "1"],
+            "| encoder |",
+        ),
+        ("exported_accuracy.py", ["--formats", "torch", "onnx", "--every", "6"], "| onnx |"),
+    ],
+)
+def test_benchmarks_of_exports(script, arguments, expected_text, checkpoint, data, tmp_path):
+    if script == "inference.py":
+        arguments = [*arguments, "--checkpoint", checkpoint, "--image-size", "64", "--folder", tmp_path]
+    else:
+        arguments = [checkpoint, "--data", data, "--categories", "brick", "gravel", *arguments]
+    path = Path(__file__).parents[1] / "benchmarks" / script
+    result = subprocess.run(
+        [sys.executable, str(path), *map(str, arguments)], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert expected_text in result.stdout
+    assert "failed" not in result.stdout

@@ -1,0 +1,277 @@
+"""Training on cached features is training on images."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from anomalib.callbacks import ModelCheckpoint
+from anomalib.data import MVTecAD
+from lightning.pytorch import seed_everything
+from torchvision.transforms.v2 import ColorJitter, RandomHorizontalFlip
+
+from anomalib_decad.components import ViTEncoder
+from conftest import losses_of
+
+
+@pytest.fixture
+def count_images(monkeypatch):
+    """Count the images that the encoder sees in training mode and while caching."""
+    counts = []
+    forward = ViTEncoder.forward
+
+    def counting(self, images):
+        counts.append(len(images))
+        return forward(self, images)
+
+    monkeypatch.setattr(ViTEncoder, "forward", counting)
+    return counts
+
+
+def run(make_engine, make_model, make_data, *callbacks, data=None, ckpt_path=None, seed=7, **kwargs):
+    of_model = ("feature_cache", "encoder", "prior")
+    options = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith(of_model)}
+    trainer = {"limit_val_batches": 0, **kwargs}
+    seed_everything(7)
+    model, data = make_model(**options), data or make_data()
+    return losses_of(make_engine, model, data, *callbacks, seed=seed, ckpt_path=ckpt_path, **trainer)
+
+
+# A prior that is fitted to the patches of twelve images multiplies their rounding.
+@pytest.mark.parametrize(("prior_dim", "tolerance"), [(0, 2e-3), (16, 1e-2)])
+@pytest.mark.parametrize("mode", ["ram", "disk"])
+@pytest.mark.parametrize("sampling", ["natural", "balanced"])
+def test_losses_are_those_of_training_on_images(
+    mode, sampling, prior_dim, tolerance, make_engine, make_model, make_data, count_images, tmp_path
+):
+    both = {"max_epochs": 3, "prior_dim": prior_dim}
+    expected = run(make_engine, make_model, make_data, data=make_data(sampling=sampling), **both)
+    count_images.clear()
+    options = {"feature_cache": mode, "feature_cache_dir": tmp_path / "cache", **both}
+    cached = run(make_engine, make_model, make_data, data=make_data(sampling=sampling), **options)
+    assert len(cached) == 9
+    assert cached == pytest.approx(expected, rel=tolerance)
+    # 12 images once, and 12 of them before to choose the code.
+    assert sum(count_images) == 24
+
+
+def test_a_second_run_reuses_the_file(make_engine, make_model, make_data, count_images, tmp_path, caplog):
+    options = {"feature_cache": "disk", "feature_cache_dir": tmp_path / "cache"}
+    with caplog.at_level("INFO", logger="anomalib_decad"):
+        first = run(make_engine, make_model, make_data, **options)
+        count_images.clear()
+        second = run(make_engine, make_model, make_data, **options)
+    assert first == second
+    assert not count_images
+    assert "on disk for 12 images" in caplog.text
+    assert "Feature cache: using" in caplog.text
+
+
+@pytest.mark.parametrize("change", ["image", "layers", "size", "weights", "precision"])
+def test_a_stale_file_is_never_used(
+    change, make_engine, make_model, mvtec_root, count_images, tmp_path, encoder_weights
+):
+    options = {"feature_cache": "disk", "feature_cache_dir": tmp_path / "cache"}
+    root = tmp_path / "data"
+    subprocess.run(["cp", "-r", str(mvtec_root / "bolts"), str(root)], check=True)
+
+    def fit(precision="32-true", **kwargs):
+        data = MVTecAD(root=root.parent, category=root.name, num_workers=0, train_batch_size=4)
+        make_engine(limit_val_batches=0, precision=precision).fit(make_model(**options, **kwargs), datamodule=data)
+
+    fit()
+    count_images.clear()
+    if change == "image":
+        path = next((root / "train" / "good").glob("*.png"))
+        cv2.imwrite(str(path), 255 - cv2.imread(str(path)))
+        fit()
+    elif change == "layers":
+        fit(layers=[1, 2, 4])
+    elif change == "size":
+        fit(image_size=(32, 32))
+    elif change == "precision":
+        fit(precision="bf16-mixed")
+    else:
+        from safetensors.torch import load_file, save_file
+
+        state = load_file(str(encoder_weights))
+        state["blocks.0.norm1.weight"] = state["blocks.0.norm1.weight"] * 1.01
+        save_file(state, str(tmp_path / "other.safetensors"))
+        fit(encoder_weights=tmp_path / "other.safetensors")
+    assert sum(count_images) == 12
+    assert len(list((tmp_path / "cache").glob("*/done.json"))) == 2
+
+
+@pytest.mark.parametrize("mode", ["ram", "disk"])
+def test_resuming_gives_the_losses_of_an_unbroken_run(mode, make_engine, make_model, make_data, tmp_path):
+    options = {"feature_cache": mode, "feature_cache_dir": tmp_path / "cache", "max_epochs": 3}
+    saver = ModelCheckpoint(tmp_path / "ckpt", filename="{epoch}", save_top_k=-1)
+    unbroken = run(make_engine, make_model, make_data, saver, limit_val_batches=1.0, **options)
+    checkpoint = tmp_path / "ckpt" / "epoch=0.ckpt"
+    resumed = run(
+        make_engine, make_model, make_data, seed=8, ckpt_path=checkpoint, limit_val_batches=1.0,
+        encoder_weights=None, **options,
+    )  # fmt: skip
+    assert resumed == pytest.approx(unbroken[3:], rel=1e-6)
+
+
+def test_worker_processes_read_the_features(make_engine, make_model, make_data, tmp_path):
+    expected = run(make_engine, make_model, make_data, prior_dim=0)
+    options = {"feature_cache": "disk", "feature_cache_dir": tmp_path / "cache", "prior_dim": 0}
+    cached = run(make_engine, make_model, make_data, data=make_data(num_workers=1), **options)
+    assert cached == pytest.approx(expected, rel=2e-3)
+
+
+def test_the_datamodule_has_its_images_back(make_engine, make_model, make_data):
+    data = make_data()
+    run(make_engine, make_model, make_data, data=data, feature_cache="ram")
+    assert data.train_data[0].image.ndim == 3
+    (results,) = make_engine().train(make_model(feature_cache="ram"), datamodule=data)
+    assert 0 <= results["image_AUROC"] <= 1
+    assert data.train_data[0].image.ndim == 3
+
+
+@pytest.mark.parametrize("augmentation", [RandomHorizontalFlip(0.5), ColorJitter(brightness=0.5)])
+def test_random_augmentations_are_refused(augmentation, make_engine, make_model, make_data):
+    data = make_data(train_augmentations=augmentation)
+    with pytest.raises(ValueError, match="augmented at random.*feature_cache=off"):
+        make_engine().fit(make_model(feature_cache="ram"), datamodule=data)
+    assert data.train_data[0].image.ndim == 3
+
+
+def test_more_than_the_limit_is_refused_before_any_work(make_engine, make_model, make_data, count_images, tmp_path):
+    options = {"feature_cache_dir": tmp_path / "cache", "feature_cache_limit": 1e-6}
+    for mode in ("ram", "disk"):
+        with pytest.raises(ValueError, match="12 images need 0.00 GiB, more than the limit of 1e-06 GiB"):
+            make_engine().fit(make_model(feature_cache=mode, **options), datamodule=make_data())
+    assert not count_images
+    assert not (tmp_path / "cache").exists()
+
+
+def test_dataloaders_without_a_datamodule_are_refused(make_engine, make_model, make_data):
+    data = make_data()
+    data.setup("fit")
+    with pytest.raises(ValueError, match="feature_cache needs an anomalib datamodule"):
+        make_engine().fit(make_model(feature_cache="ram"), train_dataloaders=data.train_dataloader())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"feature_cache": "tape"}, "'off', 'ram' or 'disk'"),
+        ({"feature_cache": "ram", "feature_cache_limit": 0}, "positive"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments, message, make_model):
+    with pytest.raises(ValueError, match=message):
+        make_model(**arguments)
+
+
+def test_bf16_mixed(make_engine, make_model, make_data):
+    losses = run(make_engine, make_model, make_data, feature_cache="ram", precision="bf16-mixed")
+    assert np.isfinite(losses).all()
+
+
+@pytest.mark.parametrize("mode", ["off", "ram", "disk"])
+@pytest.mark.parametrize(("precision", "is_mixed"), [("bf16-mixed", True), ("32-true", False)])
+def test_images_are_encoded_in_the_precision_of_the_training(
+    precision, is_mixed, mode, make_engine, make_model, make_data, monkeypatch, tmp_path
+):
+    mixed = []
+    forward = ViTEncoder.forward
+
+    def noting(self, images):
+        mixed.append(torch.is_autocast_enabled("cpu"))
+        return forward(self, images)
+
+    monkeypatch.setattr(ViTEncoder, "forward", noting)
+    options = {"feature_cache": mode, "feature_cache_dir": tmp_path / "cache"}
+    run(make_engine, make_model, make_data, precision=precision, **options)
+    assert mixed
+    assert all(value == is_mixed for value in mixed)
+
+
+_SCRIPT = """
+import sys, time, torch
+from anomalib_decad import DecAD, MultiCategory
+from anomalib_decad.components import ViTEncoder
+from anomalib.engine import Engine
+forward = ViTEncoder.forward
+def slow(self, images):
+    print("encoding", flush=True)
+    time.sleep(0.5)
+    return forward(self, images)
+ViTEncoder.forward = slow
+weights, root, cache, out = sys.argv[1:]
+model = DecAD("test_vit", weights, [1, 2], (64, 64), feature_cache="disk", feature_cache_dir=cache)
+data = MultiCategory("MVTecAD", root=root, num_workers=0, train_batch_size=4, eval_batch_size=2)
+Engine(max_steps=1, accelerator="cpu", default_root_dir=out, limit_val_batches=0).fit(model, datamodule=data)
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_run_leaves_nothing_that_passes_for_a_cache(
+    make_engine, make_model, make_data, encoder_weights, mvtec_root, tmp_path
+):
+    cache = tmp_path / "cache"
+    command = [sys.executable, "-c", _SCRIPT, *map(str, (encoder_weights, mvtec_root, cache, tmp_path / "out"))]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    lines = 0
+    while lines < 8:  # six batches choose the code
+        lines += "encoding" in process.stdout.readline()
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert list(cache.glob("*.partial"))
+    assert not list(cache.glob("*/done.json"))
+    started = time.monotonic()
+    run(make_engine, make_model, make_data, feature_cache="disk", feature_cache_dir=cache)
+    assert time.monotonic() - started < 60  # the lock of the dead process is gone
+    assert len(list(cache.glob("*/done.json"))) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["ram", "disk"])
+def test_two_processes_share_the_work(mode, encoder_weights, mvtec_root, tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import json, sys\n"
+        "from anomalib_decad import DecAD, MultiCategory\n"
+        "from anomalib.engine import Engine\n"
+        "from lightning.pytorch import seed_everything\n"
+        "from conftest import Losses\n"
+        "mode, weights, root, out, devices = sys.argv[1:]\n"
+        "seed_everything(3)\n"
+        "model = DecAD('test_vit', weights, [1, 2], (64, 64), feature_cache=mode, feature_cache_dir=out + '/cache',\n"
+        "    prior_dim=0)\n"
+        "data = MultiCategory('MVTecAD', root=root, num_workers=0, train_batch_size=2, eval_batch_size=2)\n"
+        "losses = Losses()\n"
+        "engine = Engine(max_steps=3, accelerator='cpu', devices=int(devices), strategy='ddp', default_root_dir=out,\n"
+        "    limit_val_batches=0, callbacks=[losses])\n"
+        "engine.fit(model, datamodule=data)\n"
+        "with open(f'{out}/losses{engine.trainer.global_rank}.json', 'w') as file:\n"
+        "    json.dump(losses.values, file)\n"
+        "assert data.train_data[0].image.ndim == 3\n"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
+
+    def losses(mode):
+        command = [sys.executable, str(script), mode, *map(str, (encoder_weights, mvtec_root, tmp_path / mode)), "2"]
+        result = subprocess.run(
+            command, capture_output=True, text=True, timeout=240, check=False, env=environment, cwd=tmp_path
+        )
+        assert result.returncode == 0, result.stderr[-4000:]
+        # Not from the output: both processes write into it, at times in the middle of the other's line.
+        return [json.loads((tmp_path / mode / f"losses{rank}.json").read_text()) for rank in range(2)]
+
+    expected, cached = losses("off"), losses(mode)
+    for values, cached_values in zip(expected, cached, strict=True):
+        assert len(values) == 3
+        assert cached_values == pytest.approx(values, rel=2e-3)
+    assert len(list((tmp_path / mode / "cache").glob("*/done.json"))) == (mode == "disk")
