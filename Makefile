@@ -1,22 +1,32 @@
-# make demo: train on three textures and show what is found   make test: run the tests
+# make demo: train on three textures and show what is found
+# make test: run all tests           make test-fast: those that take less than two minutes together
+# make lint, make types: what CI checks beside the tests           make coverage: how much of the code the tests run
 # Each makes the virtual environment if it is missing. Override with VENV=..., PYTHON=..., JOBS=... (test processes).
 PYTHON ?= python3
 VENV ?= .venv
 STEPS ?= 200
 JOBS ?= 2
 BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
 
-.PHONY: demo test lint types clean
+.PHONY: demo test test-fast coverage lint types clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python demo/run.py --steps $(STEPS) $(if $(DATA),--data "$(DATA)") $(if $(CATEGORIES),--categories "$(CATEGORIES)")
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile $(TESTS)
+	$(PYTEST) $(TESTS)
+
+test-fast: $(VENV)/.dev
+	$(PYTEST) -m "not slow" $(TESTS)
+
+coverage: $(VENV)/.dev
+	$(PYTEST) --cov --cov-report term:skip-covered $(TESTS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 
 types: $(VENV)/.dev
 	$(BIN)/mypy

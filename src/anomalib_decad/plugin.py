@@ -39,9 +39,13 @@ _TARGETS = {
     "anomalib.data": ("anomalib.data",),
 }
 
+#: Functions of these modules that look for classes that exist.
+_LOOKUPS = {"anomalib.models": ("list_models", "get_model"), "anomalib.data": ("get_datamodule",)}
+
 _CLI = "anomalib.cli.cli"
 
 _done: set[str] = set()
+_pending: list[tuple[importlib.metadata.EntryPoint, Sequence[ModuleType]]] = []
 _warned: set[str] = set()
 
 
@@ -99,7 +103,8 @@ def _extend(name: str) -> None:
     _done.add(name)
     try:
         if name == _CLI:
-            _honour_seed(sys.modules[name])
+            _load_pending()
+            _honor_seed(sys.modules[name])
         else:
             _attach(name)
     except Exception as error:
@@ -115,7 +120,35 @@ def _attach(group: str) -> None:
     for entry in entries.values():
         # get_model imports only from modules in this set.
         vars(modules[0]).get("ALLOWED_MODULES", set()).add(entry.module)
-        _load(entry, modules)
+    _pending.extend((entry, modules) for entry in entries.values())
+    # Whoever imports one part of a package wants that part alone: the rest waits until somebody looks for it.
+    if any(_is_importing_part_of(entry.module.partition(".")[0]) for entry in entries.values()):
+        for name in _LOOKUPS[group]:
+            _load_before(modules[0], name)
+    else:
+        _load_pending()
+
+
+def _is_importing_part_of(package: str) -> bool:
+    return any(is_importing(name) for name in list(sys.modules) if name.startswith(f"{package}."))
+
+
+def _load_before(module: ModuleType, name: str) -> None:
+    """Have the classes that wait imported before a function of anomalib's looks for them."""
+    original = getattr(module, name)
+
+    @functools.wraps(original)
+    def load_and_call(*args: Any, **kwargs: Any) -> Any:
+        _load_pending()
+        return original(*args, **kwargs)
+
+    setattr(module, name, load_and_call)
+
+
+def _load_pending() -> None:
+    """Import the classes now: anomalib's command line and ``list_models`` only see classes that exist."""
+    while _pending:
+        _load(*_pending.pop(0))
 
 
 def _registered(group: str) -> Iterable[importlib.metadata.EntryPoint]:
@@ -149,7 +182,7 @@ def _add_names(module: ModuleType, entries: dict[str, importlib.metadata.EntryPo
 
 
 def _load(entry: importlib.metadata.EntryPoint, modules: Sequence[ModuleType]) -> None:
-    """Import a class now: anomalib's command line and ``list_models`` only see classes that exist."""
+    """Import a class; if that fails, take its name back and say why."""
     try:
         entry.load()
     except Exception as error:
@@ -164,7 +197,7 @@ def _load(entry: importlib.metadata.EntryPoint, modules: Sequence[ModuleType]) -
         _warn(package, error)
 
 
-def _honour_seed(cli_module: ModuleType) -> None:
+def _honor_seed(cli_module: ModuleType) -> None:
     """Have ``--seed_everything N`` seed the runs of registered models."""
     cli = cli_module.AnomalibCLI
     packages = {entry.module.partition(".")[0] for entry in _registered("anomalib.models")}
