@@ -38,12 +38,14 @@ def test_a_race_writes_a_table_and_a_plot_and_is_not_run_twice(encoder_weights, 
     assert "DecAD-2" not in again.stdout.replace("results", "")
 
 
+@pytest.mark.slow
 def test_a_missing_folder_is_one_clear_line(tmp_path):
     result = run_benchmark("compare", "--data", tmp_path / "none")
     assert result.returncode == 1
     assert result.stderr.strip().splitlines()[-1] == f"--data: no such folder: {tmp_path / 'none'}"
 
 
+@pytest.mark.slow
 def test_counts_meet_the_paper_within_five_per_cent():
     result = run_benchmark("count")
     assert result.returncode == 0, result.stderr[-3000:]

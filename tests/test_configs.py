@@ -15,6 +15,7 @@ def test_there_is_one_for_each_dataset():
     assert {path.stem.removeprefix("decad_") for path in CONFIGS} == set(CATEGORIES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_config_is_parsed_by_the_command_line(path):
     cli = AnomalibCLI(["fit", "--config", str(path), "--trainer.accelerator", "cpu"], run=False)
@@ -31,6 +32,7 @@ def test_config_is_parsed_by_the_command_line(path):
         assert len(cli.datamodule.categories) == number
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cls", [DecoupledReverseDistillation, DecoupledUniAD, DecoupledMambaAD])
 def test_adapters_have_one_each(cls):
     configs = [path for path in FOLDER.glob("decoupled_*.yaml") if cls.__name__ in path.read_text()]

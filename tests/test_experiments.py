@@ -64,6 +64,7 @@ def test_each_run_is_a_line_and_features_are_computed_once(encoder_weights, mvte
     assert rows["blur_sigma 0"] != rows["default"]
 
 
+@pytest.mark.slow
 def test_a_missing_folder_is_one_clear_line(tmp_path):
     result = run_benchmark("experiments", "--data", tmp_path / "none")
     assert result.returncode == 1

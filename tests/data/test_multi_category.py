@@ -200,6 +200,7 @@ def test_subsample_keeps_images_and_categories_together(datamodule):
         assert f"/{item.category}/" in item.image_path
 
 
+@pytest.mark.slow
 def test_spawned_workers(datamodule):
     loader = torch.utils.data.DataLoader(
         datamodule.train_data,

@@ -17,7 +17,7 @@ from anomalib.data import MVTecAD
 from lightning.pytorch import seed_everything
 from torchvision.transforms.v2 import ColorJitter, RandomHorizontalFlip
 
-from anomalib_decad.components import ViTEncoder
+from anomalib_decad.components import DecouplerOptions, ViTEncoder
 from conftest import losses_of
 
 
@@ -36,7 +36,7 @@ def count_images(monkeypatch):
 
 
 def run(make_engine, make_model, make_data, *callbacks, data=None, ckpt_path=None, seed=7, **kwargs):
-    of_model = ("feature_cache", "encoder", "prior")
+    of_model = ("feature_cache", "encoder", "decoupler")
     options = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith(of_model)}
     trainer = {"limit_val_batches": 0, **kwargs}
     seed_everything(7)
@@ -51,7 +51,7 @@ def run(make_engine, make_model, make_data, *callbacks, data=None, ckpt_path=Non
 def test_losses_are_those_of_training_on_images(
     mode, sampling, prior_dim, tolerance, make_engine, make_model, make_data, count_images, tmp_path
 ):
-    both = {"max_epochs": 3, "prior_dim": prior_dim}
+    both = {"max_epochs": 3, "decoupler": DecouplerOptions(prior_dim=prior_dim)}
     expected = run(make_engine, make_model, make_data, data=make_data(sampling=sampling), **both)
     count_images.clear()
     options = {"feature_cache": mode, "feature_cache_dir": tmp_path / "cache", **both}
@@ -109,6 +109,7 @@ def test_a_stale_file_is_never_used(
     assert len(list((tmp_path / "cache").glob("*/done.json"))) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["ram", "disk"])
 def test_resuming_gives_the_losses_of_an_unbroken_run(mode, make_engine, make_model, make_data, tmp_path):
     options = {"feature_cache": mode, "feature_cache_dir": tmp_path / "cache", "max_epochs": 3}
@@ -123,8 +124,12 @@ def test_resuming_gives_the_losses_of_an_unbroken_run(mode, make_engine, make_mo
 
 
 def test_worker_processes_read_the_features(make_engine, make_model, make_data, tmp_path):
-    expected = run(make_engine, make_model, make_data, prior_dim=0)
-    options = {"feature_cache": "disk", "feature_cache_dir": tmp_path / "cache", "prior_dim": 0}
+    expected = run(make_engine, make_model, make_data, decoupler=DecouplerOptions(prior_dim=0))
+    options = {
+        "feature_cache": "disk",
+        "feature_cache_dir": tmp_path / "cache",
+        "decoupler": DecouplerOptions(prior_dim=0),
+    }
     cached = run(make_engine, make_model, make_data, data=make_data(num_workers=1), **options)
     assert cached == pytest.approx(expected, rel=2e-3)
 
@@ -248,8 +253,9 @@ def test_two_processes_share_the_work(mode, encoder_weights, mvtec_root, tmp_pat
         "from conftest import Losses\n"
         "mode, weights, root, out, devices = sys.argv[1:]\n"
         "seed_everything(3)\n"
+        "from anomalib_decad.components import DecouplerOptions\n"
         "model = DecAD('test_vit', weights, [1, 2], (64, 64), feature_cache=mode, feature_cache_dir=out + '/cache',\n"
-        "    prior_dim=0)\n"
+        "    decoupler=DecouplerOptions(prior_dim=0))\n"
         "data = MultiCategory('MVTecAD', root=root, num_workers=0, train_batch_size=2, eval_batch_size=2)\n"
         "losses = Losses()\n"
         "engine = Engine(max_steps=3, accelerator='cpu', devices=int(devices), strategy='ddp', default_root_dir=out,\n"

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anomalib_decad.feature_cache import CachedFeatures, FeatureCode, FeatureFile, default_folder, fingerprint
+from anomalib_decad.feature_cache import CachedFeatures, FeatureCode, FeatureFile, fingerprint
+from anomalib_decad.feature_cache.store import default_folder
 
 
 class Images:

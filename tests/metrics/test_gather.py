@@ -1,5 +1,6 @@
 """Exchange between processes."""
 
+import pytest
 import torch
 import torch.multiprocessing
 
@@ -18,6 +19,7 @@ def test_alone_it_is_the_value_itself():
     assert gather(value) == [value]
 
 
+@pytest.mark.slow
 def test_each_process_gets_the_values_of_all_in_order(tmp_path):
     context = torch.multiprocessing.get_context("spawn")
     queue = context.SimpleQueue()

@@ -39,6 +39,7 @@ def make_method(weights_of):
 every_method = pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
 
 
+@pytest.mark.slow
 @every_method
 @pytest.mark.parametrize("decouple", [True, False])
 def test_training_gives_metrics_of_each_category(cls, decouple, make_method, make_engine, make_data):
@@ -51,6 +52,7 @@ def test_training_gives_metrics_of_each_category(cls, decouple, make_method, mak
     assert "bolts/image_AUROC" in scores
 
 
+@pytest.mark.slow
 @every_method
 def test_resuming_gives_the_losses_of_an_unbroken_run(cls, make_method, make_engine, make_data, tmp_path):
     saver = ModelCheckpoint(tmp_path / "ckpt", filename="{epoch}", save_top_k=-1)
@@ -61,6 +63,7 @@ def test_resuming_gives_the_losses_of_an_unbroken_run(cls, make_method, make_eng
     assert resumed == pytest.approx(unbroken[len(unbroken) // 2 :], rel=1e-5)
 
 
+@pytest.mark.slow
 @every_method
 def test_a_checkpoint_needs_neither_hub_nor_weights(cls, make_method, make_engine, make_data, monkeypatch):
     engine = make_engine()
@@ -78,6 +81,7 @@ def test_a_checkpoint_needs_neither_hub_nor_weights(cls, make_method, make_engin
             engine.test(make_method(cls, **arguments), datamodule=make_data(), ckpt_path=path)
 
 
+@pytest.mark.slow
 @every_method
 def test_all_but_the_encoder_is_trained(cls, make_method, make_engine, make_data):
     model = make_method(cls)
@@ -103,6 +107,7 @@ def test_without_decoupling_it_is_anomalibs_reverse_distillation(make_method):
         torch.testing.assert_close(mine.model(images), theirs.model(images))
 
 
+@pytest.mark.slow
 @every_method
 def test_a_vision_transformer_can_be_the_encoder(cls, make_method, make_engine, make_data):
     model = make_method(cls, encoder=ENCODER, image_size=(128, 128))
@@ -112,6 +117,7 @@ def test_a_vision_transformer_can_be_the_encoder(cls, make_method, make_engine, 
     assert output.pred_score.numel() == 2
 
 
+@pytest.mark.slow
 @every_method
 def test_bf16_mixed(cls, make_method, make_engine, make_data):
     losses = losses_of(make_engine, make_method(cls), make_data(), precision="bf16-mixed")

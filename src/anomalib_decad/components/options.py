@@ -4,10 +4,13 @@
 Models take them whole, and the command line shows their fields: ``--model.synthesis.num_steps 3``.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
-__all__ = ["DecouplerOptions", "DecouplingLossOptions", "InvertibleOptions", "SynthesisOptions"]
+__all__ = ["DecouplerOptions", "DecouplingLossOptions", "InvertibleOptions", "SynthesisOptions", "as_options"]
+
+Options = TypeVar("Options")
 
 
 @dataclass(frozen=True)
@@ -125,6 +128,22 @@ class DecouplingLossOptions:
         _check(self.margin > 0, "margin", "positive", self.margin)
         for name in ("normal_weight", "abnormal_weight", "restoration_weight"):
             _check(getattr(self, name) >= 0, name, "not negative", getattr(self, name))
+
+
+def as_options(cls: type[Options], value: Options | Mapping[str, Any]) -> Options:
+    """Make a group of arguments of what a checkpoint has.
+
+    Args:
+        cls (type[Options]): The group.
+        value (Options | Mapping[str, Any]): The group, or its fields by name.
+
+    Returns:
+        Options: The group.
+
+    Raises:
+        ValueError: If a value is out of its range.
+    """
+    return cls(**value) if isinstance(value, Mapping) else value
 
 
 def _check(is_right: bool, name: str, range_: str, value: object) -> None:

@@ -2,7 +2,8 @@
 """What the package's anomalib models share: length of the training, checkpoints, multi-class evaluation."""
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -22,12 +23,6 @@ from torchvision.transforms.v2 import Compose, Normalize, Resize
 from typing_extensions import Self
 
 from anomalib_decad.compat import set_training_steps
-from anomalib_decad.components import (
-    DecouplerOptions,
-    DecouplingLossOptions,
-    InvertibleOptions,
-    SynthesisOptions,
-)
 from anomalib_decad.export import ParityExportMixin
 from anomalib_decad.metrics import BoundedPostProcessor, CategoryEvaluator
 
@@ -39,6 +34,9 @@ logger = logging.getLogger(__name__)
 _LIGHTNING_MAX_EPOCHS = 1000
 
 _RNG_KEY = "anomalib_decad_rng"
+
+#: Changes when a checkpoint of before no longer fits.
+_FORMAT_KEY, _FORMAT = "anomalib_decad_format", 1
 
 
 # anomalib lists, and finds by name, the direct subclasses of its base class: this must not be one, but the models must.
@@ -87,6 +85,10 @@ class BaseModule(_Base):
             evaluator=evaluator,
             visualizer=visualizer,
         )
+        # Checkpoints hold plain values only.
+        for name, value in self.hparams.items():
+            if is_dataclass(value) and not isinstance(value, type):
+                self.hparams[name] = asdict(value)
         if not max_steps > 0:
             msg = f"max_steps must be positive, got {max_steps}"
             raise ValueError(msg)
@@ -249,6 +251,7 @@ class BaseModule(_Base):
             checkpoint (dict[str, Any]): The checkpoint.
         """
         super().on_save_checkpoint(checkpoint)
+        checkpoint[_FORMAT_KEY] = _FORMAT
         checkpoint[_RNG_KEY] = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             checkpoint[_RNG_KEY]["cuda"] = torch.cuda.get_rng_state(self.device)
@@ -260,8 +263,16 @@ class BaseModule(_Base):
             checkpoint (dict[str, Any]): The checkpoint.
 
         Raises:
-            ValueError: If the checkpoint is of a model of other shape; the message names the arguments to give.
+            ValueError: If the checkpoint is of another version, or of a model of other shape; the message names the
+                arguments to give.
         """
+        found = checkpoint.get(_FORMAT_KEY)
+        if found != _FORMAT:
+            msg = (
+                f"the checkpoint is of another version of anomalib-decad (format {found or 'unknown'}, this version "
+                f"reads {_FORMAT}): train again, or install the version that it was trained with"
+            )
+            raise ValueError(msg)
         mine, theirs = self.hparams, checkpoint.get("hyper_parameters", {})
         different = []
         for name in self.shape_arguments:
@@ -279,11 +290,6 @@ class BaseModule(_Base):
             device = self.trainer.strategy.root_device
             if device.type == "cuda" and "cuda" in checkpoint[_RNG_KEY]:
                 torch.cuda.set_rng_state(checkpoint[_RNG_KEY]["cuda"].cpu(), device)
-
-    @classmethod
-    def checkpoint_safe_globals(cls) -> Sequence[Any]:
-        """Allow the groups of arguments in checkpoints, which are loaded without running code."""
-        return (InvertibleOptions, DecouplerOptions, SynthesisOptions, DecouplingLossOptions)
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> Self:  # type: ignore[override]
@@ -308,6 +314,6 @@ def _value_of(arguments: Mapping[str, Any], name: str) -> Any:
     """Find an argument, or a field of a group of them, so that equal sequences compare equal."""
     group, _, field = name.partition(".")
     value = arguments.get(group, _MISSING)
-    if field:
-        value = getattr(value, field, _MISSING)
+    if field and isinstance(value, Mapping):
+        value = value.get(field, _MISSING)
     return list(value) if isinstance(value, list | tuple) else value

@@ -30,6 +30,7 @@ from anomalib_decad.components import (
     SynthesisOptions,
     ViTEncoder,
 )
+from anomalib_decad.components.options import as_options
 from anomalib_decad.components.precision import at_least_float32
 from anomalib_decad.feature_cache import FeatureBatch, FeatureCaching
 from anomalib_decad.models.base_module import BaseModule
@@ -162,6 +163,11 @@ class DecAD(BaseModule, AnomalibModule):
         evaluator: Evaluator | bool = True,
         visualizer: Visualizer | bool = True,
     ) -> None:
+        decoupler = as_options(DecouplerOptions, decoupler)
+        synthesis = as_options(SynthesisOptions, synthesis)
+        invertible = as_options(InvertibleOptions, invertible)
+        loss = as_options(DecouplingLossOptions, loss)
+        anomaly_map = as_options(AnomalyMapOptions, anomaly_map)
         super().__init__(
             max_steps,
             gradient_clip_val,
@@ -192,11 +198,6 @@ class DecAD(BaseModule, AnomalibModule):
         self.resize_for_encoder(pre_processor, image_size, (_DEFAULT_GRID * height, _DEFAULT_GRID * width))
         if self.input_size is not None:
             self.model.encoder.grid(*self.input_size)
-
-    @classmethod
-    def checkpoint_safe_globals(cls) -> Sequence[Any]:
-        """Allow the groups of arguments in checkpoints."""
-        return (*super().checkpoint_safe_globals(), AnomalyMapOptions)
 
     @staticmethod
     def configure_pre_processor(image_size: tuple[int, int] | None = None) -> PreProcessor:

@@ -21,6 +21,7 @@ from anomalib_decad.components import (
     SynthesisOptions,
 )
 from anomalib_decad.components.embedding_decoupling import LEARNED_DECOUPLER, LEARNED_SYNTHESIS
+from anomalib_decad.components.options import as_options
 from anomalib_decad.models.decoupled_module import DecoupledModule
 from anomalib_decad.models.reverse_distillation.torch_model import DecoupledReverseDistillationModel
 
@@ -113,6 +114,10 @@ class DecoupledReverseDistillation(DecoupledModule, AnomalibModule):
         evaluator: Evaluator | bool = True,
         visualizer: Visualizer | bool = True,
     ) -> None:
+        decoupler = as_options(DecouplerOptions, decoupler)
+        synthesis = as_options(SynthesisOptions, synthesis)
+        invertible = as_options(InvertibleOptions, invertible)
+        loss = as_options(DecouplingLossOptions, loss)
         super().__init__(
             decoupling_learning_rate=decoupling_learning_rate,
             learning_rate=learning_rate,
@@ -150,5 +155,5 @@ class DecoupledReverseDistillation(DecoupledModule, AnomalibModule):
 
     @classmethod
     def checkpoint_safe_globals(cls) -> Sequence[Any]:
-        """Allow ``AnomalyMapGenerationMode`` in checkpoints, beside the groups of arguments."""
-        return (*super().checkpoint_safe_globals(), AnomalyMapGenerationMode)
+        """Allow ``AnomalyMapGenerationMode`` in checkpoints."""
+        return (AnomalyMapGenerationMode,)

@@ -20,6 +20,7 @@ from anomalib_decad.components import (
     SynthesisOptions,
 )
 from anomalib_decad.components.embedding_decoupling import LEARNED_DECOUPLER, LEARNED_SYNTHESIS
+from anomalib_decad.components.options import as_options
 from anomalib_decad.models.decoupled_module import DecoupledModule
 from anomalib_decad.models.uniad.torch_model import DecoupledUniADModel
 
@@ -130,6 +131,10 @@ class DecoupledUniAD(DecoupledModule, AnomalibModule):
         evaluator: Evaluator | bool = True,
         visualizer: Visualizer | bool = True,
     ) -> None:
+        decoupler = as_options(DecouplerOptions, decoupler)
+        synthesis = as_options(SynthesisOptions, synthesis)
+        invertible = as_options(InvertibleOptions, invertible)
+        loss = as_options(DecouplingLossOptions, loss)
         super().__init__(
             decoupling_learning_rate=decoupling_learning_rate,
             learning_rate=learning_rate,
