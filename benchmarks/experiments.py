@@ -44,30 +44,29 @@ _LAYERS = ((3, 6, 9), (1, 6, 12), (2, 4, 8), (2, 8, 12), (3, 6, 10), (4, 8, 10))
 
 #: Lists of settings that are compared, by name.
 ABLATIONS: dict[str, list[dict[str, Any]]] = {
-    "decoupling": [
-        {"num_prototypes": number, **settings}
-        for number in (0, 2560)
-        for settings in (
-            {"decouple": False},
-            {"synthesis.noise": "gaussian", "synthesis.num_steps": 0},
-            {"synthesis.noise": "gaussian"},
-            {"synthesis.num_steps": 0},
-            {},
-        )
+    "decoupling": [{}, {"decouple": False}],
+    "anomalies": [
+        {},
+        {"synthesis.noise": "gaussian", "synthesis.num_steps": 0},
+        {"synthesis.num_steps": 0},
+        {"synthesis.fraction": 0.0},
     ],
     "layers": [{"layers": list(layers)} for layers in _LAYERS],
     "delta": [{"delta": delta} for delta in (1.0, 1.5, 2.0, 2.5, 3.0)],
-    "memory": [{"num_prototypes": number} for number in (0, 640, 1280, 2560)],
+    "latent": [{"decoupler.abnormal_fraction": fraction} for fraction in (0.8, 0.9, 0.95, 0.97)],
+    "prior": [
+        {"decoupler.num_prototypes": number, "decoupler.prior_dim": dim}
+        for number, dim in ((5120, 0), (2560, 256), (5120, 256), (5120, 512))
+    ],
     "energy": [{"anomaly_map.energy_power": power} for power in (0.0, 0.25, 0.5)],
-    "prior": [{"num_prototypes": number, "decoupler.prior_dim": dim} for number in (0, 2560) for dim in (0, 128, 512)],
-    "latent": [{"decoupler.abnormal_fraction": fraction} for fraction in (0.25, 0.5, 0.75)],
     "depth": [{"decoder_depth": depth} for depth in (1, 2, 3)],
     "steps": [{"synthesis.num_steps": steps} for steps in (0, 1, 3)],
     "losses": [
         {},
-        *({f"loss.{term}_weight": weight} for term in ("normal", "abnormal", "restoration") for weight in (0.0, 3.0)),
-        {"loss.normal_weight": 0.3},
-        {"loss.margin": 3.0},
+        {"loss.normal_weight": 1.0},
+        {"loss.normal_weight": 1.0, "loss.abnormal_weight": 1.0},
+        {"loss.restoration_weight": 1.0},
+        {"loss.prior_weight": 0.0},
     ],
     "region": [
         *({"synthesis.blob_size": size} for size in (1, 4, 10)),
@@ -235,7 +234,7 @@ def measure(model: DecAD, test: Split) -> dict[str, Any]:
     for chunk in chunks(range(len(test.labels)), 16):
         outputs = test.batch(chunk, net.encoder.layers).features()
         x, targets = net.fusion(outputs), net.standardizer(outputs)
-        clean, energy = net.decoupler(x) if net.decoupler else (x, x.new_ones(x.shape[:-1]))
+        clean, energy = net.decoupler(x)[:2] if net.decoupler else (x, x.new_ones(x.shape[:-1]))
         error, kept = (generator.patch_errors(targets, net.decoder(embedding)) for embedding in (clean, x))
         both = error * energy.pow(generator.options.energy_power)
         for name, patches in zip(names, (both, error, energy), strict=True):

@@ -29,9 +29,8 @@ IMAGE_SIZE = 64
 TINY = {
     "encoder": ENCODER,
     "layers": [1, 2, 3],
-    "num_prototypes": 16,
     "invertible": InvertibleOptions(hidden_dim=8),
-    "decoupler": DecouplerOptions(prior_dim=16),
+    "decoupler": DecouplerOptions(num_prototypes=16, prior_dim=8),
 }
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 ANOMALIB = str(Path(sys.executable).with_name("anomalib"))

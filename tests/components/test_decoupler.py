@@ -3,15 +3,17 @@ import torch
 from torch.nn.utils import parametrize
 
 from anomalib_decad.components import Decoupler, DecouplerOptions, InvertibleOptions
+from anomalib_decad.components.invertible import ActNorm
 
 
 def make_decoupler(**options):
+    options = {"abnormal_fraction": 0.5, "prior_dim": 0, "num_prototypes": 0, **options}
     return Decoupler(16, DecouplerOptions(**options), InvertibleOptions(hidden_dim=8))
 
 
-@pytest.fixture(params=[0, 32], ids=["prior of 0", "conditional prior"])
+@pytest.fixture(params=[(0, 0), (16, 0), (16, 8)], ids=["prior of 0", "prototypes", "prototypes and network"])
 def decoupler(request):
-    decoupler = make_decoupler(prior_dim=request.param).train()
+    decoupler = make_decoupler(num_prototypes=request.param[0], prior_dim=request.param[1]).train()
     x = torch.randn(200, 16)
     decoupler.initialize(x)
     decoupler.fit_prior(x)
@@ -19,10 +21,11 @@ def decoupler(request):
 
 
 def test_shapes_and_sign(decoupler):
-    x_clean, energy = decoupler(torch.randn(2, 9, 16))
+    x_clean, energy, abnormal, normal = decoupler(torch.randn(2, 9, 16))
     assert x_clean.shape == (2, 9, 16)
     assert energy.shape == (2, 9)
     assert (energy >= 0).all()
+    assert abnormal.shape == normal.shape == (2, 9, 8)
 
 
 def test_removal_acts_patch_by_patch(decoupler):
@@ -36,8 +39,8 @@ def test_removal_acts_patch_by_patch(decoupler):
 
 def test_removal_leaves_no_energy_and_is_idempotent(decoupler):
     with torch.no_grad():
-        x_clean, energy = decoupler(torch.randn(2, 9, 16))
-        again, left = decoupler(x_clean)
+        x_clean, energy = decoupler(torch.randn(2, 9, 16))[:2]
+        again, left = decoupler(x_clean)[:2]
     assert energy.mean() > 0.1
     assert left.max() < 1e-6
     torch.testing.assert_close(again, x_clean, rtol=1e-3, atol=1e-4)
@@ -69,9 +72,26 @@ def test_both_components_need_channels(fraction):
         make_decoupler(abnormal_fraction=fraction)
 
 
-def test_prior_is_not_negative():
-    with pytest.raises(ValueError, match="prior_dim"):
-        make_decoupler(prior_dim=-1)
+@pytest.mark.parametrize("name", ["num_prototypes", "prior_dim"])
+def test_the_prior_has_no_negative_size(name):
+    with pytest.raises(ValueError, match=name):
+        make_decoupler(**{name: -1})
+
+
+@pytest.mark.parametrize("fraction", [0.25, 0.5, 0.9])
+def test_what_is_removed_is_not_seen_behind_it(fraction):
+    """Whatever an anomaly does to the abnormal component, the cleaned embedding is the same."""
+    decoupler = make_decoupler(abnormal_fraction=fraction, num_prototypes=16, prior_dim=8).train()
+    x = torch.randn(200, 16)
+    decoupler.initialize(x)
+    decoupler.fit_prior(x)
+    decoupler.eval()
+    with torch.no_grad():
+        latent = decoupler.network(x)
+        latent[:, : decoupler.num_abnormal] += torch.randn(200, decoupler.num_abnormal)
+        anomaly = decoupler.network.inverse(latent)
+        torch.testing.assert_close(decoupler(anomaly).x_clean, decoupler(x).x_clean, rtol=1e-3, atol=1e-3)
+        assert (anomaly - x).norm(dim=-1).min() > 0.1
 
 
 def test_prior_restores_what_the_normal_component_tells():
@@ -79,23 +99,57 @@ def test_prior_restores_what_the_normal_component_tells():
     known = torch.randn(4000, 8)
     x = torch.cat([known.abs(), known], dim=-1)
     clean = {}
-    for prior_dim in (0, 128):
-        decoupler = make_decoupler(prior_dim=prior_dim).train()
+    for num_prototypes in (0, 64):
+        decoupler = make_decoupler(num_prototypes=num_prototypes, prior_dim=128).train()
         decoupler.initialize(x)
-        decoupler.fit_prior(x)
+        if decoupler.prior:
+            decoupler.prior.fit(*reversed(decoupler._split(x)), num_epochs=128)
         with torch.no_grad():
-            clean[prior_dim], energy = decoupler.eval()(x)
+            clean[num_prototypes], energy = decoupler.eval()(x)[:2]
             # An anomaly that no longer fits what surrounds it in the embedding.
             abnormal = decoupler.energy(torch.cat([x[:, :8].roll(1, 0), known], dim=-1))
-        assert (abnormal.mean() > 3 * energy.mean()) == (prior_dim > 0)
-    restoration = {dim: (x_clean - x).square().mean() for dim, x_clean in clean.items()}
-    assert restoration[128] < 0.3 * restoration[0]
+        assert (abnormal.mean() > 3 * energy.mean()) == (num_prototypes > 0)
+    restoration = {number: (x_clean - x).square().mean() for number, x_clean in clean.items()}
+    assert restoration[64] < 0.3 * restoration[0]
 
 
-def test_losses_train_the_prior():
-    decoupler = make_decoupler(prior_dim=8).train()
+def test_the_priors_own_loss_trains_the_prior_alone():
+    decoupler = make_decoupler(num_prototypes=8, prior_dim=8).train()
     x = torch.randn(50, 16)
     decoupler.initialize(x)
-    x_clean, energy = decoupler(x[None])
-    (x_clean.square().mean() + energy.mean()).backward()
-    assert decoupler.prior.output.weight.grad.abs().max() > 0
+    decoupler.fit_prior(x)
+    output = decoupler(x[None])
+    error = decoupler.prior_error(output.abnormal[0], output.normal[0])
+    assert error.shape == (50,)
+    error.mean().backward()
+    assert all(parameter.grad is not None for parameter in decoupler.prior.parameters())
+    assert all(parameter.grad is None for parameter in decoupler.network.parameters())
+
+
+def test_a_normal_patch_has_an_energy_of_about_one_however_channels_are_scaled():
+    decoupler = make_decoupler(num_prototypes=8, prior_dim=8).train()
+    x = torch.randn(500, 16)
+    decoupler.initialize(x)
+    decoupler.fit_prior(x)
+    assert decoupler.energy(x).mean().item() == pytest.approx(1, rel=0.05)
+    with torch.no_grad():
+        norm = [module for module in decoupler.modules() if isinstance(module, ActNorm)][-1]
+        norm.scale[0] += 3  # the network stretches a channel of the abnormal component ...
+        decoupler.prior.values[0] *= torch.tensor(3.0).exp()
+        assert decoupler.energy(x).mean() > 5
+    for _ in range(1000):  # ... and the energy follows
+        output = decoupler(x[None])
+        decoupler.prior_error(output.abnormal[0], output.normal[0])
+    assert decoupler.energy(x).mean().item() == pytest.approx(1, rel=0.05)
+    before = decoupler.residual_variance.clone()
+    decoupler.eval().prior_error(output.abnormal[0] + 9, output.normal[0])
+    assert torch.equal(decoupler.residual_variance, before)
+
+
+def test_reconstruction_trains_network_and_prior():
+    decoupler = make_decoupler(num_prototypes=8, prior_dim=8).train()
+    x = torch.randn(50, 16)
+    decoupler.initialize(x)
+    decoupler.fit_prior(x)
+    decoupler(x[None]).x_clean.square().mean().backward()
+    assert all(parameter.grad is not None for parameter in decoupler.parameters())

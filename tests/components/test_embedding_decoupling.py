@@ -48,7 +48,7 @@ def test_a_toy_autoencoder_is_decoupled():
         model,
         "encoder",
         dim=8,
-        decoupler=DecouplerOptions(0.5, prior_dim=0),
+        decoupler=DecouplerOptions(0.5, num_prototypes=0),
         invertible=InvertibleOptions(hidden_dim=16),
     )
     train(model, decoupling, images)

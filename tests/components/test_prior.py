@@ -1,42 +1,86 @@
+import logging
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from anomalib_decad.components import ConditionalPrior
 
 
-def test_starts_as_zero():
-    assert not ConditionalPrior(6, 4, 8)(torch.randn(2, 5, 6)).any()
-
-
-def test_fit_finds_what_depends_on_the_normal_component():
+def make_components(count, noise=0.1):
     torch.manual_seed(0)
-    normal = torch.randn(5000, 6)
-    noise = 0.1 * torch.randn(5000, 4)
-    abnormal = torch.tanh(normal[:, :4] * normal[:, 1:5]) + noise
-    prior = ConditionalPrior(6, 4, 64)
-    prior.fit(normal[:4000], abnormal[:4000], batch_size=512)
+    normal = torch.randn(count, 6)
+    return normal, torch.tanh(normal[:, :4] * normal[:, 1:5]) + noise * torch.randn(count, 4)
+
+
+def test_starts_as_zero():
+    assert not ConditionalPrior(6, 4, 8, 8)(torch.randn(2, 5, 6)).any()
+
+
+@pytest.mark.parametrize(("prototypes", "hidden"), [(256, 0), (256, 64), (1, 128)])
+def test_fit_finds_what_depends_on_the_normal_component(prototypes, hidden):
+    normal, abnormal = make_components(5000)
+    prior = ConditionalPrior(6, 4, prototypes, hidden)
+    prior.fit(normal[:4000], abnormal[:4000], num_epochs=64, batch_size=512)
     with torch.no_grad():
         error = (prior(normal[4000:]) - abnormal[4000:]).square().mean()
-    assert error < 0.3 * abnormal.var()
+    assert error < (0.7 if hidden == 0 else 0.4) * abnormal.var()
+
+
+@settings(max_examples=25, deadline=None)
+@given(shape=st.lists(st.integers(1, 4), min_size=1, max_size=2), scale=st.floats(0.01, 100))
+def test_weights_are_a_mixture(shape, scale):
+    prior = ConditionalPrior(6, 4, 8, 0)
+    normal = scale * torch.randn(*shape, 6)
+    weights = prior.weights(normal)
+    assert weights.shape == (*shape, 8)
+    assert (weights >= 0).all()
+    torch.testing.assert_close(weights.sum(-1), torch.ones(shape))
+    torch.testing.assert_close(prior(normal), weights @ prior.values.T)
+
+
+def test_weights_are_those_of_the_squared_distances():
+    prior = ConditionalPrior(6, 4, 8, 0).double()
+    normal = torch.randn(5, 6, dtype=torch.float64)
+    expected = (-prior.log_beta.exp() * torch.cdist(normal, prior.keys).square()).softmax(-1)
+    torch.testing.assert_close(prior.weights(normal), expected)
+
+
+def test_a_prototype_starts_as_the_mean_of_its_members():
+    normal = torch.cat([torch.zeros(10, 6), torch.full((30, 6), 5.0)])
+    abnormal = torch.cat([torch.randn(10, 4), 7 + torch.randn(30, 4)])
+    prior = ConditionalPrior(6, 4, 8, 0)
+    prior.fit(normal, abnormal)
+    # At a key the mixture is its value: the others are far away, also those that no patch belongs to.
+    torch.testing.assert_close(prior(normal[:1]), abnormal[:10].mean(0, keepdim=True), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(prior(normal[-1:]), abnormal[10:].mean(0, keepdim=True), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("count", [1, 7, 20])
-def test_fit_takes_few_patches_and_leaves_no_gradients(count):
-    prior = ConditionalPrior(6, 4, 8)
-    with torch.no_grad():
+def test_fit_takes_few_patches_and_leaves_no_gradients(count, caplog):
+    prior = ConditionalPrior(6, 4, 8, 8)
+    with torch.no_grad(), caplog.at_level(logging.WARNING):
         prior.fit(torch.randn(count, 6), torch.randn(count, 4), num_epochs=3, batch_size=8)
     assert all(parameter.grad is None and parameter.isfinite().all() for parameter in prior.parameters())
+    said = f"There are {count} normal patches to choose prototypes from: {count} of 8 prototypes are used."
+    assert (said in caplog.text) == (count < 8)
+    prior(torch.randn(5, 6)).square().sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in prior.parameters())
 
 
 def test_is_wide_under_automatic_mixed_precision():
-    prior = ConditionalPrior(6, 4, 8)
+    prior = ConditionalPrior(6, 4, 8, 8)
     x, y = torch.randn(50, 6), torch.randn(50, 4)
     with torch.autocast("cpu", torch.bfloat16):
         prior.fit(x, y, num_epochs=2)
         assert prior(x).dtype == torch.float32
+        assert prior.weights(x).dtype == torch.float32
 
 
-@pytest.mark.parametrize("argument", ["num_normal", "num_abnormal", "hidden_dim"])
-def test_channels_are_positive(argument):
-    with pytest.raises(ValueError, match=argument):
-        ConditionalPrior(**{"num_normal": 2, "num_abnormal": 2, "hidden_dim": 2, argument: 0})
+@pytest.mark.parametrize(
+    ("name", "value"), [("num_normal", 0), ("num_abnormal", 0), ("num_prototypes", 0), ("hidden_dim", -1)]
+)
+def test_numbers_are_checked(name, value):
+    with pytest.raises(ValueError, match=name):
+        ConditionalPrior(**{"num_normal": 2, "num_abnormal": 2, name: value})

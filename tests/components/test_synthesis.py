@@ -77,7 +77,7 @@ def test_no_step_ends_below_the_energy_of_the_patch_itself(noise):
 
 
 def test_steps_lower_the_energy_of_a_decoupler():
-    decoupler = Decoupler(16, DecouplerOptions(prior_dim=0), InvertibleOptions(hidden_dim=8)).eval()
+    decoupler = Decoupler(16, DecouplerOptions(0.5, num_prototypes=0), InvertibleOptions(hidden_dim=8)).eval()
     x = torch.randn(8, 64, 16)
     random_, mask = AdversarialSynthesis(options=SynthesisOptions(fraction=1.0, num_steps=0))(x, decoupler.energy)
     hard, hard_mask = AdversarialSynthesis(options=SynthesisOptions(fraction=1.0, num_steps=1))(x, decoupler.energy)
@@ -106,7 +106,7 @@ def test_equal_patches_get_gaussian_noise():
 
 
 def test_no_gradient_reaches_the_embeddings_or_the_parameters():
-    decoupler = Decoupler(16, DecouplerOptions(prior_dim=0), InvertibleOptions(hidden_dim=8))
+    decoupler = Decoupler(16, DecouplerOptions(0.5, num_prototypes=0), InvertibleOptions(hidden_dim=8))
     x = torch.randn(2, 64, 16, requires_grad=True)
     perturbed, _ = AdversarialSynthesis(options=SynthesisOptions(fraction=1.0))(x, decoupler.energy)
     assert not perturbed.requires_grad
@@ -147,7 +147,7 @@ def test_zero_gradient_keeps_the_norm():
     ("arguments", "message"),
     [
         ({"delta": 0}, "delta must be positive"),
-        ({"fraction": 0}, "fraction must be"),
+        ({"fraction": -0.1}, "fraction must be"),
         ({"num_steps": -1}, "num_steps"),
         ({"noise": "x"}, "noise"),
         ({"blob_size": 0}, "blob_size"),

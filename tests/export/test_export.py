@@ -17,7 +17,7 @@ from torchvision.transforms.v2 import Compose, Normalize, Resize
 
 import textures
 from anomalib_decad import DecAD, MultiCategory
-from anomalib_decad.components import InvertibleOptions
+from anomalib_decad.components import DecouplerOptions, InvertibleOptions
 from anomalib_decad.export.pre_processor import MatrixResize, for_export
 from conftest import ENCODER
 
@@ -47,7 +47,8 @@ def datamodule(data):
 def checkpoint(datamodule, encoder_weights, tmp_path_factory):
     torch.manual_seed(0)
     model = DecAD(
-        encoder=ENCODER, encoder_weights=encoder_weights, layers=[1, 2, 3], image_size=SIZE, num_prototypes=64,
+        encoder=ENCODER, encoder_weights=encoder_weights, layers=[1, 2, 3], image_size=SIZE,
+        decoupler=DecouplerOptions(num_prototypes=64),
         invertible=InvertibleOptions(hidden_dim=16, num_units=1),
     )  # fmt: skip
     engine = Engine(

@@ -45,13 +45,13 @@ def run(make_engine, make_model, make_data, *callbacks, data=None, ckpt_path=Non
 
 
 # A prior that is fitted to the patches of twelve images multiplies their rounding.
-@pytest.mark.parametrize(("prior_dim", "tolerance"), [(0, 2e-3), (16, 1e-2)])
+@pytest.mark.parametrize(("num_prototypes", "tolerance"), [(0, 2e-3), (16, 1e-2)])
 @pytest.mark.parametrize("mode", ["ram", "disk"])
 @pytest.mark.parametrize("sampling", ["natural", "balanced"])
 def test_losses_are_those_of_training_on_images(
-    mode, sampling, prior_dim, tolerance, make_engine, make_model, make_data, count_images, tmp_path
+    mode, sampling, num_prototypes, tolerance, make_engine, make_model, make_data, count_images, tmp_path
 ):
-    both = {"max_epochs": 3, "decoupler": DecouplerOptions(prior_dim=prior_dim)}
+    both = {"max_epochs": 3, "decoupler": DecouplerOptions(0.5, num_prototypes, 8)}
     expected = run(make_engine, make_model, make_data, data=make_data(sampling=sampling), **both)
     count_images.clear()
     options = {"feature_cache": mode, "feature_cache_dir": tmp_path / "cache", **both}
@@ -124,11 +124,11 @@ def test_resuming_gives_the_losses_of_an_unbroken_run(mode, make_engine, make_mo
 
 
 def test_worker_processes_read_the_features(make_engine, make_model, make_data, tmp_path):
-    expected = run(make_engine, make_model, make_data, decoupler=DecouplerOptions(prior_dim=0))
+    expected = run(make_engine, make_model, make_data, decoupler=DecouplerOptions(0.5, num_prototypes=0))
     options = {
         "feature_cache": "disk",
         "feature_cache_dir": tmp_path / "cache",
-        "decoupler": DecouplerOptions(prior_dim=0),
+        "decoupler": DecouplerOptions(0.5, num_prototypes=0),
     }
     cached = run(make_engine, make_model, make_data, data=make_data(num_workers=1), **options)
     assert cached == pytest.approx(expected, rel=2e-3)
@@ -255,7 +255,7 @@ def test_two_processes_share_the_work(mode, encoder_weights, mvtec_root, tmp_pat
         "seed_everything(3)\n"
         "from anomalib_decad.components import DecouplerOptions\n"
         "model = DecAD('test_vit', weights, [1, 2], (64, 64), feature_cache=mode, feature_cache_dir=out + '/cache',\n"
-        "    decoupler=DecouplerOptions(prior_dim=0))\n"
+        "    decoupler=DecouplerOptions(0.5, num_prototypes=0))\n"
         "data = MultiCategory('MVTecAD', root=root, num_workers=0, train_batch_size=2, eval_batch_size=2)\n"
         "losses = Losses()\n"
         "engine = Engine(max_steps=3, accelerator='cpu', devices=int(devices), strategy='ddp', default_root_dir=out,\n"

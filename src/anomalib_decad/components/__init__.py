@@ -7,7 +7,6 @@ from anomalib_decad.components.embedding_decoupling import EmbeddingDecoupling, 
 from anomalib_decad.components.encoders import EncoderWeightsError, FrozenEncoder, ViTEncoder, create_encoder
 from anomalib_decad.components.invertible import InvertibleNetwork, LipschitzDenseNet, MonotoneUnit, Pila, fixed_point
 from anomalib_decad.components.losses import DecouplingLoss, FeatureMSELoss
-from anomalib_decad.components.memory import PrototypeMemory
 from anomalib_decad.components.options import (
     DecouplerOptions,
     DecouplingLossOptions,
@@ -37,7 +36,6 @@ __all__ = [
     "LipschitzDenseNet",
     "MonotoneUnit",
     "Pila",
-    "PrototypeMemory",
     "SynthesisOptions",
     "ViTEncoder",
     "attach",

@@ -8,8 +8,6 @@ import torch
 from timm.models.vision_transformer import Block
 from torch import nn
 
-from anomalib_decad.components.memory import PrototypeMemory
-
 __all__ = ["FeatureDecoder"]
 
 # Of the mean eigenvalue: keeps the least squares of the start well posed when there are few patches.
@@ -17,15 +15,15 @@ _RIDGE = 1e-3
 
 
 class FeatureDecoder(nn.Module):
-    """A memory of normal embeddings, transformer blocks, and outputs for each layer of the encoder.
+    """Transformer blocks, and for each layer of the encoder a linear map of the embedding and a head on the blocks.
 
-    The embeddings are looked up in the memory, and the blocks refine what it returns by its surroundings. A feature map
-    is reconstructed as a linear map of the memory's output plus an output head on the blocks. As in reverse
-    distillation the order is reversed: early decoder blocks reconstruct deep encoder layers. With as many decoder
-    blocks as layers each head reads a block of its own; otherwise the heads are spread evenly.
+    A feature map is reconstructed as a linear map of the patch's own embedding plus what the blocks, which see its
+    surroundings, add to it. As in reverse distillation the order is reversed: early decoder blocks reconstruct deep
+    encoder layers. With as many decoder blocks as layers each head reads a block of its own; otherwise the heads are
+    spread evenly.
 
     Before training (:meth:`initialize`) the linear maps are least squares and the blocks and heads add nothing, so that
-    training starts from what the memory alone can do.
+    training starts from what a linear map can do.
 
     Args:
         dim (int): Number of channels of an embedding.
@@ -34,41 +32,33 @@ class FeatureDecoder(nn.Module):
             Defaults to ``2``.
         num_heads (int): Attention heads of a block; must divide ``dim``.
             Defaults to ``6``.
-        num_prototypes (int): Prototypes in the memory; 0 for no memory.
-            Defaults to ``2560``.
 
     Raises:
-        ValueError: If ``depth`` is below 1 or ``num_prototypes`` below 0.
+        ValueError: If ``depth`` is below 1.
     """
 
-    def __init__(
-        self, dim: int, num_layers: int, depth: int = 2, num_heads: int = 6, num_prototypes: int = 2560
-    ) -> None:
+    def __init__(self, dim: int, num_layers: int, depth: int = 2, num_heads: int = 6) -> None:
         super().__init__()
         if depth < 1:
             msg = f"decoder_depth must be at least 1, got {depth}"
             raise ValueError(msg)
-        self.memory = PrototypeMemory(dim, num_prototypes) if num_prototypes else None
         self.blocks = nn.ModuleList(Block(dim, num_heads, mlp_ratio=4.0, qkv_bias=True) for _ in range(depth))
         self.heads = nn.ModuleList(nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim)) for _ in range(num_layers))
-        self.linears = nn.ModuleList(nn.Linear(dim, dim) for _ in range(num_layers)) if num_prototypes else None
+        self.linears = nn.ModuleList(nn.Linear(dim, dim) for _ in range(num_layers))
         # The last layer, the deepest, is read first.
-        self.sources = [((num_layers - layer) * depth - 1) // num_layers for layer in range(num_layers)]
+        self.sources = [max(((num_layers - layer) * depth - 1) // num_layers, 0) for layer in range(num_layers)]
 
     @torch.no_grad()
     def initialize(self, x: torch.Tensor, features: Sequence[torch.Tensor]) -> None:
-        """Fit the memory and the linear maps to normal patches.
+        """Fit the linear maps to normal patches, and have the rest add nothing.
 
         Args:
             x (torch.Tensor): Cleaned embeddings of shape (K, dim).
             features (Sequence[torch.Tensor]): The feature maps of the same patches, of shape (K, dim).
         """
-        if self.memory is None or self.linears is None:
-            return
-        self.memory.initialize(x)
         # On the CPU, as not every device has float64.
-        remembered = self.memory(x).cpu().double()
-        centered = remembered - remembered.mean(0)
+        x = x.cpu().double()
+        centered = x - x.mean(0)
         gram = centered.T @ centered
         gram += _RIDGE * gram.diagonal().mean().clamp(min=1e-12) * torch.eye(len(gram), dtype=gram.dtype)
         for linear, feature in zip(cast("Iterable[nn.Linear]", self.linears), features, strict=True):
@@ -76,7 +66,7 @@ class FeatureDecoder(nn.Module):
             mean = target.mean(0)
             weight = torch.linalg.solve(gram, centered.T @ (target - mean)).T
             linear.weight.copy_(weight)
-            linear.bias.copy_(mean - weight @ remembered.mean(0))
+            linear.bias.copy_(mean - weight @ x.mean(0))
         for block in cast("Iterable[Block]", self.blocks):
             _zero(block.attn.proj)
             _zero(block.mlp.fc2)
@@ -92,18 +82,13 @@ class FeatureDecoder(nn.Module):
         Returns:
             list[torch.Tensor]: A reconstruction of shape (B, N, dim) for each layer, in the encoder's order.
         """
-        if self.memory is not None:
-            x = self.memory(x)
-        remembered, outputs = x, []
+        embedding, outputs = x, []
         for block in self.blocks:
             x = block(x)
             outputs.append(x)
-        reconstructions = [head(outputs[max(source, 0)]) for head, source in zip(self.heads, self.sources, strict=True)]
-        if self.linears is None:
-            return reconstructions
         return [
-            reconstruction + linear(remembered)
-            for reconstruction, linear in zip(reconstructions, self.linears, strict=True)
+            linear(embedding) + head(outputs[source])
+            for linear, head, source in zip(self.linears, self.heads, self.sources, strict=True)
         ]
 
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Decoupling: removal of the abnormal component of patch embeddings in the latent space."""
 
+from typing import NamedTuple
+
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
@@ -9,16 +11,42 @@ from anomalib_decad.components.invertible import FusedNetwork, InvertibleNetwork
 from anomalib_decad.components.options import DecouplerOptions, InvertibleOptions
 from anomalib_decad.components.prior import ConditionalPrior
 
-__all__ = ["Decoupler"]
+__all__ = ["Decoupled", "Decoupler"]
+
+# Share of a batch in the running variance.
+_MOMENTUM = 0.01
+
+# Of the mean variance over the channels.
+_FLOOR = 1e-4
+
+
+class Decoupled(NamedTuple):
+    """What :class:`Decoupler` returns.
+
+    Args:
+        x_clean (torch.Tensor): Cleaned embeddings of shape (B, N, dim).
+        energy (torch.Tensor): Abnormal energy of each patch, shape (B, N), not negative.
+        abnormal (torch.Tensor): Abnormal components before removal, shape (B, N, num_abnormal).
+        normal (torch.Tensor): Normal components, shape (B, N, dim - num_abnormal).
+    """
+
+    x_clean: torch.Tensor
+    energy: torch.Tensor
+    abnormal: torch.Tensor
+    normal: torch.Tensor
 
 
 class Decoupler(nn.Module):
     r"""Removes what is abnormal from each patch embedding.
 
     The latent :math:`z = F(x)` is split by channel into :math:`[z_a, z_n]`. The prior of a normal patch is
-    :math:`z_a = p(z_n)`, its abnormal energy is :math:`H = \mathrm{mean}((z_a - p(z_n))^2)`, and removal is
-    :math:`\hat{x} = F^{-1}([p(z_n), z_n])`. p is 0 or a :class:`ConditionalPrior`. F and p act on each patch alone, so
+    :math:`z_a = p(z_n)`, its abnormal energy is :math:`H = \mathrm{mean}((z_a - p(z_n))^2 / \sigma^2)`, and removal is
+    :math:`\hat{x} = F^{-1}([p(z_n), z_n])`. p is a :class:`ConditionalPrior`, or 0. F and p act on each patch alone, so
     removal in one patch changes no other.
+
+    :math:`\sigma^2` is the variance, by channel, of what the prior leaves of normal patches, a running mean over the
+    training: a normal patch has an energy of about 1, however F scales its channels. Without it a single channel that F
+    has stretched is the energy (``benchmarks/NOTES.md``, "Energy"). With a prior of 0 it is 1.
 
     Args:
         dim (int): Number of channels of an embedding; at least 2.
@@ -29,11 +57,13 @@ class Decoupler(nn.Module):
         ValueError: If ``abnormal_fraction`` leaves one of the components without channels.
 
     Example:
-        >>> decoupler = Decoupler(dim=32)
-        >>> x_clean, energy = decoupler(torch.randn(2, 100, 32))
-        >>> x_clean.shape, energy.shape
+        >>> decoupler = Decoupler(dim=32, options=DecouplerOptions(num_prototypes=16))
+        >>> output = decoupler(torch.randn(2, 100, 32))
+        >>> output.x_clean.shape, output.energy.shape
         (torch.Size([2, 100, 32]), torch.Size([2, 100]))
     """
+
+    residual_variance: torch.Tensor
 
     def __init__(
         self,
@@ -47,27 +77,27 @@ class Decoupler(nn.Module):
             msg = f"abnormal_fraction must leave channels to both components of {dim}, got {options.abnormal_fraction}"
             raise ValueError(msg)
         self.prior = (
-            ConditionalPrior(dim - self.num_abnormal, self.num_abnormal, options.prior_dim)
-            if options.prior_dim
+            ConditionalPrior(dim - self.num_abnormal, self.num_abnormal, options.num_prototypes, options.prior_dim)
+            if options.num_prototypes
             else None
         )
+        self.register_buffer("residual_variance", torch.ones(self.num_abnormal))
         self.network: InvertibleNetwork | FusedNetwork = InvertibleNetwork(dim, invertible)
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, x: torch.Tensor) -> Decoupled:
         """Remove the abnormal component.
 
         Args:
             x (torch.Tensor): Embeddings of shape (B, N, dim).
 
         Returns:
-            tuple[torch.Tensor, torch.Tensor]: Cleaned embeddings of shape (B, N, dim), and the abnormal energy of each
-                patch, shape (B, N), not negative.
+            Decoupled: Cleaned embeddings, abnormal energies and both components.
         """
         with parametrize.cached():
             abnormal, normal = self._split(x)
             expected = self._expect(abnormal, normal)
             latent = torch.cat([expected, normal], dim=-1)
-            return self.network.inverse(latent), (abnormal - expected).square().mean(-1)
+            return Decoupled(self.network.inverse(latent), self._energy(abnormal, expected), abnormal, normal)
 
     def initialize(self, x: torch.Tensor) -> None:
         """Initialize the network from normal embeddings of shape (..., dim), unless it has been."""
@@ -80,6 +110,8 @@ class Decoupler(nn.Module):
             with torch.no_grad():
                 abnormal, normal = self._split(x)
             self.prior.fit(normal, abnormal)
+            with torch.no_grad():
+                self.residual_variance.copy_((abnormal - self.prior(normal)).square().mean(0))
 
     def fuse(self) -> None:
         """Replace the network by a faster one without spectral normalization, in place, for inference."""
@@ -96,7 +128,37 @@ class Decoupler(nn.Module):
             torch.Tensor: Energies of shape (...), not negative.
         """
         abnormal, normal = self._split(x)
-        return (abnormal - self._expect(abnormal, normal)).square().mean(-1)
+        return self._energy(abnormal, self._expect(abnormal, normal))
+
+    def prior_error(self, abnormal: torch.Tensor, normal: torch.Tensor) -> torch.Tensor | None:
+        """Compute how far the prior is from the components of normal patches, as a loss of the prior alone.
+
+        No gradient goes into the components: the prior follows the latent. If the latent followed the prior, the
+        network would make abnormal components easy to predict instead of telling, and the energy would get worse with
+        training (``benchmarks/NOTES.md``, "Losses"). In training mode the variance of what the prior leaves follows,
+        too.
+
+        Args:
+            abnormal (torch.Tensor): Abnormal components of shape (K, num_abnormal).
+            normal (torch.Tensor): Normal components of shape (K, dim - num_abnormal).
+
+        Returns:
+            torch.Tensor | None: Shape (K,), in units of the variance of each channel; ``None`` with a prior of 0.
+        """
+        if self.prior is None or not len(abnormal):
+            return None
+        abnormal = abnormal.detach()
+        error = (abnormal - self.prior(normal.detach())).square()
+        if self.training:
+            self.residual_variance.lerp_(error.detach().mean(0), _MOMENTUM)
+        scale = abnormal.var(0, correction=0)
+        return (error / scale.clamp(min=1e-6 * scale.mean().clamp(min=1e-12))).mean(-1)
+
+    def _energy(self, abnormal: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+        """Compute energies of shape (...) from components of shape (..., num_abnormal)."""
+        variance = self.residual_variance
+        # What varies far less than the rest is rounding error.
+        return ((abnormal - expected).square() / variance.clamp(min=_FLOOR * variance.mean())).mean(-1)
 
     def _expect(self, abnormal: torch.Tensor, normal: torch.Tensor) -> torch.Tensor:
         """Give the abnormal component that a normal patch would have."""

@@ -17,13 +17,16 @@ from anomalib_decad.components.options import (
 )
 from anomalib_decad.components.synthesis import AdversarialSynthesis
 
-__all__ = ["LEARNED_DECOUPLER", "LEARNED_SYNTHESIS", "EmbeddingDecoupling", "attach"]
+__all__ = ["LEARNED_DECOUPLER", "LEARNED_LOSS", "LEARNED_SYNTHESIS", "EmbeddingDecoupling", "attach"]
 
 #: Defaults for embeddings that are learned: a small share is removed, without a prior ...
-LEARNED_DECOUPLER = DecouplerOptions(abnormal_fraction=0.125, prior_dim=0)
+LEARNED_DECOUPLER = DecouplerOptions(abnormal_fraction=0.125, num_prototypes=0)
 
-#: ... and anomalies are easy to see.
+#: ... anomalies are easy to see ...
 LEARNED_SYNTHESIS = SynthesisOptions(noise="gaussian")
+
+#: ... and the latent follows the energies.
+LEARNED_LOSS = DecouplingLossOptions(prior_weight=0.0, normal_weight=1.0, abnormal_weight=1.0, restoration_weight=1.0)
 
 # Embeddings are scaled to this norm, that of DecAD's own: its delta is in these units.
 _NORM = 5.0
@@ -59,6 +62,7 @@ class EmbeddingDecoupling(nn.Module):
             Defaults to :data:`LEARNED_SYNTHESIS`.
         invertible (InvertibleOptions): Shape of the invertible network.
         loss (DecouplingLossOptions): Weights of the terms, and the margin.
+            Defaults to :data:`LEARNED_LOSS`.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -86,7 +90,7 @@ class EmbeddingDecoupling(nn.Module):
         decoupler: DecouplerOptions = LEARNED_DECOUPLER,
         synthesis: SynthesisOptions = LEARNED_SYNTHESIS,
         invertible: InvertibleOptions = InvertibleOptions(),
-        loss: DecouplingLossOptions = DecouplingLossOptions(),
+        loss: DecouplingLossOptions = LEARNED_LOSS,
     ) -> None:
         super().__init__()
         self.decoupler = Decoupler(dim, decoupler, invertible)
@@ -117,7 +121,7 @@ class EmbeddingDecoupling(nn.Module):
         else:
             # Not by 0: a model that never trained keeps the scale.
             scale = _NORM / torch.where(self.norm > 0, self.norm, _NORM)
-            clean = self.decoupler(tokens * scale)[0] / scale
+            clean = self.decoupler(tokens * scale).x_clean / scale
         clean = clean.to(embeddings.dtype)
         return clean.mT.contiguous().unflatten(2, embeddings.shape[2:]) if is_map else clean
 
@@ -153,9 +157,10 @@ class EmbeddingDecoupling(nn.Module):
         self.decoupler.initialize(fixed)
         with parametrize.cached():
             perturbed, mask = self.synthesis(fixed, self.decoupler.energy, grid)
-            x_clean, energy = self.decoupler(perturbed)
-        self._losses = self.loss(fixed, x_clean, energy, mask)
-        return (x_clean + (x - fixed)) / scale
+            output = self.decoupler(perturbed)
+            prior_error = self.decoupler.prior_error(output.abnormal[~mask], output.normal[~mask])
+        self._losses = self.loss(fixed, output.x_clean, output.energy, mask, prior_error)
+        return (output.x_clean + (x - fixed)) / scale
 
 
 class _DecoupledLayer(nn.Module):

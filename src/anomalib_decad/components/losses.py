@@ -15,7 +15,9 @@ __all__ = ["DecouplingLoss", "FeatureMSELoss"]
 class DecouplingLoss(nn.Module):
     r"""The terms that train the decoupling.
 
-    - ``normal_energy``: mean abnormal energy H of unperturbed patches, which the prior wants to be 0.
+    - ``prior``: mean distance of the prior from the abnormal components of unperturbed patches
+      (``Decoupler.prior_error``), which trains the prior alone.
+    - ``normal_energy``: mean abnormal energy H of unperturbed patches, which trains the latent, too.
     - ``abnormal_energy``: mean hinge :math:`\max(0, m - H)` of perturbed patches.
     - ``restoration``: :math:`\|\hat{x} - x\|^2 / \|x\|^2`, each averaged over the patches, with x the embedding before
       perturbation: removal restores it.
@@ -29,26 +31,38 @@ class DecouplingLoss(nn.Module):
         self.options = options
 
     def forward(
-        self, x: torch.Tensor, x_clean: torch.Tensor, energy: torch.Tensor, perturbed: torch.Tensor
+        self,
+        x: torch.Tensor,
+        x_clean: torch.Tensor,
+        energy: torch.Tensor,
+        perturbed: torch.Tensor,
+        prior_error: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
-        """Compute the terms, times their weights.
+        """Compute the terms whose weight is not 0, times their weights.
 
         Args:
             x (torch.Tensor): Embeddings before perturbation, shape (B, N, dim).
             x_clean (torch.Tensor): Embeddings after removal, shape (B, N, dim).
             energy (torch.Tensor): Abnormal energies of the perturbed embeddings, shape (B, N).
             perturbed (torch.Tensor): Which patches were perturbed, booleans of shape (B, N).
+            prior_error (torch.Tensor | None): Errors of the prior in unperturbed patches, shape (K,); ``None`` where it
+                is 0.
 
         Returns:
-            dict[str, torch.Tensor]: The scalars ``normal_energy``, ``abnormal_energy`` and ``restoration``; the loss is
-                their sum.
+            dict[str, torch.Tensor]: The scalars ``prior``, ``normal_energy``, ``abnormal_energy`` and
+                ``restoration``, as far as they have a weight; the loss is their sum.
         """
-        options = self.options
-        return {
-            "normal_energy": options.normal_weight * _mean(energy[~perturbed]),
-            "abnormal_energy": options.abnormal_weight * _mean(functional.relu(options.margin - energy[perturbed])),
-            "restoration": options.restoration_weight * (x_clean - x).square().mean() / x.square().mean(),
-        }
+        options, terms = self.options, {}
+        if options.prior_weight and prior_error is not None:
+            terms["prior"] = options.prior_weight * prior_error.mean()
+        if options.normal_weight:
+            terms["normal_energy"] = options.normal_weight * _mean(energy[~perturbed])
+        if options.abnormal_weight:
+            hinge = functional.relu(options.margin - energy[perturbed])
+            terms["abnormal_energy"] = options.abnormal_weight * _mean(hinge)
+        if options.restoration_weight:
+            terms["restoration"] = options.restoration_weight * (x_clean - x).square().mean() / x.square().mean()
+        return terms
 
 
 def _mean(values: torch.Tensor) -> torch.Tensor:

@@ -49,24 +49,27 @@ class InvertibleOptions:
 
 @dataclass(frozen=True)
 class DecouplerOptions:
-    """How the latent is split and what takes the place of its abnormal component.
+    """How the latent is split, and the prior that takes the place of its abnormal component.
 
     Args:
         abnormal_fraction (float): Share of the latent channels that hold the abnormal component, in (0, 1).
-            Defaults to ``0.5``.
-        prior_dim (int): Channels inside the network that predicts the abnormal component of a normal patch from its
-            normal one; 0 for the same abnormal component, 0, for all normal patches.
-            Defaults to ``512``.
+            Defaults to ``0.9``.
+        num_prototypes (int): Prototypes of normal patches in the prior; 0 for a prior of 0, the same for all patches.
+            Defaults to ``5120``.
+        prior_dim (int): Channels inside the small network that refines the prototypes; 0 leaves it out.
+            Defaults to ``256``.
 
     Raises:
         ValueError: If a value is out of its range.
     """
 
-    abnormal_fraction: float = 0.5
-    prior_dim: int = 512
+    abnormal_fraction: float = 0.9
+    num_prototypes: int = 5120
+    prior_dim: int = 256
 
     def __post_init__(self) -> None:
         _check(0 < self.abnormal_fraction < 1, "abnormal_fraction", "between 0 and 1", self.abnormal_fraction)
+        _check(self.num_prototypes >= 0, "num_prototypes", "not negative", self.num_prototypes)
         _check(self.prior_dim >= 0, "prior_dim", "not negative", self.prior_dim)
 
 
@@ -75,7 +78,7 @@ class SynthesisOptions:
     """What synthetic anomalies are like, beside their radius delta.
 
     Args:
-        fraction (float): Expected share of training images with perturbed patches, in (0, 1].
+        fraction (float): Expected share of training images with perturbed patches, in [0, 1].
             Defaults to ``0.5``.
         num_steps (int): Gradient steps that make an anomaly hard to see; 0 for its random start.
             Defaults to ``1``.
@@ -95,7 +98,7 @@ class SynthesisOptions:
     blob_size: int = 4
 
     def __post_init__(self) -> None:
-        _check(0 < self.fraction <= 1, "fraction", "in (0, 1]", self.fraction)
+        _check(0 <= self.fraction <= 1, "fraction", "in [0, 1]", self.fraction)
         _check(self.num_steps >= 0, "num_steps", "not negative", self.num_steps)
         _check(self.noise in {"features", "gaussian"}, "noise", "'features' or 'gaussian'", repr(self.noise))
         _check(self.blob_size >= 1, "blob_size", "at least 1", self.blob_size)
@@ -105,28 +108,33 @@ class SynthesisOptions:
 class DecouplingLossOptions:
     """Weights of the losses that train the decoupling, beside that of the reconstruction, which is 1.
 
+    A term of weight 0 is not computed.
+
     Args:
-        margin (float): Abnormal energy that a perturbed patch should have, positive.
+        prior_weight (float): Weight of the prior's distance from the abnormal components of normal patches.
             Defaults to ``1.0``.
         normal_weight (float): Weight of the abnormal energy of normal patches.
-            Defaults to ``1.0``.
+            Defaults to ``0.0``.
         abnormal_weight (float): Weight of the hinge of perturbed patches.
-            Defaults to ``1.0``.
+            Defaults to ``0.0``.
         restoration_weight (float): Weight of what has removal restore the embeddings before perturbation.
+            Defaults to ``0.0``.
+        margin (float): Abnormal energy that a perturbed patch should have, positive.
             Defaults to ``1.0``.
 
     Raises:
         ValueError: If a value is out of its range.
     """
 
+    prior_weight: float = 1.0
+    normal_weight: float = 0.0
+    abnormal_weight: float = 0.0
+    restoration_weight: float = 0.0
     margin: float = 1.0
-    normal_weight: float = 1.0
-    abnormal_weight: float = 1.0
-    restoration_weight: float = 1.0
 
     def __post_init__(self) -> None:
         _check(self.margin > 0, "margin", "positive", self.margin)
-        for name in ("normal_weight", "abnormal_weight", "restoration_weight"):
+        for name in ("prior_weight", "normal_weight", "abnormal_weight", "restoration_weight"):
             _check(getattr(self, name) >= 0, name, "not negative", getattr(self, name))
 
 

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the abnormal component of a normal patch is, given its normal component."""
 
+import logging
+
 import torch
+from anomalib.models.components.cluster import KMeans
 from torch import nn
 from torch.nn import functional
 from torch.optim import AdamW
@@ -11,47 +14,78 @@ from anomalib_decad.components.precision import at_least_float32, linear_rows
 
 __all__ = ["ConditionalPrior"]
 
+logger = logging.getLogger(__name__)
+
+# Start of beta times the mean squared distance between normal components and keys.
+_SHARPNESS = 20.0
+
+_KMEANS_ITERATIONS = 6
 _LEARNING_RATE, _WEIGHT_DECAY = 2e-3, 1e-2
+
+# Keys of prototypes that are not needed: so far away that no patch finds them.
+_FAR = 1e3
 
 
 class ConditionalPrior(nn.Module):
     r"""Predicts the abnormal component of a normal patch from its normal component, :math:`z_a \approx p(z_n)`.
 
-    A network of three linear layers. It starts as p = 0, the prior of independent components, and is learned: by
-    :meth:`fit` before the training, and by the training's losses.
+    A mixture over prototypes of normal patches plus what a small network adds to it:
+
+    .. math:: p(z_n) = \sum_i w_i a_i + r(z_n), \qquad w = \mathrm{softmax}(-\beta \|z_n - k_i\|^2)
+
+    with keys :math:`k_i`, values :math:`a_i`, the sharpness :math:`\beta` and r, a network of three linear layers, all
+    learned. :meth:`fit` starts the keys as cluster centers of normal components, a value as the mean abnormal component
+    of what belongs to its key, and r as a regression of what the mixture leaves. Nothing of the abnormal component
+    itself enters, so an anomaly in it cannot be copied.
 
     A prior of 0 asks for the same abnormal component of all normal patches, whatever they show: one product or another,
     a part of it or the background. Where it depends on that, and the normal component tells it, this prior is sharper.
 
-    Measured (``benchmarks/NOTES.md``, "Prior"): without any training the energy has a mean of the seven metrics of 79.7
-    with a prior of 0, of 80.8 with one for each category, if that were known, and of 81.8 with this one.
-
     Args:
         num_normal (int): Channels of the normal component; at least 1.
         num_abnormal (int): Channels of the abnormal component; at least 1.
-        hidden_dim (int): Channels inside; at least 1.
-            Defaults to ``512``.
+        num_prototypes (int): Number of prototypes; at least 1.
+            Defaults to ``5120``.
+        hidden_dim (int): Channels inside r; 0 leaves it out.
+            Defaults to ``256``.
 
     Raises:
-        ValueError: If a number of channels is below 1.
+        ValueError: If a number is out of its range.
 
     Example:
-        >>> prior = ConditionalPrior(num_normal=24, num_abnormal=8)
-        >>> prior(torch.randn(2, 100, 24)).shape
-        torch.Size([2, 100, 8])
+        >>> prior = ConditionalPrior(num_normal=8, num_abnormal=24, num_prototypes=16)
+        >>> prior(torch.randn(2, 100, 8)).shape
+        torch.Size([2, 100, 24])
     """
 
-    def __init__(self, num_normal: int, num_abnormal: int, hidden_dim: int = 512) -> None:
+    def __init__(self, num_normal: int, num_abnormal: int, num_prototypes: int = 5120, hidden_dim: int = 256) -> None:
         super().__init__()
-        for name, value in (("num_normal", num_normal), ("num_abnormal", num_abnormal), ("hidden_dim", hidden_dim)):
-            if value < 1:
-                msg = f"{name} must be at least 1, got {value}"
+        for name, value, smallest in (
+            ("num_normal", num_normal, 1),
+            ("num_abnormal", num_abnormal, 1),
+            ("num_prototypes", num_prototypes, 1),
+            ("hidden_dim", hidden_dim, 0),
+        ):
+            if value < smallest:
+                msg = f"{name} must be at least {smallest}, got {value}"
                 raise ValueError(msg)
-        self.input = nn.Linear(num_normal, hidden_dim)
-        self.hidden = nn.Linear(hidden_dim, hidden_dim)
-        self.output = nn.Linear(hidden_dim, num_abnormal)
-        nn.init.zeros_(self.output.weight)
-        nn.init.zeros_(self.output.bias)
+        self.keys = nn.Parameter(torch.randn(num_prototypes, num_normal))
+        self.values = nn.Parameter(torch.zeros(num_abnormal, num_prototypes))
+        self.log_beta = nn.Parameter(torch.tensor(_SHARPNESS / (2 * num_normal)).log())
+        self.residual = (
+            nn.ModuleList(
+                (
+                    nn.Linear(num_normal, hidden_dim),
+                    nn.Linear(hidden_dim, hidden_dim),
+                    nn.Linear(hidden_dim, num_abnormal),
+                )
+            )
+            if hidden_dim
+            else None
+        )
+        if self.residual is not None:
+            nn.init.zeros_(self.residual[-1].weight)
+            nn.init.zeros_(self.residual[-1].bias)
 
     def forward(self, normal: torch.Tensor) -> torch.Tensor:
         """Predict abnormal components.
@@ -60,32 +94,82 @@ class ConditionalPrior(nn.Module):
             normal (torch.Tensor): Normal components of shape (..., num_normal).
 
         Returns:
-            torch.Tensor: Abnormal components of shape (..., num_abnormal), in float32 or wider.
+            torch.Tensor: Abnormal components of shape (..., num_abnormal), in float32 or wider. Under automatic mixed
+                precision the weights of the mixture are computed in float32, as they are exponentials of differences
+                between large numbers, and what they weigh in the lower precision.
         """
-        x = functional.gelu(linear_rows(normal, self.input.weight, self.input.bias))
-        x = functional.gelu(linear_rows(x, self.hidden.weight, self.hidden.bias))
-        return at_least_float32(linear_rows(x, self.output.weight, self.output.bias))
+        mixture = linear_rows(self.weights(normal), self.values)
+        if self.residual is not None:
+            mixture = mixture + self._residual(normal)
+        return at_least_float32(mixture)
 
-    def fit(self, normal: torch.Tensor, abnormal: torch.Tensor, num_epochs: int = 64, batch_size: int = 2048) -> None:
-        """Regress abnormal on normal components of normal patches.
+    def weights(self, normal: torch.Tensor) -> torch.Tensor:
+        """Compute the weights w of the prototypes.
+
+        Args:
+            normal (torch.Tensor): Normal components of shape (..., num_normal).
+
+        Returns:
+            torch.Tensor: Shape (..., num_prototypes), not negative, sum 1.
+        """
+        with torch.autocast(normal.device.type, enabled=False):
+            beta = self.log_beta.exp()
+            # |z_n|^2 is the same for all prototypes: the softmax does not see it.
+            similarity = linear_rows(2 * beta * at_least_float32(normal), self.keys, -beta * self.keys.square().sum(-1))
+            return similarity.softmax(-1)
+
+    def fit(self, normal: torch.Tensor, abnormal: torch.Tensor, num_epochs: int = 16, batch_size: int = 2048) -> None:
+        """Fit to the components of normal patches.
 
         Args:
             normal (torch.Tensor): Shape (K, num_normal).
             abnormal (torch.Tensor): Shape (K, num_abnormal).
-            num_epochs (int): How often each patch is used.
-                Defaults to ``64``: 1,024 steps for the 32,768 patches that DecAD samples.
+            num_epochs (int): How often the network r sees each patch.
+                Defaults to ``16``: 256 steps for the 32,768 patches that DecAD samples.
             batch_size (int): Patches in a step.
                 Defaults to ``2048``.
         """
         normal, abnormal = normal.detach(), abnormal.detach()
+        self._fit_prototypes(normal, abnormal)
+        if self.residual is None:
+            return
+        with torch.no_grad():
+            rest = abnormal - self(normal)
         num_batches = -(-len(normal) // batch_size)
-        optimizer = AdamW(self.parameters(), lr=_LEARNING_RATE, weight_decay=_WEIGHT_DECAY)
+        optimizer = AdamW(self.residual.parameters(), lr=_LEARNING_RATE, weight_decay=_WEIGHT_DECAY)
         scheduler = OneCycleLR(optimizer, _LEARNING_RATE, total_steps=num_epochs * num_batches)
         with torch.enable_grad(), torch.autocast(normal.device.type, enabled=False):
             for _ in range(num_epochs):
                 for rows in torch.randperm(len(normal), device=normal.device).chunk(num_batches):
                     optimizer.zero_grad()
-                    functional.mse_loss(self(normal[rows]), abnormal[rows]).backward()
+                    functional.mse_loss(self._residual(normal[rows]), rest[rows]).backward()
                     optimizer.step()
                     scheduler.step()
         optimizer.zero_grad()
+
+    @torch.no_grad()
+    def _fit_prototypes(self, normal: torch.Tensor, abnormal: torch.Tensor) -> None:
+        count = min(len(self.keys), len(normal))
+        if count < len(self.keys):
+            logger.warning(
+                "There are %d normal patches to choose prototypes from: %d of %d prototypes are used.",
+                len(normal), count, len(self.keys),
+            )  # fmt: skip
+        owners, centers = KMeans(count, _KMEANS_ITERATIONS).fit(normal)
+        # Patches that are equal, or drawn twice as a start, leave clusters without members.
+        members = torch.bincount(owners, minlength=count)
+        used = members > 0
+        sums = abnormal.new_zeros(count, abnormal.shape[1]).index_add_(0, owners, abnormal)
+        centers, values = centers[used], sums[used] / members[used, None]
+        self.keys.fill_(_FAR * (1 + normal.abs().max().item()))
+        self.keys[: len(centers)] = centers
+        self.values.zero_()
+        self.values[:, : len(centers)] = values.T
+        distance = torch.cdist(normal, centers).square().mean().clamp(min=1e-6)
+        self.log_beta.copy_((_SHARPNESS / distance).log())
+
+    def _residual(self, normal: torch.Tensor) -> torch.Tensor:
+        first, second, last = self.residual  # type: ignore[misc]
+        x = functional.gelu(linear_rows(normal, first.weight, first.bias))
+        x = functional.gelu(linear_rows(x, second.weight, second.bias))
+        return at_least_float32(linear_rows(x, last.weight, last.bias))

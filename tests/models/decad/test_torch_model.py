@@ -18,11 +18,13 @@ def make_model(decouple=True):
     encoder = ViTEncoder("test_vit", [1, 2, 3], pretrained=False)
     return DecADModel(
         encoder=encoder,
-        decoupler=Decoupler(encoder.dim, DecouplerOptions(prior_dim=16), InvertibleOptions(hidden_dim=8))
+        decoupler=Decoupler(
+            encoder.dim, DecouplerOptions(num_prototypes=16, prior_dim=8), InvertibleOptions(hidden_dim=8)
+        )
         if decouple
         else None,
         synthesis=AdversarialSynthesis() if decouple else None,
-        decoder=FeatureDecoder(encoder.dim, 3, num_heads=encoder.num_heads, num_prototypes=16),
+        decoder=FeatureDecoder(encoder.dim, 3, num_heads=encoder.num_heads),
         anomaly_map=AnomalyMapGenerator(),
     )
 
@@ -52,15 +54,17 @@ def test_every_trainable_parameter_gets_a_gradient_and_the_encoder_none(model):
 
 def test_loss_is_the_weighted_sum_of_its_terms(model):
     output = model.train()(torch.rand(4, 3, 64, 64))
-    terms = DecADLoss(DecouplingLossOptions(0.7, 2.0, 3.0, 4.0))(output)
+    terms = DecADLoss(DecouplingLossOptions(5.0, 2.0, 3.0, 4.0, margin=0.7))(output)
     total = sum(value.item() for name, value in terms.items() if name != "loss")
     assert terms["loss"].item() == pytest.approx(total, rel=1e-5)
     perturbed = output.perturbed
     assert terms["normal_energy"].item() == pytest.approx(2 * output.energy[~perturbed].mean().item(), rel=1e-5)
     hinge = (0.7 - output.energy[perturbed]).clamp(min=0).mean().item()
     assert terms["abnormal_energy"].item() == pytest.approx(3 * hinge, rel=1e-5)
-    plain = DecADLoss()(output)
-    assert terms["restoration"].item() == pytest.approx(4 * plain["restoration"].item(), rel=1e-5)
+    assert terms["prior"].item() == pytest.approx(5 * output.prior_error.mean().item(), rel=1e-5)
+    restoration = ((output.x_clean - output.x).square().mean() / output.x.square().mean()).item()
+    assert terms["restoration"].item() == pytest.approx(4 * restoration, rel=1e-5)
+    assert set(DecADLoss(DecouplingLossOptions(0, 0, 0, 0))(output)) == {"reconstruction", "loss"}
 
 
 def test_batch_without_perturbed_patches_has_finite_loss(model):

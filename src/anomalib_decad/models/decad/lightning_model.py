@@ -45,6 +45,10 @@ logger = logging.getLogger(__name__)
 #: Side of the default image, in patches: 280 pixels with a patch of 14.
 _DEFAULT_GRID = 20
 
+#: Learning rate of the invertible network over that of all others. Its weights are spectrally normalized and its gains
+#: logistic, so that the same rate hardly moves it (benchmarks/NOTES.md, "Losses").
+_NETWORK_RATE = 3.0
+
 #: How many training images, and how many of their patches, the model is prepared with.
 _SAMPLE_IMAGES, _SAMPLE_PATCHES = 256, 32_768
 
@@ -76,8 +80,6 @@ class DecAD(BaseModule, AnomalibModule):
             Defaults to ``True``.
         decoder_depth (int): Transformer blocks of the decoder.
             Defaults to ``2``.
-        num_prototypes (int): Prototypes of normal patches in the decoder's memory; 0 for no memory.
-            Defaults to ``2560``.
         invertible (InvertibleOptions): Shape of the invertible network.
         decoupler (DecouplerOptions): Split of the latent, and its prior.
         synthesis (SynthesisOptions): What synthetic anomalies are like beside their radius.
@@ -131,8 +133,8 @@ class DecAD(BaseModule, AnomalibModule):
 
     model: DecADModel
     shape_arguments = (
-        "encoder", "layers", "decouple", "decoder_depth", "num_prototypes", "invertible.num_blocks",
-        "invertible.num_units", "invertible.hidden_dim", "decoupler.abnormal_fraction", "decoupler.prior_dim",
+        "encoder", "layers", "decouple", "decoder_depth", "invertible.num_blocks", "invertible.num_units",
+        "invertible.hidden_dim", "decoupler.abnormal_fraction", "decoupler.num_prototypes", "decoupler.prior_dim",
     )  # fmt: skip
 
     def __init__(
@@ -144,7 +146,6 @@ class DecAD(BaseModule, AnomalibModule):
         delta: float = 2.5,
         decouple: bool = True,
         decoder_depth: int = 2,
-        num_prototypes: int = 2560,
         invertible: InvertibleOptions = InvertibleOptions(),
         decoupler: DecouplerOptions = DecouplerOptions(),
         synthesis: SynthesisOptions = SynthesisOptions(),
@@ -184,7 +185,7 @@ class DecAD(BaseModule, AnomalibModule):
             encoder=vit,
             decoupler=Decoupler(vit.dim, decoupler, invertible) if decouple else None,
             synthesis=AdversarialSynthesis(delta, synthesis) if decouple else None,
-            decoder=FeatureDecoder(vit.dim, len(layers), decoder_depth, vit.num_heads, num_prototypes),
+            decoder=FeatureDecoder(vit.dim, len(layers), decoder_depth, vit.num_heads),
             anomaly_map=AnomalyMapGenerator(anomaly_map),
         )
         self.loss = DecADLoss(loss)
@@ -301,8 +302,11 @@ class DecAD(BaseModule, AnomalibModule):
         if math.isinf(total):
             msg = "the learning rate decays over the training: set --trainer.max_steps or --trainer.max_epochs"
             raise ValueError(msg)
-        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        optimizer = AdamW(parameters, lr=self.learning_rate, weight_decay=self.weight_decay)
+        network = list(self.model.decoupler.network.parameters()) if self.model.decoupler else []
+        known = set(network)
+        rest = [p for p in self.model.parameters() if p.requires_grad and p not in known]
+        groups = [{"params": rest}, {"params": network, "lr": _NETWORK_RATE * self.learning_rate}]
+        optimizer = AdamW(groups[: 2 if network else 1], lr=self.learning_rate, weight_decay=self.weight_decay)
         warmup = max(min(self.warmup_steps, int(total) // 4), 1)
         scheduler = LambdaLR(optimizer, lambda step: _learning_rate_factor(step, warmup, int(total)))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -33,10 +33,10 @@ class DecADLoss(nn.Module):
             output (TrainingOutput): What the model returns in training mode.
 
         Returns:
-            dict[str, torch.Tensor]: The four terms, times their weights, and their sum ``loss``.
+            dict[str, torch.Tensor]: The terms, times their weights, and their sum ``loss``.
         """
         terms = {
             "reconstruction": AnomalyMapGenerator.patch_errors(output.features, output.reconstructions).mean(),
-            **self.decoupling(output.x, output.x_clean, output.energy, output.perturbed),
+            **self.decoupling(output.x, output.x_clean, output.energy, output.perturbed, output.prior_error),
         }
         return {**terms, "loss": torch.stack(list(terms.values())).sum()}

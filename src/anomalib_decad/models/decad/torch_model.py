@@ -33,6 +33,7 @@ class TrainingOutput(NamedTuple):
         x_clean (torch.Tensor): Cleaned embeddings, shape (B, N, dim).
         energy (torch.Tensor): Abnormal energies of the perturbed embeddings, shape (B, N).
         perturbed (torch.Tensor): Which patches were perturbed, booleans of shape (B, N).
+        prior_error (torch.Tensor | None): Errors of the prior in unperturbed patches, shape (K,); ``None`` without one.
     """
 
     features: list[torch.Tensor]
@@ -41,6 +42,7 @@ class TrainingOutput(NamedTuple):
     x_clean: torch.Tensor
     energy: torch.Tensor
     perturbed: torch.Tensor
+    prior_error: torch.Tensor | None = None
 
 
 class DecADModel(nn.Module):
@@ -50,8 +52,8 @@ class DecADModel(nn.Module):
     decoder reconstructs the standardized feature maps from it. In training mode, anomalies are synthesized in feature
     space.
 
-    What depends on the data alone (statistics, principal axes, prior, prototypes) comes from a sample of normal images,
-    given to :meth:`initialize` before training or taken from the first batch.
+    What depends on the data alone (statistics, principal axes, prior, linear maps) comes from a sample of normal
+    images, given to :meth:`initialize` before training or taken from the first batch.
 
     Args:
         encoder (ViTEncoder): Gives the feature maps.
@@ -64,7 +66,7 @@ class DecADModel(nn.Module):
 
     Example:
         >>> encoder = ViTEncoder("test_vit", [1, 2, 3], pretrained=False)
-        >>> decoder = FeatureDecoder(encoder.dim, num_layers=3, num_heads=4, num_prototypes=16)
+        >>> decoder = FeatureDecoder(encoder.dim, num_layers=3, num_heads=4)
         >>> model = DecADModel(
         ...     encoder, Decoupler(encoder.dim), AdversarialSynthesis(), decoder, AnomalyMapGenerator()
         ... ).eval()
@@ -129,7 +131,7 @@ class DecADModel(nn.Module):
             InferenceBatch: ``pred_score`` of shape (B,) and ``anomaly_map`` of shape (B, 1, H, W).
         """
         x = self.fusion(features)
-        x_clean, energy = self.decoupler(x) if self.decoupler else (x, x.new_ones(x.shape[:-1]))
+        x_clean, energy = self.decoupler(x)[:2] if self.decoupler else (x, x.new_ones(x.shape[:-1]))
         reconstructions = self.decoder(x_clean)
         maps, scores = self.anomaly_map_generator(
             self.standardizer(features), reconstructions, grid, image_size, energy
@@ -138,7 +140,7 @@ class DecADModel(nn.Module):
 
     @torch.no_grad()
     def initialize(self, features: Sequence[torch.Tensor]) -> None:
-        """Set what depends on the data alone, from the principal axes to the prototypes.
+        """Set what depends on the data alone, from the principal axes to the decoder's linear maps.
 
         Args:
             features (Sequence[torch.Tensor]): Feature maps of normal patches from the encoder, each of shape
@@ -146,7 +148,14 @@ class DecADModel(nn.Module):
 
         Raises:
             RuntimeError: If the model is not in training mode.
+            ValueError: If a feature is not finite.
         """
+        if not all(torch.isfinite(feature).all() for feature in features):
+            msg = (
+                "features of the training images are not finite (NaN or infinite): train with --trainer.precision 32, "
+                "and see whether the encoder's weights are sound"
+            )
+            raise ValueError(msg)
         if not self.training:
             msg = "initialize needs a model in training mode: call train() first"
             raise RuntimeError(msg)
@@ -157,7 +166,7 @@ class DecADModel(nn.Module):
         if self.decoupler:
             self.decoupler.initialize(x)
             self.decoupler.fit_prior(x)
-            x, _ = self.decoupler(x)
+            x = self.decoupler(x).x_clean
         self.decoder.initialize(x, self.standardizer(rows))
         self.initialized.fill_(True)
 
@@ -165,11 +174,10 @@ class DecADModel(nn.Module):
     def float_parts(self) -> list[str]:
         """Names of the parts that quantization leaves in floating point.
 
-        Whitening and removal are only faithful if they are accurate, and the memory takes exponentials of differences
+        Whitening and removal are only faithful if they are accurate, and the prior takes exponentials of differences
         between large numbers.
         """
-        optional = {"decoupler": self.decoupler, "decoder.memory": self.decoder.memory}
-        return ["fusion", "standardizer", *(name for name, part in optional.items() if part is not None)]
+        return ["fusion", "standardizer", "decoupler"] if self.decoupler else ["fusion", "standardizer"]
 
     def fused(self, image_size: tuple[int, int] | None) -> "DecADModel":
         """Copy the model for inference, faster and the same within rounding.
@@ -216,5 +224,7 @@ class DecADModel(nn.Module):
         # One cache around all passes of the step: the spectral norms are computed once.
         with parametrize.cached():
             perturbed, mask = self.synthesis(x, self.decoupler.energy, grid) if self.synthesis else unchanged
-            x_clean, energy = self.decoupler(perturbed)
-        return TrainingOutput(standardized, self.decoder(x_clean), x, x_clean, energy, mask)
+            output = self.decoupler(perturbed)
+            prior_error = self.decoupler.prior_error(output.abnormal[~mask], output.normal[~mask])
+        reconstructions = self.decoder(output.x_clean)
+        return TrainingOutput(standardized, reconstructions, x, output.x_clean, output.energy, mask, prior_error)

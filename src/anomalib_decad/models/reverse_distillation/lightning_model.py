@@ -20,7 +20,7 @@ from anomalib_decad.components import (
     InvertibleOptions,
     SynthesisOptions,
 )
-from anomalib_decad.components.embedding_decoupling import LEARNED_DECOUPLER, LEARNED_SYNTHESIS
+from anomalib_decad.components.embedding_decoupling import LEARNED_DECOUPLER, LEARNED_LOSS, LEARNED_SYNTHESIS
 from anomalib_decad.components.options import as_options
 from anomalib_decad.models.decoupled_module import DecoupledModule
 from anomalib_decad.models.reverse_distillation.torch_model import DecoupledReverseDistillationModel
@@ -104,7 +104,7 @@ class DecoupledReverseDistillation(DecoupledModule, AnomalibModule):
         decoupler: DecouplerOptions = LEARNED_DECOUPLER,
         synthesis: SynthesisOptions = LEARNED_SYNTHESIS,
         invertible: InvertibleOptions = InvertibleOptions(),
-        loss: DecouplingLossOptions = DecouplingLossOptions(),
+        loss: DecouplingLossOptions = LEARNED_LOSS,
         decoupling_learning_rate: float = 1e-3,
         max_steps: int = 15_000,
         learning_rate: float = 0.005,

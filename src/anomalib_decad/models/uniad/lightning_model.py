@@ -19,7 +19,7 @@ from anomalib_decad.components import (
     InvertibleOptions,
     SynthesisOptions,
 )
-from anomalib_decad.components.embedding_decoupling import LEARNED_DECOUPLER, LEARNED_SYNTHESIS
+from anomalib_decad.components.embedding_decoupling import LEARNED_DECOUPLER, LEARNED_LOSS, LEARNED_SYNTHESIS
 from anomalib_decad.components.options import as_options
 from anomalib_decad.models.decoupled_module import DecoupledModule
 from anomalib_decad.models.uniad.torch_model import DecoupledUniADModel
@@ -120,7 +120,7 @@ class DecoupledUniAD(DecoupledModule, AnomalibModule):
         decoupler: DecouplerOptions = LEARNED_DECOUPLER,
         synthesis: SynthesisOptions = LEARNED_SYNTHESIS,
         invertible: InvertibleOptions = InvertibleOptions(),
-        loss: DecouplingLossOptions = DecouplingLossOptions(),
+        loss: DecouplingLossOptions = LEARNED_LOSS,
         decoupling_learning_rate: float = 1e-3,
         max_steps: int = 15_000,
         learning_rate: float = 1e-4,
