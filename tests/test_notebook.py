@@ -25,6 +25,7 @@ def test_notebook(encoder_weights, mvtec_root, tmp_path):
     }  # fmt: skip
     settings = f"""
 from pathlib import Path
+from anomalib_decad.components import DecouplerOptions, InvertibleOptions
 DATA, STEPS, MODEL, OUTPUT = Path({str(mvtec_root)!r}), 3, {arguments}, Path("output")
 """
     assert set(re.findall(r"^([A-Z]+) = ", cells[0], re.MULTILINE)) == {"DATA", "STEPS", "MODEL", "OUTPUT"}
