@@ -32,7 +32,8 @@ TINY = {
     "invertible": InvertibleOptions(hidden_dim=8),
     "decoupler": DecouplerOptions(num_prototypes=16, prior_dim=8),
 }
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+ROOT = Path(__file__).parents[1]
+BENCHMARKS = ROOT / "benchmarks"
 ANOMALIB = str(Path(sys.executable).with_name("anomalib"))
 
 

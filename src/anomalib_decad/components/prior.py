@@ -72,20 +72,7 @@ class ConditionalPrior(nn.Module):
         self.keys = nn.Parameter(torch.randn(num_prototypes, num_normal))
         self.values = nn.Parameter(torch.zeros(num_abnormal, num_prototypes))
         self.log_beta = nn.Parameter(torch.tensor(_SHARPNESS / (2 * num_normal)).log())
-        self.residual = (
-            nn.ModuleList(
-                (
-                    nn.Linear(num_normal, hidden_dim),
-                    nn.Linear(hidden_dim, hidden_dim),
-                    nn.Linear(hidden_dim, num_abnormal),
-                )
-            )
-            if hidden_dim
-            else None
-        )
-        if self.residual is not None:
-            nn.init.zeros_(self.residual[-1].weight)
-            nn.init.zeros_(self.residual[-1].bias)
+        self.residual = _Network(num_normal, hidden_dim, num_abnormal) if hidden_dim else None
 
     def forward(self, normal: torch.Tensor) -> torch.Tensor:
         """Predict abnormal components.
@@ -100,7 +87,7 @@ class ConditionalPrior(nn.Module):
         """
         mixture = linear_rows(self.weights(normal), self.values)
         if self.residual is not None:
-            mixture = mixture + self._residual(normal)
+            mixture = mixture + self.residual(normal)
         return at_least_float32(mixture)
 
     def weights(self, normal: torch.Tensor) -> torch.Tensor:
@@ -142,7 +129,7 @@ class ConditionalPrior(nn.Module):
             for _ in range(num_epochs):
                 for rows in torch.randperm(len(normal), device=normal.device).chunk(num_batches):
                     optimizer.zero_grad()
-                    functional.mse_loss(self._residual(normal[rows]), rest[rows]).backward()
+                    functional.mse_loss(self.residual(normal[rows]), rest[rows]).backward()
                     optimizer.step()
                     scheduler.step()
         optimizer.zero_grad()
@@ -168,8 +155,19 @@ class ConditionalPrior(nn.Module):
         distance = torch.cdist(normal, centers).square().mean().clamp(min=1e-6)
         self.log_beta.copy_((_SHARPNESS / distance).log())
 
-    def _residual(self, normal: torch.Tensor) -> torch.Tensor:
-        first, second, last = self.residual  # type: ignore[misc]
-        x = functional.gelu(linear_rows(normal, first.weight, first.bias))
-        x = functional.gelu(linear_rows(x, second.weight, second.bias))
-        return at_least_float32(linear_rows(x, last.weight, last.bias))
+
+class _Network(nn.Module):
+    """Three linear layers that start as 0."""
+
+    def __init__(self, inputs: int, hidden: int, outputs: int) -> None:
+        super().__init__()
+        self.input = nn.Linear(inputs, hidden)
+        self.hidden = nn.Linear(hidden, hidden)
+        self.output = nn.Linear(hidden, outputs)
+        nn.init.zeros_(self.output.weight)
+        nn.init.zeros_(self.output.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in (self.input, self.hidden):
+            x = functional.gelu(linear_rows(x, layer.weight, layer.bias))
+        return at_least_float32(linear_rows(x, self.output.weight, self.output.bias))

@@ -54,12 +54,21 @@ class BaseModule(_Base):
     what :class:`ParityExportMixin` asks for, and :attr:`is_prepared` and :meth:`prepare` of its own.
 
     Args:
-        max_steps (int): Training steps where the trainer is given neither max_steps nor max_epochs.
-        gradient_clip_val (float): Norm that gradients are clipped to. The trainer's own gradient_clip_val comes first.
-        pre_processor (PreProcessor | bool): Pre-processor, or whether to use the default one.
-        post_processor (PostProcessor | bool): Post-processor, or whether to use the default one.
-        evaluator (Evaluator | bool): Evaluator, or whether to use the default one.
-        visualizer (Visualizer | bool): Visualizer, or whether to use the default one.
+        gradient_clip_val (float): Norm that gradients are clipped to; 0 for no clipping. The trainer's own
+            gradient_clip_val comes first.
+        max_steps (int): Training steps where the trainer is given neither max_steps nor max_epochs, for example in
+            ``anomalib benchmark``, which gives it none.
+            Defaults to ``15000``, as in the paper.
+        pre_processor (PreProcessor | bool): Pre-processor, or whether to use the default one: resize to image_size
+            and normalize as the encoder was trained.
+            Defaults to ``True``.
+        post_processor (PostProcessor | bool): Post-processor, or whether to use the default one: anomalib's, in bounded
+            memory.
+            Defaults to ``True``.
+        evaluator (Evaluator | bool): Evaluator, or whether to use the default one: the seven metrics for each category.
+            Defaults to ``True``.
+        visualizer (Visualizer | bool): Visualizer, or whether to use anomalib's default one.
+            Defaults to ``True``.
 
     Raises:
         ValueError: If ``max_steps`` is not positive.
@@ -72,8 +81,8 @@ class BaseModule(_Base):
 
     def __init__(
         self,
-        max_steps: int,
         gradient_clip_val: float,
+        max_steps: int = 15_000,
         pre_processor: PreProcessor | bool = True,
         post_processor: PostProcessor | bool = True,
         evaluator: Evaluator | bool = True,
@@ -85,6 +94,7 @@ class BaseModule(_Base):
             evaluator=evaluator,
             visualizer=visualizer,
         )
+        self._has_default_pre_processor = pre_processor is True
         # Checkpoints hold plain values only.
         for name, value in self.hparams.items():
             if is_dataclass(value) and not isinstance(value, type):
@@ -95,20 +105,17 @@ class BaseModule(_Base):
         self.max_steps = max_steps
         self.gradient_clip_val = gradient_clip_val
 
-    def resize_for_encoder(
-        self, pre_processor: PreProcessor | bool, image_size: tuple[int, int] | None, default: tuple[int, int]
-    ) -> None:
+    def resize_for_encoder(self, image_size: tuple[int, int] | None, default: tuple[int, int]) -> None:
         """Resize to a size and normalize as the encoder was trained, if the user wants the default pre-processor.
 
         Args:
-            pre_processor (PreProcessor | bool): The argument of the model.
             image_size (tuple[int, int] | None): The argument of the model: height and width in pixels.
             default (tuple[int, int]): Height and width if that is ``None``.
 
         Raises:
             ValueError: If there is an ``image_size``, but not the default pre-processor.
         """
-        if pre_processor is True:
+        if self._has_default_pre_processor:
             encoder = self.model.encoder
             resize = Resize(tuple(image_size or default), antialias=True)
             normalize = Normalize(mean=list(encoder.image_mean), std=list(encoder.image_std))

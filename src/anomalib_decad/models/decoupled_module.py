@@ -11,7 +11,15 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import MultiStepLR
 
+from anomalib_decad.components import (
+    DecouplerOptions,
+    DecouplingLossOptions,
+    InvertibleOptions,
+    SynthesisOptions,
+)
+from anomalib_decad.components.embedding_decoupling import LEARNED_DECOUPLER, LEARNED_LOSS, LEARNED_SYNTHESIS
 from anomalib_decad.components.encoders import default_size
+from anomalib_decad.components.options import as_options
 from anomalib_decad.models.base_module import BaseModule
 
 __all__ = ["DecoupledModule"]
@@ -25,16 +33,50 @@ class DecoupledModule(BaseModule):
     decoupling's terms.
 
     Args:
-        decoupling_learning_rate (float): Learning rate of the decoupling's parameters.
-        learning_rate (float): Learning rate of all others.
+        learning_rate (float): Learning rate of the method itself.
+        decouple (bool): Whether anomalies are synthesized and removed. Without, it is the plain method, to compare
+            with.
+            Defaults to ``True``.
+        delta (float): Radius of the synthetic anomalies, where the mean norm of an embedding is 5.
+            Defaults to ``2.5``.
+        decoupler (DecouplerOptions): Split of the latent, and its prior.
+        synthesis (SynthesisOptions): What synthetic anomalies are like beside their radius.
+        invertible (InvertibleOptions): Shape of the invertible network.
+        loss (DecouplingLossOptions): Weights of the losses that train the decoupling, beside the method's own.
+        decoupling_learning_rate (float): Learning rate of the decoupling.
+            Defaults to ``1e-3``.
         **kwargs (Any): Arguments of :class:`BaseModule`.
 
     Raises:
         ValueError: If an argument is out of its range.
     """
 
-    def __init__(self, decoupling_learning_rate: float, learning_rate: float, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        learning_rate: float,
+        decouple: bool = True,
+        delta: float = 2.5,
+        decoupler: DecouplerOptions = LEARNED_DECOUPLER,
+        synthesis: SynthesisOptions = LEARNED_SYNTHESIS,
+        invertible: InvertibleOptions = InvertibleOptions(),
+        loss: DecouplingLossOptions = LEARNED_LOSS,
+        decoupling_learning_rate: float = 1e-3,
+        **kwargs: Any,
+    ) -> None:
+        decoupler = as_options(DecouplerOptions, decoupler)
+        synthesis = as_options(SynthesisOptions, synthesis)
+        invertible = as_options(InvertibleOptions, invertible)
+        loss = as_options(DecouplingLossOptions, loss)
         super().__init__(**kwargs)
+        #: Arguments of a :class:`DecoupledModel`.
+        self.decoupling_arguments: dict[str, Any] = {
+            "decouple": decouple,
+            "delta": delta,
+            "decoupler": decoupler,
+            "synthesis": synthesis,
+            "invertible": invertible,
+            "loss": loss,
+        }
         for name, rate in (
             ("learning_rate", learning_rate),
             ("decoupling_learning_rate", decoupling_learning_rate),
@@ -45,18 +87,11 @@ class DecoupledModule(BaseModule):
         self.decoupling_learning_rate = decoupling_learning_rate
         self.learning_rate = learning_rate
 
-    def model_size(
-        self,
-        encoder: str,
-        pre_processor: PreProcessor | bool,
-        image_size: tuple[int, int] | None,
-        default: tuple[int, int],
-    ) -> tuple[int, int]:
+    def model_size(self, encoder: str, image_size: tuple[int, int] | None, default: tuple[int, int]) -> tuple[int, int]:
         """Find the height and width of the images that the model will see.
 
         Args:
             encoder (str): Name of the encoder.
-            pre_processor (PreProcessor | bool): The argument of the model.
             image_size (tuple[int, int] | None): The argument of the model.
             default (tuple[int, int]): Height and width with a convolutional network, in pixels.
 
@@ -66,7 +101,7 @@ class DecoupledModule(BaseModule):
         Raises:
             ValueError: If the user's pre-processor does not resize to one size.
         """
-        if isinstance(pre_processor, PreProcessor):
+        if isinstance(self.pre_processor, PreProcessor) and not self._has_default_pre_processor:
             if self.input_size is None:
                 msg = f"{type(self).__name__} takes images of one size: have the pre_processor resize to it"
                 raise ValueError(msg)

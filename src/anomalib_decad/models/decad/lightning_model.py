@@ -9,11 +9,8 @@ from typing import Any, Literal
 
 import torch
 from anomalib.data import Batch
-from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
-from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
-from anomalib.visualization import Visualizer
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -85,9 +82,6 @@ class DecAD(BaseModule, AnomalibModule):
         synthesis (SynthesisOptions): What synthetic anomalies are like beside their radius.
         loss (DecouplingLossOptions): Weights of the losses that train the decoupling.
         anomaly_map (AnomalyMapOptions): From errors to an anomaly map and a score.
-        max_steps (int): Training steps where the trainer is given neither max_steps nor max_epochs, for example in
-            ``anomalib benchmark``, which gives it none.
-            Defaults to ``15000``, as in the paper.
         learning_rate (float): Peak learning rate of AdamW.
             Defaults to ``1e-3``.
         weight_decay (float): Weight decay of AdamW.
@@ -95,7 +89,8 @@ class DecAD(BaseModule, AnomalibModule):
         warmup_steps (int): Steps in which the learning rate rises; at most a quarter of the training. After them it
             falls along a cosine to 1 % at the end of the training.
             Defaults to ``100``.
-        gradient_clip_val (float): Norm that gradients are clipped to. The trainer's own gradient_clip_val comes first.
+        gradient_clip_val (float): Norm that gradients are clipped to; 0 for no clipping. The trainer's own
+            gradient_clip_val comes first.
             Defaults to ``1.0``.
         feature_cache (Literal["off", "ram", "disk"]): Whether the encoder's features of all training images are
             computed once, before the training, and kept in memory or in a file that later runs use again. Only
@@ -106,16 +101,7 @@ class DecAD(BaseModule, AnomalibModule):
         feature_cache_limit (float): GiB that the features, and all files in that folder together, may take. The least
             recently used files are deleted.
             Defaults to ``16.0``.
-        pre_processor (PreProcessor | bool): Pre-processor, or whether to use the default one: resize to image_size
-            and normalize as the encoder was trained.
-            Defaults to ``True``.
-        post_processor (PostProcessor | bool): Post-processor, or whether to use the default one: anomalib's, in bounded
-            memory.
-            Defaults to ``True``.
-        evaluator (Evaluator | bool): Evaluator, or whether to use the default one: the seven metrics for each category.
-            Defaults to ``True``.
-        visualizer (Visualizer | bool): Visualizer, or whether to use anomalib's default one.
-            Defaults to ``True``.
+        **kwargs (Any): ``max_steps`` and the four of anomalib: arguments of :class:`BaseModule`.
 
     Raises:
         ValueError: If an argument is out of its range or does not fit the encoder.
@@ -151,7 +137,6 @@ class DecAD(BaseModule, AnomalibModule):
         synthesis: SynthesisOptions = SynthesisOptions(),
         loss: DecouplingLossOptions = DecouplingLossOptions(),
         anomaly_map: AnomalyMapOptions = AnomalyMapOptions(),
-        max_steps: int = 15_000,
         learning_rate: float = 1e-3,
         weight_decay: float = 1e-4,
         warmup_steps: int = 100,
@@ -159,24 +144,14 @@ class DecAD(BaseModule, AnomalibModule):
         feature_cache: Literal["off", "ram", "disk"] = "off",
         feature_cache_dir: str | Path | None = None,
         feature_cache_limit: float = 16.0,
-        pre_processor: PreProcessor | bool = True,
-        post_processor: PostProcessor | bool = True,
-        evaluator: Evaluator | bool = True,
-        visualizer: Visualizer | bool = True,
+        **kwargs: Any,
     ) -> None:
         decoupler = as_options(DecouplerOptions, decoupler)
         synthesis = as_options(SynthesisOptions, synthesis)
         invertible = as_options(InvertibleOptions, invertible)
         loss = as_options(DecouplingLossOptions, loss)
         anomaly_map = as_options(AnomalyMapOptions, anomaly_map)
-        super().__init__(
-            max_steps,
-            gradient_clip_val,
-            pre_processor=pre_processor,
-            post_processor=post_processor,
-            evaluator=evaluator,
-            visualizer=visualizer,
-        )
+        super().__init__(gradient_clip_val=gradient_clip_val, **kwargs)
         if not learning_rate > 0:
             msg = f"learning_rate must be positive, got {learning_rate}"
             raise ValueError(msg)
@@ -196,7 +171,7 @@ class DecAD(BaseModule, AnomalibModule):
         self.weight_decay = weight_decay
         self.warmup_steps = warmup_steps
         height, width = self.model.encoder.patch_size
-        self.resize_for_encoder(pre_processor, image_size, (_DEFAULT_GRID * height, _DEFAULT_GRID * width))
+        self.resize_for_encoder(image_size, (_DEFAULT_GRID * height, _DEFAULT_GRID * width))
         if self.input_size is not None:
             self.model.encoder.grid(*self.input_size)
 
@@ -305,8 +280,10 @@ class DecAD(BaseModule, AnomalibModule):
         network = list(self.model.decoupler.network.parameters()) if self.model.decoupler else []
         known = set(network)
         rest = [p for p in self.model.parameters() if p.requires_grad and p not in known]
-        groups = [{"params": rest}, {"params": network, "lr": _NETWORK_RATE * self.learning_rate}]
-        optimizer = AdamW(groups[: 2 if network else 1], lr=self.learning_rate, weight_decay=self.weight_decay)
+        groups: list[dict[str, Any]] = [{"params": rest}]
+        if network:
+            groups.append({"params": network, "lr": _NETWORK_RATE * self.learning_rate})
+        optimizer = AdamW(groups, lr=self.learning_rate, weight_decay=self.weight_decay)
         warmup = max(min(self.warmup_steps, int(total) // 4), 1)
         scheduler = LambdaLR(optimizer, lambda step: _learning_rate_factor(step, warmup, int(total)))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

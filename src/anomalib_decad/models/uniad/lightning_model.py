@@ -3,24 +3,13 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
-from anomalib.post_processing import PostProcessor
-from anomalib.pre_processing import PreProcessor
-from anomalib.visualization import Visualizer
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch.optim import AdamW
 
-from anomalib_decad.components import (
-    DecouplerOptions,
-    DecouplingLossOptions,
-    FeatureMSELoss,
-    InvertibleOptions,
-    SynthesisOptions,
-)
-from anomalib_decad.components.embedding_decoupling import LEARNED_DECOUPLER, LEARNED_LOSS, LEARNED_SYNTHESIS
-from anomalib_decad.components.options import as_options
+from anomalib_decad.components import FeatureMSELoss
 from anomalib_decad.models.decoupled_module import DecoupledModule
 from anomalib_decad.models.uniad.torch_model import DecoupledUniADModel
 
@@ -54,19 +43,6 @@ class DecoupledUniAD(DecoupledModule, AnomalibModule):
             Defaults to ``7``.
         jitter (float): Scale of the noise that is added to the features in training; 0 for none.
             Defaults to ``20.0``.
-        decouple (bool): Whether anomalies are synthesized and removed. Without, it is the plain method, to compare
-            with.
-            Defaults to ``True``.
-        delta (float): Radius of the synthetic anomalies, where the mean norm of an embedding is 5.
-            Defaults to ``2.5``.
-        decoupler (DecouplerOptions): Split of the latent, and its prior.
-        synthesis (SynthesisOptions): What synthetic anomalies are like beside their radius.
-        invertible (InvertibleOptions): Shape of the invertible network.
-        loss (DecouplingLossOptions): Weights of the losses that train the decoupling, beside the method's own.
-        decoupling_learning_rate (float): Learning rate of the decoupling.
-            Defaults to ``1e-3``.
-        max_steps (int): Training steps where the trainer is given neither max_steps nor max_epochs.
-            Defaults to ``15000``.
         learning_rate (float): Learning rate of AdamW; it falls to a tenth after 80 % of the training.
             Defaults to ``1e-4``, as in the paper.
         weight_decay (float): Weight decay of AdamW.
@@ -74,16 +50,7 @@ class DecoupledUniAD(DecoupledModule, AnomalibModule):
         gradient_clip_val (float): Norm that gradients are clipped to; 0 for no clipping. The trainer's own
             gradient_clip_val comes first.
             Defaults to ``0.1``, as in the paper's code.
-        pre_processor (PreProcessor | bool): Pre-processor, or whether to use the default one: resize to image_size
-            and normalize as the encoder was trained.
-            Defaults to ``True``.
-        post_processor (PostProcessor | bool): Post-processor, or whether to use the default one: anomalib's, in bounded
-            memory.
-            Defaults to ``True``.
-        evaluator (Evaluator | bool): Evaluator, or whether to use the default one: the seven metrics for each category.
-            Defaults to ``True``.
-        visualizer (Visualizer | bool): Visualizer, or whether to use anomalib's default one.
-            Defaults to ``True``.
+        **kwargs (Any): Arguments of :class:`DecoupledModule`.
 
     Raises:
         ValueError: If an argument is out of its range or does not fit the encoder.
@@ -115,37 +82,13 @@ class DecoupledUniAD(DecoupledModule, AnomalibModule):
         num_heads: int = 8,
         neighbors: int = 7,
         jitter: float = 20.0,
-        decouple: bool = True,
-        delta: float = 2.5,
-        decoupler: DecouplerOptions = LEARNED_DECOUPLER,
-        synthesis: SynthesisOptions = LEARNED_SYNTHESIS,
-        invertible: InvertibleOptions = InvertibleOptions(),
-        loss: DecouplingLossOptions = LEARNED_LOSS,
-        decoupling_learning_rate: float = 1e-3,
-        max_steps: int = 15_000,
         learning_rate: float = 1e-4,
         weight_decay: float = 1e-4,
         gradient_clip_val: float = 0.1,
-        pre_processor: PreProcessor | bool = True,
-        post_processor: PostProcessor | bool = True,
-        evaluator: Evaluator | bool = True,
-        visualizer: Visualizer | bool = True,
+        **kwargs: Any,
     ) -> None:
-        decoupler = as_options(DecouplerOptions, decoupler)
-        synthesis = as_options(SynthesisOptions, synthesis)
-        invertible = as_options(InvertibleOptions, invertible)
-        loss = as_options(DecouplingLossOptions, loss)
-        super().__init__(
-            decoupling_learning_rate=decoupling_learning_rate,
-            learning_rate=learning_rate,
-            max_steps=max_steps,
-            gradient_clip_val=gradient_clip_val,
-            pre_processor=pre_processor,
-            post_processor=post_processor,
-            evaluator=evaluator,
-            visualizer=visualizer,
-        )
-        size = self.model_size(encoder, pre_processor, image_size, (224, 224))
+        super().__init__(learning_rate=learning_rate, gradient_clip_val=gradient_clip_val, **kwargs)
+        size = self.model_size(encoder, image_size, (224, 224))
         self.model = DecoupledUniADModel(
             encoder,
             encoder_weights,
@@ -156,15 +99,10 @@ class DecoupledUniAD(DecoupledModule, AnomalibModule):
             num_heads=num_heads,
             neighbors=neighbors,
             jitter=jitter,
-            decouple=decouple,
-            delta=delta,
-            decoupler=decoupler,
-            synthesis=synthesis,
-            invertible=invertible,
-            loss=loss,
+            **self.decoupling_arguments,
         )
         self.loss = FeatureMSELoss()
-        self.resize_for_encoder(pre_processor, image_size, size)
+        self.resize_for_encoder(image_size, size)
         self.weight_decay = weight_decay
 
     def configure_optimizers(self) -> OptimizerLRScheduler:

@@ -1,0 +1,57 @@
+"""Documents name arguments, files and scripts that exist."""
+
+import dataclasses
+import inspect
+import re
+
+import pytest
+
+import anomalib_decad
+from conftest import ROOT
+
+DOCUMENTS = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/NOTES.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "src").rglob("README.md")),
+]
+MODELS = ("DecAD", "DecoupledMambaAD", "DecoupledReverseDistillation", "DecoupledUniAD")
+
+
+def arguments():
+    """All arguments of the models, those in groups with a dot."""
+    found = set()
+    for cls in {base for name in MODELS for base in getattr(anomalib_decad, name).__mro__}:
+        for argument, parameter in inspect.signature(cls.__init__).parameters.items():
+            found.add(argument)
+            if dataclasses.is_dataclass(parameter.default):
+                found |= {f"{argument}.{field.name}" for field in dataclasses.fields(parameter.default)}
+    return found
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_arguments_exist(path):
+    text = path.read_text()
+    named = re.findall(r"--model\.([a-z_.]+[a-z_])", text)
+    for settings in re.findall(r"--(?:set|vary) ((?:[a-z_.]+=[^\s`]+\s*)+)", text):
+        named += re.findall(r"([a-z_.]+)=", settings)
+    groups = {name.partition(".")[0] for name in arguments() if "." in name}
+    fields = re.findall(r"`([a-z_]+\.(?!py`)[a-z_]+)`", text)
+    named += [name for name in fields if name.partition(".")[0] in groups - {"loss"}]
+    assert not sorted(set(named) - arguments() - {"help"})
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_links_and_scripts_exist(path):
+    text = path.read_text()
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
+    missing = [link for link in links if not (path.parent / link).exists()]
+    scripts = re.findall(r"(?:benchmarks|demo|examples)/[a-z_]+\.py", text)
+    missing += [script for script in scripts if not (ROOT / script).is_file()]
+    assert not missing
+
+
+def test_ablations_name_arguments():
+    import experiments
+
+    named = {name for settings in experiments.ABLATIONS.values() for setting in settings for name in setting}
+    assert named <= arguments()
