@@ -129,6 +129,12 @@ def test_attaching_names_the_layers_there_are():
     assert model(torch.rand(1, 3, 8, 8)).shape == (1, 3, 8, 8)
 
 
+@pytest.mark.parametrize("shape", [(2, 6, 4, 4), (2, 9, 6), (2, 8)])
+def test_another_number_of_channels_is_refused(shape):
+    with pytest.raises(ValueError, match=r"must be of shape \(B, 8, H, W\) or \(B, N, 8\), got .* as dim"):
+        EmbeddingDecoupling(8)(torch.randn(shape))
+
+
 @pytest.mark.parametrize(
     ("name", "make"),
     [

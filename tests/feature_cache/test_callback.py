@@ -134,6 +134,15 @@ def test_worker_processes_read_the_features(make_engine, make_model, make_data, 
     assert cached == pytest.approx(expected, rel=2e-3)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["ram", "disk"])
+def test_workers_and_epochs(mode, make_engine, make_model, make_data, tmp_path):
+    """The number of steps, which the learning rate needs, starts workers: they must have features."""
+    options = {"feature_cache": mode, "feature_cache_dir": tmp_path / "cache", "max_epochs": 2}
+    values = run(make_engine, make_model, make_data, data=make_data(num_workers=2), **options)
+    assert len(values) == 6
+
+
 def test_the_datamodule_has_its_images_back(make_engine, make_model, make_data):
     data = make_data()
     run(make_engine, make_model, make_data, data=data, feature_cache="ram")
@@ -154,7 +163,7 @@ def test_random_augmentations_are_refused(augmentation, make_engine, make_model,
 def test_more_than_the_limit_is_refused_before_any_work(make_engine, make_model, make_data, count_images, tmp_path):
     options = {"feature_cache_dir": tmp_path / "cache", "feature_cache_limit": 1e-6}
     for mode in ("ram", "disk"):
-        with pytest.raises(ValueError, match="12 images need 0.00 GiB, more than the limit of 1e-06 GiB"):
+        with pytest.raises(ValueError, match="12 images need 0.1 MiB, more than the limit of 1e-06 GiB"):
             make_engine().fit(make_model(feature_cache=mode, **options), datamodule=make_data())
     assert not count_images
     assert not (tmp_path / "cache").exists()

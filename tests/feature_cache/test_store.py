@@ -1,3 +1,5 @@
+import errno
+import os
 import pickle
 import threading
 import time
@@ -9,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from anomalib_decad.feature_cache import CachedFeatures, FeatureCode, FeatureFile, fingerprint
-from anomalib_decad.feature_cache.store import default_folder
+from anomalib_decad.feature_cache.store import default_folder, readable
 
 
 class Images:
@@ -110,6 +112,43 @@ def test_a_full_disk_is_one_clear_error(tmp_path, monkeypatch):
     with pytest.raises(OSError, match=r"feature_cache_dir.*feature_cache=off"):
         FeatureFile(tmp_path, "key").create((3, 2, 4, 5), 1.0)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_disk_that_fills_later_is_noticed_at_once(number, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    file = FeatureFile(tmp_path, "key")
+    with pytest.raises(OSError, match=r"the features need 1\.0 MiB, but .* Give another folder"):
+        file.create((2, 1, 512, 512), 1.0)
+    assert not file.partial.exists()
+
+
+def test_the_file_takes_its_place_at_once(tmp_path):
+    file = FeatureFile(tmp_path, "key")
+    file.create((2, 1, 512, 512), 1.0)
+    status = (file.partial / "features.npy").stat()
+    assert status.st_blocks * 512 >= 2 * 2 * 512 * 512
+
+
+def test_what_killed_runs_left_is_deleted_unless_it_is_being_written(tmp_path):
+    dead, alive = FeatureFile(tmp_path, "dead"), FeatureFile(tmp_path, "alive")
+    dead.create((2, 1, 4, 8), 1.0)
+    with alive.lock():
+        alive.create((2, 1, 4, 8), 1.0)
+        assert not dead.partial.exists()
+        dead.create((2, 1, 4, 8), 1.0)
+        other = FeatureFile(tmp_path, "other")
+        other.create((2, 1, 4, 8), 1.0)
+        assert alive.partial.exists()
+        assert not dead.partial.exists()
+
+
+@pytest.mark.parametrize(("size", "text"), [(3 * 2**20, "3.0 MiB"), (1000, "0.0 MiB"), (5 * 2**29, "2.5 GiB")])
+def test_sizes_are_readable(size, text):
+    assert readable(size) == text
 
 
 def test_only_one_writes(tmp_path):

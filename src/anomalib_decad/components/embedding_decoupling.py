@@ -93,6 +93,7 @@ class EmbeddingDecoupling(nn.Module):
         loss: DecouplingLossOptions = LEARNED_LOSS,
     ) -> None:
         super().__init__()
+        self.dim = dim
         self.decoupler = Decoupler(dim, decoupler, invertible)
         self.synthesis = AdversarialSynthesis(delta, synthesis)
         self.loss = DecouplingLoss(loss)
@@ -112,9 +113,18 @@ class EmbeddingDecoupling(nn.Module):
 
         Returns:
             torch.Tensor: Cleaned embeddings, same shape.
+
+        Raises:
+            ValueError: If they have another number of channels.
         """
         is_map = embeddings.ndim == 4
         tokens = embeddings.flatten(2).mT if is_map else embeddings
+        if tokens.ndim != 3 or tokens.shape[-1] != self.dim:
+            msg = (
+                f"the embedding must be of shape (B, {self.dim}, H, W) or (B, N, {self.dim}), got "
+                f"{tuple(embeddings.shape)}: give the number of its channels as dim"
+            )
+            raise ValueError(msg)
         if self.training:
             grid = (embeddings.shape[2], embeddings.shape[3]) if is_map else None
             clean = self._train(tokens, grid)

@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from anomalib_decad.feature_cache.codec import FeatureCode
 from anomalib_decad.feature_cache.dataset import CachedFeatures
 from anomalib_decad.feature_cache.source import FeatureSource
-from anomalib_decad.feature_cache.store import GIB, FeatureFile, default_folder, num_bytes
+from anomalib_decad.feature_cache.store import GIB, FeatureFile, default_folder, num_bytes, readable
 
 __all__ = ["FeatureCaching"]
 
@@ -78,7 +78,14 @@ class FeatureCaching(Callback):
         self._datamodule = datamodule
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Compute or find the features.
+        """Compute or find the features, unless :meth:`fill` has."""
+        self.fill(trainer, pl_module)
+
+    def fill(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Compute or find the features, once. The model is on its device, and its checkpoint has been loaded.
+
+        To be called before anything starts the workers of the training dataloader, as the trainer's
+        ``estimated_stepping_batches`` does: they would get a dataset without features.
 
         Args:
             trainer (Trainer): The trainer.
@@ -90,6 +97,8 @@ class FeatureCaching(Callback):
         """
         datamodule = cast("AnomalibDataModule", self._datamodule)
         cached = cast("CachedFeatures", datamodule.train_data)
+        if cached.is_filled:
+            return
         # Nothing here may change the random numbers of the training.
         with isolate_rng(), torch.no_grad():
             source = FeatureSource(
@@ -120,15 +129,15 @@ class FeatureCaching(Callback):
 
     def _find_or_build(self, trainer: Trainer, source: FeatureSource) -> tuple[np.ndarray | Path, FeatureCode]:
         shape = source.shape
-        size = num_bytes(shape) / GIB
-        if size > self.limit:
+        size = num_bytes(shape)
+        if size > self.limit * GIB:
             msg = (
-                f"feature_cache: the features of {shape[0]} images need {size:.2f} GiB, more than the limit of "
+                f"feature_cache: the features of {shape[0]} images need {readable(size)}, more than the limit of "
                 f"{self.limit:g} GiB: raise feature_cache_limit, or train with feature_cache=off"
             )
             raise ValueError(msg)
         if self.mode == "ram" and trainer.world_size == 1:
-            logger.info("Feature cache: %.2f GiB of memory for %d images.", size, shape[0])
+            logger.info("Feature cache: %s of memory for %d images.", readable(size), shape[0])
             features = np.empty(shape, dtype=np.float16)
             code = source.choose_code()
             source.encode_into(features, range(shape[0]), code)
@@ -140,20 +149,20 @@ class FeatureCaching(Callback):
             trainer.strategy.barrier()
         return result
 
-    def _build_file(self, trainer: Trainer, source: FeatureSource, file: FeatureFile, size: float) -> None:
+    def _build_file(self, trainer: Trainer, source: FeatureSource, file: FeatureFile, size: int) -> None:
         """Build a file unless it is there, each process its share of the images."""
         leads = trainer.is_global_zero
         with file.lock() if leads else nullcontext():
             complete = trainer.strategy.broadcast(file.is_complete)
             if complete:
                 if leads:
-                    logger.info("Feature cache: using %s (%.2f GiB).", file.path, size)
+                    logger.info("Feature cache: using %s (%s).", file.path, readable(size))
                     file.touch()
                 return
             try:
                 if leads:
                     logger.info(
-                        "Feature cache: %.2f GiB on disk for %d images, in %s.", size, source.shape[0], file.path
+                        "Feature cache: %s on disk for %d images, in %s.", readable(size), source.shape[0], file.path
                     )
                     file.create(source.shape, self.limit)
                     file.write_code(source.choose_code())

@@ -46,6 +46,7 @@ class CachedFeatures(Dataset):
     def __init__(self, images: Any) -> None:
         self.images = images
         self.samples = images.samples
+        self.is_filled = False
 
     def fill(self, features: np.ndarray | Path, code: FeatureCode, grid: tuple[int, int]) -> None:
         """Set the features.
@@ -58,6 +59,7 @@ class CachedFeatures(Dataset):
         """
         self.source, self.code, self.grid = features, code, grid
         self._map: np.ndarray | None = None
+        self.is_filled = True
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the memory map, which would be pickled as an array: worker processes open it anew."""

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Cached features on disk."""
 
+import errno
 import hashlib
 import json
 import logging
 import math
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,12 +15,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from platformdirs import user_cache_path
 
 from anomalib_decad.feature_cache.codec import FeatureCode
 
-__all__ = ["GIB", "FeatureFile", "default_folder", "fingerprint", "num_bytes"]
+__all__ = ["GIB", "FeatureFile", "default_folder", "fingerprint", "num_bytes", "readable"]
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +36,11 @@ def default_folder() -> Path:
 def num_bytes(shape: Sequence[int]) -> int:
     """Compute the size of float16 features of a shape."""
     return 2 * math.prod(shape)
+
+
+def readable(size: float) -> str:
+    """Write a number of bytes for people."""
+    return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / 2**20:.1f} MiB"
 
 
 def fingerprint(*parts: Any) -> str:
@@ -103,18 +110,29 @@ class FeatureFile:
         Raises:
             OSError: If the disk has too little space.
         """
-        shutil.rmtree(self.partial, ignore_errors=True)
+        self.discard()
+        self._discard_dead()
         size = num_bytes(shape)
         self._make_room(limit * GIB - size)
         free = shutil.disk_usage(self.folder).free
-        if size > free:
+        try:
+            if size > free:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self.partial.mkdir(parents=True)
+            path = self.partial / _FEATURES
+            np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=shape).flush()
+            # The file is sparse until here. A page that the disk has no room for would end the process without a word.
+            if hasattr(os, "posix_fallocate"):
+                with path.open("r+b") as file:
+                    os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        except OSError as error:
+            self.discard()
             msg = (
-                f"feature_cache: the features need {size / GIB:.1f} GiB, but {self.folder} has only {free / GIB:.1f} "
-                "left. Give another folder (feature_cache_dir) or train without (feature_cache=off)"
+                f"feature_cache: the features need {readable(size)}, but {self.folder} has only {readable(free)} left or "
+                f"may not hold so much ({error.strerror}). Give another folder (feature_cache_dir) or train "
+                "without (feature_cache=off)"
             )
-            raise OSError(msg)
-        self.partial.mkdir(parents=True)
-        np.lib.format.open_memmap(self.partial / _FEATURES, mode="w+", dtype=np.float16, shape=shape).flush()
+            raise OSError(msg) from error
 
     def open_partial(self) -> np.ndarray:
         """Open the partial file for writing, also in several processes at once."""
@@ -148,8 +166,20 @@ class FeatureFile:
         """Read all features into memory."""
         return np.load(self.features)
 
+    def _discard_dead(self) -> None:
+        """Delete what killed runs have left: partial files that nobody holds the lock of."""
+        for partial in self.folder.glob("*.partial"):
+            lock = FileLock(f"{partial.with_suffix('')}.lock")
+            try:
+                with lock.acquire(timeout=0):
+                    logger.info("Deleting %s, which a run that was cut short has left.", partial)
+                    shutil.rmtree(partial, ignore_errors=True)
+            except Timeout:
+                continue
+
     def _make_room(self, allowed: float) -> None:
         """Delete the least recently used caches until the rest takes no more than some bytes."""
+        allowed -= sum(path.stat().st_size for path in self.folder.glob(f"*.partial/{_FEATURES}"))
         done = sorted(self.folder.glob(f"*/{_DONE}"), key=lambda path: path.stat().st_mtime, reverse=True)
         for path in done:
             allowed -= (path.parent / _FEATURES).stat().st_size

@@ -23,7 +23,7 @@ from torchvision.transforms.v2 import Compose, Normalize, Resize
 from typing_extensions import Self
 
 from anomalib_decad.compat import set_training_steps
-from anomalib_decad.export import ParityExportMixin
+from anomalib_decad.export import ParityExportMixin, lacks_threshold
 from anomalib_decad.metrics import BoundedPostProcessor, CategoryEvaluator
 
 __all__ = ["BaseModule"]
@@ -192,6 +192,22 @@ class BaseModule(_Base):
         """Give a loader of training images for :meth:`prepare`, not that of the training, which has begun to read."""
         datamodule = getattr(self.trainer, "datamodule", None)
         return datamodule.train_dataloader() if datamodule else cast("DataLoader", self.trainer.train_dataloader)
+
+    def on_test_start(self) -> None:
+        """Say so where labels mean nothing."""
+        self._warn_without_threshold()
+
+    def on_predict_start(self) -> None:
+        """Say so where labels mean nothing."""
+        self._warn_without_threshold()
+
+    def _warn_without_threshold(self) -> None:
+        if lacks_threshold(self.post_processor):
+            logger.warning(
+                "The model was never validated, so it has no thresholds: scores and maps are as they are, and labels "
+                "and masks mean nothing. Use a checkpoint that was saved after a validation "
+                "(--trainer.val_check_interval says when these are)."
+            )
 
     def log_losses(self, loss: torch.Tensor, terms: Mapping[str, torch.Tensor], batch_size: int) -> torch.Tensor:
         """Log the loss of a training step and its terms.

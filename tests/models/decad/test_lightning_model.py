@@ -248,6 +248,22 @@ def test_default_image_is_twenty_patches_and_normalized_as_the_encoder():
     assert tuple(DecAD.configure_pre_processor().transform(torch.zeros(1, 3, 30, 40)).shape[-2:]) == (280, 280)
 
 
+def test_labels_without_thresholds_are_a_warning(make_engine, make_model, make_data, caplog):
+    model = make_model()
+    make_engine(limit_val_batches=0).fit(model, datamodule=make_data())
+    for use in ("test", "predict"):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            getattr(make_engine(), use)(model, datamodule=make_data())
+        assert caplog.text.count("never validated, so it has no thresholds") == 1
+    model = make_model()
+    make_engine().fit(model, datamodule=make_data())
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        make_engine().test(model, datamodule=make_data())
+    assert "never validated" not in caplog.text
+
+
 def test_labels_are_optional_at_test_time():
     batch = ImageBatch(image=torch.rand(1, 3, 8, 8), pred_score=torch.rand(1))
     evaluator = CategoryEvaluator()

@@ -273,6 +273,8 @@ class DecAD(BaseModule, AnomalibModule):
         Raises:
             ValueError: If the trainer has neither a number of steps nor of epochs.
         """
+        if self.feature_caching is not None:
+            self.feature_caching.fill(self.trainer, self)
         total = self.trainer.estimated_stepping_batches
         if math.isinf(total):
             msg = "the learning rate decays over the training: set --trainer.max_steps or --trainer.max_epochs"
