@@ -52,7 +52,7 @@ def test_a_prototype_starts_as_the_mean_of_its_members():
     abnormal = torch.cat([torch.randn(10, 4), 7 + torch.randn(30, 4)])
     prior = ConditionalPrior(6, 4, 8, 0)
     prior.fit(normal, abnormal)
-    # At a key the mixture is its value: the others are far away, also those that no patch belongs to.
+    # At a key the mixture is its value: the others are far away, or copies.
     torch.testing.assert_close(prior(normal[:1]), abnormal[:10].mean(0, keepdim=True), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(prior(normal[-1:]), abnormal[10:].mean(0, keepdim=True), rtol=1e-4, atol=1e-4)
 
@@ -63,10 +63,18 @@ def test_fit_takes_few_patches_and_leaves_no_gradients(count, caplog):
     with torch.no_grad(), caplog.at_level(logging.WARNING):
         prior.fit(torch.randn(count, 6), torch.randn(count, 4), num_epochs=3, batch_size=8)
     assert all(parameter.grad is None and parameter.isfinite().all() for parameter in prior.parameters())
-    said = f"There are {count} normal patches to choose prototypes from: {count} of 8 prototypes are used."
+    said = f"There are {count} normal patches to choose prototypes from: {count} of 8 prototypes are used"
     assert (said in caplog.text) == (count < 8)
     prior(torch.randn(5, 6)).square().sum().backward()
     assert all(parameter.grad.isfinite().all() for parameter in prior.parameters())
+
+
+def test_every_prototype_is_used_where_there_are_enough_patches():
+    prior = ConditionalPrior(6, 4, 64, 0)
+    prior.fit(*make_components(1000))
+    assert len(prior.keys.unique(dim=0)) == 64
+    owners = torch.cdist(make_components(1000)[0], prior.keys).argmin(1)
+    assert len(owners.unique()) == 64
 
 
 def test_is_wide_under_automatic_mixed_precision():

@@ -22,9 +22,6 @@ _SHARPNESS = 20.0
 _KMEANS_ITERATIONS = 6
 _LEARNING_RATE, _WEIGHT_DECAY = 2e-3, 1e-2
 
-# Keys of prototypes that are not needed: so far away that no patch finds them.
-_FAR = 1e3
-
 
 class ConditionalPrior(nn.Module):
     r"""Predicts the abnormal component of a normal patch from its normal component, :math:`z_a \approx p(z_n)`.
@@ -136,22 +133,25 @@ class ConditionalPrior(nn.Module):
 
     @torch.no_grad()
     def _fit_prototypes(self, normal: torch.Tensor, abnormal: torch.Tensor) -> None:
-        count = min(len(self.keys), len(normal))
-        if count < len(self.keys):
+        total, count = len(self.keys), min(len(self.keys), len(normal))
+        if count < total:
             logger.warning(
-                "There are %d normal patches to choose prototypes from: %d of %d prototypes are used.",
-                len(normal), count, len(self.keys),
+                "There are %d normal patches to choose prototypes from: %d of %d prototypes are used, the others are copies.",
+                len(normal), count, total,
             )  # fmt: skip
         owners, centers = KMeans(count, _KMEANS_ITERATIONS).fit(normal)
-        # Patches that are equal, or drawn twice as a start, leave clusters without members.
+        # Centers that were drawn twice as a start have no members; other patches take their place.
+        empty = torch.bincount(owners, minlength=count) == 0
+        centers[empty] = normal[torch.randperm(len(normal), device=normal.device)[: int(empty.sum())]]
+        owners = torch.cdist(normal, centers).argmin(1)
         members = torch.bincount(owners, minlength=count)
-        used = members > 0
+        # Where patches are equal, some still have none.
+        centers, used = centers[members > 0], members > 0
         sums = abnormal.new_zeros(count, abnormal.shape[1]).index_add_(0, owners, abnormal)
-        centers, values = centers[used], sums[used] / members[used, None]
-        self.keys.fill_(_FAR * (1 + normal.abs().max().item()))
-        self.keys[: len(centers)] = centers
-        self.values.zero_()
-        self.values[:, : len(centers)] = values.T
+        values = sums[used] / members[used, None]
+        repeated = torch.arange(total, device=normal.device) % len(centers)
+        self.keys.copy_(centers[repeated])
+        self.values.copy_(values[repeated].T)
         distance = torch.cdist(normal, centers).square().mean().clamp(min=1e-6)
         self.log_beta.copy_((_SHARPNESS / distance).log())
 

@@ -128,8 +128,8 @@ class FeatureFile:
         except OSError as error:
             self.discard()
             msg = (
-                f"feature_cache: the features need {readable(size)}, but {self.folder} has only {readable(free)} left or "
-                f"may not hold so much ({error.strerror}). Give another folder (feature_cache_dir) or train "
+                f"feature_cache: the features need {readable(size)}, but {self.folder} has only {readable(free)} left "
+                f"or may not hold so much ({error.strerror}). Give another folder (feature_cache_dir) or train "
                 "without (feature_cache=off)"
             )
             raise OSError(msg) from error
