@@ -63,7 +63,7 @@ def test_fit_takes_few_patches_and_leaves_no_gradients(count, caplog):
     with torch.no_grad(), caplog.at_level(logging.WARNING):
         prior.fit(torch.randn(count, 6), torch.randn(count, 4), num_epochs=3, batch_size=8)
     assert all(parameter.grad is None and parameter.isfinite().all() for parameter in prior.parameters())
-    said = f"There are {count} normal patches to choose prototypes from: {count} of 8 prototypes are used"
+    said = f"There are {count} normal patches to choose prototypes from: {count} of 8 prototypes are used, and copied."
     assert (said in caplog.text) == (count < 8)
     prior(torch.randn(5, 6)).square().sum().backward()
     assert all(parameter.grad.isfinite().all() for parameter in prior.parameters())

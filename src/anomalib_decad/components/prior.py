@@ -136,7 +136,7 @@ class ConditionalPrior(nn.Module):
         total, count = len(self.keys), min(len(self.keys), len(normal))
         if count < total:
             logger.warning(
-                "There are %d normal patches to choose prototypes from: %d of %d prototypes are used, the others are copies.",
+                "There are %d normal patches to choose prototypes from: %d of %d prototypes are used, and copied.",
                 len(normal), count, total,
             )  # fmt: skip
         owners, centers = KMeans(count, _KMEANS_ITERATIONS).fit(normal)
