@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -18,7 +17,7 @@ from lightning.pytorch import seed_everything
 from torchvision.transforms.v2 import ColorJitter, RandomHorizontalFlip
 
 from anomalib_decad.components import DecouplerOptions, ViTEncoder
-from conftest import losses_of
+from conftest import ROOT, losses_of
 
 
 @pytest.fixture
@@ -274,7 +273,7 @@ def test_two_processes_share_the_work(mode, encoder_weights, mvtec_root, tmp_pat
         "    json.dump(losses.values, file)\n"
         "assert data.train_data[0].image.ndim == 3\n"
     )
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")}
 
     def losses(mode):
         command = [sys.executable, str(script), mode, *map(str, (encoder_weights, mvtec_root, tmp_path / mode)), "2"]
