@@ -223,8 +223,8 @@ def measure(model: DecAD, test: Split) -> dict[str, Any]:
 
     Returns:
         dict[str, Any]: ``metrics``: the seven of the map, and of its error and its energy alone. ``patch_auroc``: for
-            each category, how well the decoder's errors, with and without removal, and the energies tell defect from
-            normal patches. ``energy``: mean energy of either kind.
+            each category that has patches of both kinds, how well the decoder's errors, with and without removal, and
+            the energies tell defect from normal patches. ``energy``: mean energy of either kind.
     """
     net = model.eval().model.fused(None)
     size = tuple(model.input_size)
@@ -251,9 +251,11 @@ def measure(model: DecAD, test: Split) -> dict[str, Any]:
         rows = [index for index, name in enumerate(test.categories) if name == category]
         known = (share[rows] > 0.5) | (share[rows] == 0)
         target = (share[rows] > 0.5)[known].numpy()
-        aurocs[category] = {
-            name: round(float(roc_auc_score(target, value[rows][known].numpy())), 5) for name, value in patches.items()
-        }
+        if target.any() and not target.all():
+            aurocs[category] = {
+                name: round(float(roc_auc_score(target, value[rows][known].numpy())), 5)
+                for name, value in patches.items()
+            }
     return {
         "metrics": {name: rounded(table_of(metric)) for name, metric in metrics.items()},
         "patch_auroc": aurocs,
