@@ -137,9 +137,9 @@ def test_a_normal_patch_has_an_energy_of_about_one_however_channels_are_scaled()
         norm.scale[0] += 3  # the network stretches a channel of the abnormal component ...
         decoupler.prior.values[0] *= torch.tensor(3.0).exp()
         assert decoupler.energy(x).mean() > 5
-    for _ in range(1000):  # ... and the energy follows
         output = decoupler(x[None])
-        decoupler.prior_error(output.abnormal[0], output.normal[0])
+        for _ in range(1000):  # ... and the energy follows
+            decoupler.prior_error(output.abnormal[0], output.normal[0])
     assert decoupler.energy(x).mean().item() == pytest.approx(1, rel=0.05)
     before = decoupler.residual_variance.clone()
     decoupler.eval().prior_error(output.abnormal[0] + 9, output.normal[0])

@@ -41,6 +41,7 @@ def train(model, decoupling, images, steps=60):
     return model.eval()
 
 
+@pytest.mark.slow
 def test_a_toy_autoencoder_is_decoupled():
     images = torch.rand(8, 3, 32, 32).sort(dim=-1).values
     model = Autoencoder()

@@ -61,6 +61,7 @@ def test_round_trips_in_float32(dim, trained):
         assert relative_error(network(network.inverse(x)), x) <= 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trained", [False, True])
 def test_round_trips_in_float64_with_more_iterations(trained):
     network = make_network(32, iterations=None)
@@ -91,6 +92,7 @@ def largest_singular_value(function, point):
     return torch.linalg.matrix_norm(torch.autograd.functional.jacobian(function, point), ord=2).item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dim", [8, 64])
 def test_lipschitz_constant_of_g_stays_below_one(dim):
     network = make_network(dim)
@@ -141,6 +143,7 @@ def test_log_determinant_is_that_of_the_jacobian(rev):
         torch.testing.assert_close(torch.linalg.slogdet(jacobian)[1], value, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rev", [False, True])
 def test_gradcheck_of_the_unit(rev):
     unit = MonotoneUnit([(5,)], hidden_dim=4, growth=3, iterations=SolverIterations(200, 200, 200)).double().eval()
@@ -168,6 +171,7 @@ def test_frozen_network_computes_the_same_without_parametrizations(dim):
     torch.testing.assert_close(restored(x), frozen(x))
 
 
+@pytest.mark.slow
 def test_preconditioning_does_not_change_the_solution_and_saves_iterations():
     network = train(make_network(33)).double().eval()
     x = torch.randn(20, 33, dtype=torch.float64)

@@ -10,6 +10,8 @@ from anomalib_decad.export.quantization import compress, quantize, quantize_with
 openvino = pytest.importorskip("openvino")
 pytest.importorskip("nncf")
 
+pytestmark = pytest.mark.slow
+
 DIM = 64
 
 

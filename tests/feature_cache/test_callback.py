@@ -44,6 +44,7 @@ def run(make_engine, make_model, make_data, *callbacks, data=None, ckpt_path=Non
 
 
 # A prior that is fitted to the patches of twelve images multiplies their rounding.
+@pytest.mark.slow
 @pytest.mark.parametrize(("num_prototypes", "tolerance"), [(0, 2e-3), (16, 1e-2)])
 @pytest.mark.parametrize("mode", ["ram", "disk"])
 @pytest.mark.parametrize("sampling", ["natural", "balanced"])
@@ -73,6 +74,7 @@ def test_a_second_run_reuses_the_file(make_engine, make_model, make_data, count_
     assert "Feature cache: using" in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", ["image", "layers", "size", "weights", "precision"])
 def test_a_stale_file_is_never_used(
     change, make_engine, make_model, mvtec_root, count_images, tmp_path, encoder_weights
@@ -122,6 +124,7 @@ def test_resuming_gives_the_losses_of_an_unbroken_run(mode, make_engine, make_mo
     assert resumed == pytest.approx(unbroken[3:], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_worker_processes_read_the_features(make_engine, make_model, make_data, tmp_path):
     expected = run(make_engine, make_model, make_data, decoupler=DecouplerOptions(0.5, num_prototypes=0))
     options = {

@@ -33,6 +33,7 @@ def test_train_and_test_give_metrics_files_and_thresholds(make_engine, make_mode
     assert math.isfinite(model.post_processor.pixel_threshold)
 
 
+@pytest.mark.slow
 def test_metrics_are_those_of_the_raw_predictions(make_engine, make_model, make_data):
     model = make_model()
     engine = make_engine()
@@ -50,6 +51,7 @@ def test_the_terms_are_logged(make_engine, make_model, make_data):
     assert {f"train_{term}" for term in TERMS} <= set(engine.trainer.callback_metrics)
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_losses(make_engine, make_model, make_data):
     def run(seed):
         seed_everything(seed)
@@ -58,6 +60,7 @@ def test_the_same_seed_gives_the_same_losses(make_engine, make_model, make_data)
     assert run(3) == run(3) != run(4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampling", ["natural", "balanced"])
 def test_resuming_gives_the_losses_of_an_unbroken_run(make_engine, make_model, make_data, tmp_path, sampling):
     data = {"sampling": sampling}
@@ -88,6 +91,7 @@ def test_checkpoint_is_safe_complete_and_holds_the_encoder_once(make_engine, mak
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.slow
 def test_checkpoint_needs_neither_hub_nor_weights(make_engine, make_model, make_data, monkeypatch):
     engine = make_engine()
     engine.fit(make_model(), datamodule=make_data())
@@ -139,6 +143,7 @@ def test_loss_that_is_not_finite_stops_with_what_to_do(make_engine, make_model, 
         make_engine(Break()).fit(make_model(), datamodule=make_data())
 
 
+@pytest.mark.slow
 def test_default_is_fifteen_thousand_steps(make_engine, make_model, make_data, caplog):
     class Stop(Callback):
         def on_train_start(self, trainer, pl_module):
@@ -153,6 +158,7 @@ def test_default_is_fifteen_thousand_steps(make_engine, make_model, make_data, c
     assert stop.steps == (-1, 2, 6)
 
 
+@pytest.mark.slow
 def test_learning_rate_rises_and_falls(make_engine, make_model, make_data):
     rates = []
 
@@ -166,6 +172,7 @@ def test_learning_rate_rises_and_falls(make_engine, make_model, make_data):
     assert rates[-1] < 0.001
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trainer_value", [None, 1e-4])
 def test_gradients_are_clipped_and_the_trainers_value_comes_first(make_engine, make_model, make_data, trainer_value):
     norms = []
@@ -201,6 +208,7 @@ def test_images_without_masks_leave_the_pixel_metrics_out_and_say_so(make_engine
     assert "bolts: images without masks, so the pixel metrics are left out" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_evaluator_and_many_categories_work_with_another_model(make_engine, make_data):
     engine = make_engine(max_epochs=1)
     model = Padim(
@@ -248,6 +256,7 @@ def test_default_image_is_twenty_patches_and_normalized_as_the_encoder():
     assert tuple(DecAD.configure_pre_processor().transform(torch.zeros(1, 3, 30, 40)).shape[-2:]) == (280, 280)
 
 
+@pytest.mark.slow
 def test_labels_without_thresholds_are_a_warning(make_engine, make_model, make_data, caplog):
     model = make_model()
     make_engine(limit_val_batches=0).fit(model, datamodule=make_data())

@@ -73,6 +73,7 @@ def test_batch_without_perturbed_patches_has_finite_loss(model):
     assert torch.isfinite(DecADLoss()(output)["loss"])
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss(model):
     images, loss = torch.rand(4, 3, 64, 64), DecADLoss()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
