@@ -34,7 +34,7 @@ def test_config_is_parsed_by_the_command_line(path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cls", [DecoupledReverseDistillation, DecoupledUniAD, DecoupledMambaAD])
-def test_adapters_have_one_each(cls):
+def test_decoupled_models_have_one_each(cls):
     configs = [path for path in FOLDER.glob("decoupled_*.yaml") if cls.__name__ in path.read_text()]
     assert len(configs) == 1
     cli = AnomalibCLI(["fit", "--config", str(configs[0]), "--trainer.accelerator", "cpu"], run=False)

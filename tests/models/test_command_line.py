@@ -1,4 +1,4 @@
-"""The adapters in the real anomalib command."""
+"""The decoupled models in the real anomalib command."""
 
 import json
 
