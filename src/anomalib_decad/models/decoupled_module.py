@@ -21,6 +21,7 @@ from anomalib_decad.components.embedding_decoupling import LEARNED_DECOUPLER, LE
 from anomalib_decad.components.encoders import default_size
 from anomalib_decad.components.options import as_options
 from anomalib_decad.models.base_module import BaseModule
+from anomalib_decad.models.parameter_groups import parameter_groups
 
 __all__ = ["DecoupledModule"]
 
@@ -113,14 +114,7 @@ class DecoupledModule(BaseModule):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Give the parameters to train, and their learning rates, to an optimizer."""
-        decoupling = self.model.decoupling
-        extra = [p for p in decoupling.parameters() if p.requires_grad] if decoupling else []
-        theirs = set(extra)
-        own = [p for p in self.model.parameters() if p.requires_grad and p not in theirs]
-        groups = [{"params": own, "lr": self.learning_rate}]
-        if extra:
-            groups.append({"params": extra, "lr": self.decoupling_learning_rate})
-        return groups
+        return parameter_groups(self.model, self.model.decoupling, self.learning_rate, self.decoupling_learning_rate)
 
     def step_down(self, optimizer: Optimizer) -> OptimizerLRScheduler:
         """Have an optimizer's learning rates fall to a tenth after 80 % of the training.

@@ -34,6 +34,7 @@ from anomalib_decad.models.base_module import BaseModule
 from anomalib_decad.models.decad.anomaly_map import AnomalyMapGenerator, AnomalyMapOptions
 from anomalib_decad.models.decad.loss import DecADLoss
 from anomalib_decad.models.decad.torch_model import DecADModel
+from anomalib_decad.models.parameter_groups import parameter_groups
 
 __all__ = ["DecAD"]
 
@@ -279,12 +280,8 @@ class DecAD(BaseModule, AnomalibModule):
         if math.isinf(total):
             msg = "the learning rate decays over the training: set --trainer.max_steps or --trainer.max_epochs"
             raise ValueError(msg)
-        network = list(self.model.decoupler.network.parameters()) if self.model.decoupler else []
-        known = set(network)
-        rest = [p for p in self.model.parameters() if p.requires_grad and p not in known]
-        groups: list[dict[str, Any]] = [{"params": rest}]
-        if network:
-            groups.append({"params": network, "lr": _NETWORK_RATE * self.learning_rate})
+        network = self.model.decoupler.network if self.model.decoupler else None
+        groups = parameter_groups(self.model, network, self.learning_rate, _NETWORK_RATE * self.learning_rate)
         optimizer = AdamW(groups, lr=self.learning_rate, weight_decay=self.weight_decay)
         warmup = max(min(self.warmup_steps, int(total) // 4), 1)
         scheduler = LambdaLR(optimizer, lambda step: _learning_rate_factor(step, warmup, int(total)))
