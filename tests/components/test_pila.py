@@ -51,19 +51,10 @@ def test_scaled_is_pila_with_its_factors_outside(x, k):
 
 
 @given(x=st.floats(-100, 100))
-def test_scaled_for_solver_is_scaled_with_the_same_slope(x):
-    values, slopes = [], []
-    for function in (Pila.scaled, Pila.scaled_for_solver):
-        point = torch.tensor(x, dtype=torch.float64, requires_grad=True)
-        value = function(point)
-        values.append(value)
-        slopes += torch.autograd.grad(value, point)
-    torch.testing.assert_close(*values, rtol=0, atol=0)
-    torch.testing.assert_close(*slopes, rtol=1e-9, atol=1e-12)
-
-
-def test_second_derivative_of_scaled_for_solver_is_refused():
-    point = torch.tensor(-1.0, requires_grad=True)
-    (gradient,) = torch.autograd.grad(point * Pila.scaled_for_solver(point), point, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.backward()
+def test_slope_of_scaled_is_its_derivative(x):
+    point = torch.tensor(x, dtype=torch.float64, requires_grad=True)
+    value, slope = Pila.scaled_with_slope(point.detach())
+    expected = Pila.scaled(point)
+    (expected_slope,) = torch.autograd.grad(expected, point)
+    torch.testing.assert_close(value, expected.detach(), rtol=0, atol=0)
+    torch.testing.assert_close(slope, expected_slope, rtol=1e-9, atol=1e-12)

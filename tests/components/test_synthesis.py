@@ -33,7 +33,7 @@ def test_norm_is_delta_on_the_chosen_patches_and_zero_elsewhere(delta, steps, no
     perturbed, mask = AdversarialSynthesis(delta, SynthesisOptions(fraction=1.0, num_steps=steps, noise=noise))(
         x, quadratic, grid
     )
-    assert mask.any(1).all()
+    assert mask.any()
     norms = (perturbed - x).norm(dim=-1)
     torch.testing.assert_close(norms[mask], torch.full_like(norms[mask], delta), rtol=1e-6, atol=1e-9)
     assert torch.equal(perturbed[~mask], x[~mask])
@@ -114,10 +114,26 @@ def test_no_gradient_reaches_the_embeddings_or_the_parameters():
     assert all(parameter.grad is None for parameter in decoupler.parameters())
 
 
-def test_about_the_asked_fraction_of_images_is_perturbed():
-    x = torch.zeros(2000, 16, 2)
-    _, mask = AdversarialSynthesis(options=SynthesisOptions(fraction=0.3, num_steps=0))(x, quadratic)
-    assert mask.any(1).float().mean().item() == pytest.approx(0.3, abs=0.05)
+@given(
+    fraction=st.floats(0, 1), batch=st.integers(1, 12), grid=st.tuples(st.integers(1, 12), st.integers(1, 12)),
+    seed=st.integers(0, 999),
+)  # fmt: skip
+@settings(max_examples=50, deadline=None)
+def test_how_many_patches_are_perturbed_follows_from_the_shape_alone(fraction, batch, grid, seed):
+    torch.manual_seed(seed)
+    synthesis = AdversarialSynthesis(options=SynthesisOptions(fraction=fraction, num_steps=0))
+    _, mask = synthesis(torch.zeros(batch, grid[0] * grid[1], 2), quadratic, grid)
+    images = max(round(fraction * batch), 1) if fraction else 0
+    assert mask.any(1).sum() <= images
+    assert mask.sum() == (max(round(0.16 * images * mask.shape[1]), 1) if images else 0)
+
+
+def test_regions_differ_in_size():
+    _, mask = AdversarialSynthesis(options=SynthesisOptions(num_steps=0))(torch.zeros(200, 400, 2), quadratic)
+    shares = mask.float().mean(1)
+    assert (shares > 0).float().mean().item() == pytest.approx(0.5, abs=0.01)
+    assert 0.01 < shares[shares > 0].min() < 0.05
+    assert 0.25 < shares.max() < 0.35
 
 
 def test_perturbed_patches_lie_together_in_blobs():

@@ -46,7 +46,7 @@ def run(make_engine, make_model, make_data, *callbacks, data=None, ckpt_path=Non
 # A prior that is fitted to the patches of twelve images multiplies their rounding.
 @pytest.mark.slow
 @pytest.mark.parametrize(("num_prototypes", "tolerance"), [(0, 2e-3), (16, 1e-2)])
-@pytest.mark.parametrize("mode", ["ram", "disk"])
+@pytest.mark.parametrize("mode", ["ram", "device", "disk"])
 @pytest.mark.parametrize("sampling", ["natural", "balanced"])
 def test_losses_are_those_of_training_on_images(
     mode, sampling, num_prototypes, tolerance, make_engine, make_model, make_data, count_images, tmp_path
@@ -111,7 +111,7 @@ def test_a_stale_file_is_never_used(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["ram", "disk"])
+@pytest.mark.parametrize("mode", ["ram", "device", "disk"])
 def test_resuming_gives_the_losses_of_an_unbroken_run(mode, make_engine, make_model, make_data, tmp_path):
     options = {"feature_cache": mode, "feature_cache_dir": tmp_path / "cache", "max_epochs": 3}
     saver = ModelCheckpoint(tmp_path / "ckpt", filename="{epoch}", save_top_k=-1)
@@ -137,7 +137,7 @@ def test_worker_processes_read_the_features(make_engine, make_model, make_data, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["ram", "disk"])
+@pytest.mark.parametrize("mode", ["ram", "device", "disk"])
 def test_workers_and_epochs(mode, make_engine, make_model, make_data, tmp_path):
     """The number of steps, which the learning rate needs, starts workers: they must have features."""
     options = {"feature_cache": mode, "feature_cache_dir": tmp_path / "cache", "max_epochs": 2}
@@ -181,7 +181,7 @@ def test_dataloaders_without_a_datamodule_are_refused(make_engine, make_model, m
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"feature_cache": "tape"}, "'off', 'ram' or 'disk'"),
+        ({"feature_cache": "tape"}, "'off', 'ram', 'device' or 'disk'"),
         ({"feature_cache": "ram", "feature_cache_limit": 0}, "positive"),
     ],
 )
@@ -253,7 +253,7 @@ def test_a_killed_run_leaves_nothing_that_passes_for_a_cache(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["ram", "disk"])
+@pytest.mark.parametrize("mode", ["ram", "device", "disk"])
 def test_two_processes_share_the_work(mode, encoder_weights, mvtec_root, tmp_path):
     script = tmp_path / "train.py"
     script.write_text(

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Decoupling: removal of the abnormal component of patch embeddings in the latent space."""
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
 
 from anomalib_decad.components.invertible import FusedNetwork, InvertibleNetwork
 from anomalib_decad.components.options import DecouplerOptions, InvertibleOptions
@@ -93,11 +93,15 @@ class Decoupler(nn.Module):
         Returns:
             Decoupled: Cleaned embeddings, abnormal energies and both components.
         """
-        with parametrize.cached():
+        with self.folded():
             abnormal, normal = self._split(x)
             expected = self._expect(abnormal, normal)
             latent = torch.cat([expected, normal], dim=-1)
             return Decoupled(self.network.inverse(latent), self._energy(abnormal, expected), abnormal, normal)
+
+    def folded(self) -> AbstractContextManager[None]:
+        """Compute the network's weights once for all passes within, as those of a training step."""
+        return self.network.folded() if isinstance(self.network, InvertibleNetwork) else nullcontext()
 
     def initialize(self, x: torch.Tensor) -> None:
         """Initialize the network from normal embeddings of shape (..., dim), unless it has been."""
@@ -130,25 +134,30 @@ class Decoupler(nn.Module):
         abnormal, normal = self._split(x)
         return self._energy(abnormal, self._expect(abnormal, normal))
 
-    def prior_error(self, abnormal: torch.Tensor, normal: torch.Tensor) -> torch.Tensor | None:
+    def prior_error(self, output: Decoupled, perturbed: torch.Tensor) -> torch.Tensor | None:
         """Compute how far the prior is from the components of normal patches, as a loss of the prior alone.
 
         No gradient goes into the components: the prior follows the latent. If the latent followed the prior, the
         network would make abnormal components easy to predict instead of telling, and the energy would get worse with
         training (``benchmarks/NOTES.md``, "Losses"). In training mode the variance of what the prior leaves follows,
-        too.
+        too. A random half of the patches does as well as all of them, at half the price.
 
         Args:
-            abnormal (torch.Tensor): Abnormal components of shape (K, num_abnormal).
-            normal (torch.Tensor): Normal components of shape (K, dim - num_abnormal).
+            output (Decoupled): Components of a batch of embeddings.
+            perturbed (torch.Tensor): Which patches are not normal, booleans of shape (B, N), at most half of them.
 
         Returns:
-            torch.Tensor | None: Shape (K,), in units of the variance of each channel; ``None`` with a prior of 0.
+            torch.Tensor | None: Shape (B * N / 2,), in units of the variance of each channel; ``None`` with a prior
+                of 0.
         """
-        if self.prior is None or not len(abnormal):
+        if self.prior is None:
             return None
-        abnormal = abnormal.detach()
-        error = (abnormal - self.prior(normal.detach())).square()
+        order = torch.rand(perturbed.numel(), device=perturbed.device).masked_fill(perturbed.flatten(), 2).argsort()
+        # The number does not depend on the data: a device never waits, and can replay the step as a graph.
+        chosen = order[: (perturbed.numel() + 1) // 2]
+        abnormal = output.abnormal.detach().flatten(0, 1)[chosen]
+        normal = output.normal.detach().flatten(0, 1)[chosen]
+        error = (abnormal - self.prior(normal)).square()
         if self.training:
             self.residual_variance.lerp_(error.detach().mean(0), _MOMENTUM)
         scale = abnormal.var(0, correction=0)

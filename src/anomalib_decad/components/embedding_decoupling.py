@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
 
 from anomalib_decad.components.decoupler import Decoupler
 from anomalib_decad.components.losses import DecouplingLoss
@@ -163,12 +162,11 @@ class EmbeddingDecoupling(nn.Module):
             scale = _NORM / self.norm.clone().clamp(min=1e-6)
         x = tokens.float() * scale
         fixed = x.detach()
-        # Not in the cache below, which would keep weights without a gradient.
         self.decoupler.initialize(fixed)
-        with parametrize.cached():
+        with self.decoupler.folded():
             perturbed, mask = self.synthesis(fixed, self.decoupler.energy, grid)
             output = self.decoupler(perturbed)
-            prior_error = self.decoupler.prior_error(output.abnormal[~mask], output.normal[~mask])
+            prior_error = self.decoupler.prior_error(output, mask)
         self._losses = self.loss(fixed, output.x_clean, output.energy, mask, prior_error)
         return (output.x_clean + (x - fixed)) / scale
 

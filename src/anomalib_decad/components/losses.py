@@ -56,18 +56,18 @@ class DecouplingLoss(nn.Module):
         if options.prior_weight and prior_error is not None:
             terms["prior"] = options.prior_weight * prior_error.mean()
         if options.normal_weight:
-            terms["normal_energy"] = options.normal_weight * _mean(energy[~perturbed])
+            terms["normal_energy"] = options.normal_weight * _mean(energy, ~perturbed)
         if options.abnormal_weight:
-            hinge = functional.relu(options.margin - energy[perturbed])
-            terms["abnormal_energy"] = options.abnormal_weight * _mean(hinge)
+            hinge = functional.relu(options.margin - energy)
+            terms["abnormal_energy"] = options.abnormal_weight * _mean(hinge, perturbed)
         if options.restoration_weight:
             terms["restoration"] = options.restoration_weight * (x_clean - x).square().mean() / x.square().mean()
         return terms
 
 
-def _mean(values: torch.Tensor) -> torch.Tensor:
-    """Mean that is 0 for no values: a batch may have no perturbed patch."""
-    return values.sum() / max(values.numel(), 1)
+def _mean(values: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    """Mean over the chosen values, 0 for none: a batch may have no perturbed patch."""
+    return (values * chosen).sum() / chosen.sum().clamp(min=1)
 
 
 class FeatureMSELoss(nn.Module):

@@ -78,7 +78,8 @@ class SynthesisOptions:
     """What synthetic anomalies are like, beside their radius delta.
 
     Args:
-        fraction (float): Expected share of training images with perturbed patches, in [0, 1].
+        fraction (float): Share of a batch's images that have perturbed patches, in [0, 1]; rounded, at least one image
+            unless 0.
             Defaults to ``0.5``.
         num_steps (int): Gradient steps that make an anomaly hard to see; 0 for its random start.
             Defaults to ``1``.

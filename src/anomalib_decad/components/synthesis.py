@@ -12,11 +12,11 @@ from anomalib_decad.components.precision import at_least_float32
 
 __all__ = ["AdversarialSynthesis"]
 
-# A region covers this share of an image's patches.
+# Regions cover shares of an image's patches that are to each other as numbers between these, and their mean on average.
 _SMALLEST_REGION, _LARGEST_REGION = 0.02, 0.3
 
-# Of a gradient step, relative to delta; with 0, at the end, none of them raises the energy.
-_STEP_LENGTHS = (1.0, 0.5, 0.25, 0.0)
+# Of a gradient step, relative to delta.
+_STEP_LENGTHS = (1.0, 0.5, 0.25)
 
 # Differences of patches that the metric is taken from.
 _METRIC_SAMPLES = 512
@@ -42,7 +42,7 @@ class AdversarialSynthesis(nn.Module):
     could call abnormal. So of several lengths, a step takes the one with the lowest energy that is not below that of
     the patch before perturbation, or none.
 
-    The chosen patches are random blobs (smooth noise above a quantile), on a random part of the images.
+    The chosen patches are random blobs (smooth noise above a quantile), on some of the images of a batch.
 
     Args:
         delta (float): Radius of the perturbation, in units of the embeddings; positive.
@@ -83,12 +83,15 @@ class AdversarialSynthesis(nn.Module):
                 perturbed, booleans of shape (B, N).
         """
         x = x.detach()
-        mask = self._choose_patches(x, grid or _square_grid(x.shape[1]))
-        chosen = x[mask]
-        perturbed = x.clone()
-        if len(chosen):
-            perturbed[mask] = chosen + self._perturbation(x, chosen, energy).to(x.dtype)
-        return perturbed, mask
+        rows = x.flatten(0, 1)
+        mask = torch.zeros(len(rows), dtype=torch.bool, device=x.device)
+        perturbed = rows.clone()
+        indices = self._choose_patches(x, grid or _square_grid(x.shape[1]))
+        if len(indices):
+            chosen = rows[indices]
+            perturbed[indices] = chosen + self._perturbation(x, chosen, energy).to(x.dtype)
+            mask[indices] = True
+        return perturbed.view_as(x), mask.view(x.shape[:2])
 
     def _start(self, x: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
         """Draw perturbations of embeddings, of shape (K, dim) as ``chosen``, from a batch of shape (B, N, dim)."""
@@ -110,10 +113,11 @@ class AdversarialSynthesis(nn.Module):
         for _ in range(self.options.num_steps):
             point = (chosen + eps).requires_grad_()
             with torch.enable_grad():
-                (gradient,) = torch.autograd.grad(energy(point).sum(), point)
+                level = energy(point)
+                (gradient,) = torch.autograd.grad(level.sum(), point)
             with torch.autocast(x.device.type, enabled=False):  # float16 could overflow
                 direction = functional.normalize(gradient @ differences.T @ differences, dim=-1)
-            eps = self._step(chosen, eps, direction, energy)
+            eps = self._step(chosen, eps, level.detach(), direction, energy)
         return eps
 
     @torch.no_grad()
@@ -121,33 +125,46 @@ class AdversarialSynthesis(nn.Module):
         self,
         chosen: torch.Tensor,
         eps: torch.Tensor,
+        level: torch.Tensor,
         direction: torch.Tensor,
         energy: Callable[[torch.Tensor], torch.Tensor],
     ) -> torch.Tensor:
-        """Choose the length of a step against a direction, each tensor of shape (K, dim)."""
+        """Choose the length of a step against a direction, each tensor of shape (K, dim) but the energies ``level``."""
         lengths = self.delta * eps.new_tensor(_STEP_LENGTHS)[:, None, None]
         moved = eps - lengths * direction  # (lengths, K, dim)
         # Where a step ends in the middle of the sphere, no direction is left.
         is_off_center = moved.norm(dim=-1, keepdim=True) > _SMALLEST_DIFFERENCE * self.delta
         candidates = torch.where(is_off_center, self._to_sphere(moved), eps)
-        levels = energy((chosen + candidates).flatten(0, 1)).unflatten(0, candidates.shape[:2])
-        is_too_normal = levels < energy(chosen)
-        is_too_normal[-1] = False  # the start itself
-        best = levels.masked_fill(is_too_normal, torch.inf).argmin(0)
-        return candidates[best, torch.arange(len(eps), device=eps.device)]
+        points = torch.cat([chosen[None], chosen + candidates])
+        levels = energy(points.flatten(0, 1)).unflatten(0, points.shape[:2])
+        normal, levels = levels[0], levels[1:]
+        # The last one is no step.
+        levels = torch.cat([levels.masked_fill(levels < normal, torch.inf), level[None]])
+        best = levels.argmin(0)
+        return torch.cat([candidates, eps[None]])[best, torch.arange(len(eps), device=eps.device)]
 
     def _to_sphere(self, eps: torch.Tensor) -> torch.Tensor:
         return self.delta * functional.normalize(eps, dim=-1)
 
     def _choose_patches(self, x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        """Draw the masks of the perturbed patches, booleans of shape (B, N)."""
+        """Draw the patches to perturb, as indices of shape (K,) into all patches of the batch.
+
+        How many there are, of how many images, follows from the shape of the batch alone: a device never waits for a
+        number, and can replay a training step as a graph.
+        """
         batch, num_patches = x.shape[:2]
+        if not self.options.fraction:
+            return torch.empty(0, dtype=torch.long, device=x.device)
+        images = max(round(self.options.fraction * batch), 1)
         noise = torch.rand(batch, 1, *(max(side // self.options.blob_size, 2) for side in grid), device=x.device)
         noise = functional.interpolate(noise, size=grid, mode="bicubic", align_corners=True).reshape(batch, num_patches)
-        share = torch.empty(batch, 1, device=x.device).uniform_(_SMALLEST_REGION, _LARGEST_REGION)
         rank = noise.argsort(dim=1, descending=True).argsort(dim=1)
-        blobs = rank < (share * num_patches).ceil()
-        return blobs & (torch.rand(batch, 1, device=x.device) < self.options.fraction)
+        share = torch.empty(batch, 1, device=x.device).uniform_(_SMALLEST_REGION, _LARGEST_REGION)
+        is_chosen = torch.rand(batch, 1, device=x.device).argsort(0).argsort(0) < images
+        # The first ones of all regions, which grow at the speed of their shares.
+        order = ((rank + 0.5) / share).masked_fill(~is_chosen, torch.inf).flatten()
+        count = max(round((_SMALLEST_REGION + _LARGEST_REGION) / 2 * images * num_patches), 1)
+        return order.argsort()[:count]
 
 
 def _differences(x: torch.Tensor, count: int) -> torch.Tensor:

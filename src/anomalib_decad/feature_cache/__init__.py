@@ -3,7 +3,7 @@
 
 from anomalib_decad.feature_cache.callback import FeatureCaching
 from anomalib_decad.feature_cache.codec import FeatureCode
-from anomalib_decad.feature_cache.dataset import CachedFeatures, FeatureBatch
+from anomalib_decad.feature_cache.dataset import CachedFeatures, FeatureBatch, IndexBatch
 from anomalib_decad.feature_cache.source import FeatureSource
 from anomalib_decad.feature_cache.store import FeatureFile, fingerprint
 
@@ -14,5 +14,6 @@ __all__ = [
     "FeatureCode",
     "FeatureFile",
     "FeatureSource",
+    "IndexBatch",
     "fingerprint",
 ]

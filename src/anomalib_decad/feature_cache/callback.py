@@ -5,6 +5,7 @@ import logging
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -16,7 +17,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from anomalib_decad.feature_cache.codec import FeatureCode
-from anomalib_decad.feature_cache.dataset import CachedFeatures
+from anomalib_decad.feature_cache.dataset import CachedFeatures, FeatureBatch, IndexBatch
 from anomalib_decad.feature_cache.source import FeatureSource
 from anomalib_decad.feature_cache.store import GIB, FeatureFile, default_folder, num_bytes, readable
 
@@ -32,7 +33,8 @@ class FeatureCaching(Callback):
     the encoder. Which images a step sees, and in which order, does not change.
 
     Args:
-        mode (str): ``"ram"`` for memory, ``"disk"`` for a file that later runs use again.
+        mode (str): ``"ram"`` for memory, ``"device"`` for the device's own, ``"disk"`` for a file that later runs use
+            again.
         folder (str | Path | None): Folder of the files.
             Defaults to ``None``: a folder in the user's cache.
         limit (float): GiB that the features may take.
@@ -42,8 +44,8 @@ class FeatureCaching(Callback):
     """
 
     def __init__(self, mode: str, folder: str | Path | None = None, limit: float = 16.0) -> None:
-        if mode not in {"ram", "disk"}:
-            msg = f"feature_cache must be 'off', 'ram' or 'disk', got {mode!r}"
+        if mode not in {"ram", "device", "disk"}:
+            msg = f"feature_cache must be 'off', 'ram', 'device' or 'disk', got {mode!r}"
             raise ValueError(msg)
         if not limit > 0:
             msg = f"feature_cache_limit must be positive, got {limit}"
@@ -52,6 +54,7 @@ class FeatureCaching(Callback):
         self.folder = Path(folder).expanduser() if folder else default_folder()
         self.limit = limit
         self._datamodule: AnomalibDataModule | None = None
+        self._on_device: FeatureBatch | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Replace the training dataset; the features come later, when the encoder has its weights.
@@ -110,7 +113,14 @@ class FeatureCaching(Callback):
             )
             source.check()
             features, code = self._find_or_build(trainer, source)
-        cached.fill(features, code, source.grid)
+            if self.mode == "device":
+                self._on_device = _move(cast("np.ndarray", features), code, source.grid, pl_module.device)
+        cached.fill(None if self._on_device else features, code, source.grid)
+
+    def look_up(self, batch: IndexBatch) -> FeatureBatch:
+        """Gather a batch of features that are kept on the device."""
+        table = cast("FeatureBatch", self._on_device)
+        return replace(table, codes=table.codes[batch.indices])
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the images back."""
@@ -126,6 +136,7 @@ class FeatureCaching(Callback):
         if self._datamodule is not None:
             self._datamodule.train_data = cast("CachedFeatures", self._datamodule.train_data).images
             self._datamodule = None
+            self._on_device = None
 
     def _find_or_build(self, trainer: Trainer, source: FeatureSource) -> tuple[np.ndarray | Path, FeatureCode]:
         shape = source.shape
@@ -136,7 +147,7 @@ class FeatureCaching(Callback):
                 f"{self.limit:g} GiB: raise feature_cache_limit, or train with feature_cache=off"
             )
             raise ValueError(msg)
-        if self.mode == "ram" and trainer.world_size == 1:
+        if self.mode != "disk" and trainer.world_size == 1:
             logger.info("Feature cache: %s of memory for %d images.", readable(size), shape[0])
             features = np.empty(shape, dtype=np.float16)
             code = source.choose_code()
@@ -187,3 +198,18 @@ class FeatureCaching(Callback):
             return
         with tempfile.TemporaryDirectory() if trainer.is_global_zero else nullcontext("") as folder:
             yield Path(trainer.strategy.broadcast(folder))
+
+
+def _move(features: np.ndarray, code: FeatureCode, grid: tuple[int, int], device: torch.device) -> FeatureBatch:
+    """Put features on a device, if they leave half of its free memory to the training."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        if features.nbytes > free / 2:
+            msg = (
+                f"feature_cache=device: the features need {readable(features.nbytes)}, and {readable(free)} of the "
+                "device's memory are free, half of which is for the training: train with feature_cache=ram"
+            )
+            raise ValueError(msg)
+    return FeatureBatch(
+        torch.from_numpy(features).to(device), FeatureCode(code.offset.to(device), code.scale.to(device)), grid
+    )

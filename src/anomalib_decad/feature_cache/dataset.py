@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from anomalib_decad.feature_cache.codec import FeatureCode
 
-__all__ = ["CachedFeatures", "FeatureBatch"]
+__all__ = ["CachedFeatures", "FeatureBatch", "IndexBatch"]
 
 
 @dataclass
@@ -36,6 +36,19 @@ class FeatureBatch:
         return list(self.code.decode(self.codes).unbind(1))
 
 
+@dataclass
+class IndexBatch:
+    """Which rows of features that are already on the device make a batch.
+
+    Args:
+        indices (torch.Tensor): Indices of images, shape (B,).
+    """
+
+    indices: torch.Tensor
+    image: None = None
+    gt_mask: None = None
+
+
 class CachedFeatures(Dataset):
     """Dataset of features, in the place of a dataset of images; :meth:`fill` gives it the features.
 
@@ -48,12 +61,12 @@ class CachedFeatures(Dataset):
         self.samples = images.samples
         self.is_filled = False
 
-    def fill(self, features: np.ndarray | Path, code: FeatureCode, grid: tuple[int, int]) -> None:
+    def fill(self, features: np.ndarray | Path | None, code: FeatureCode, grid: tuple[int, int]) -> None:
         """Set the features.
 
         Args:
-            features (np.ndarray | Path): float16 of shape (images, layers, N, dim), or a file of them, which is then
-                read through a memory map.
+            features (np.ndarray | Path | None): float16 of shape (images, layers, N, dim), or a file of them, which is
+                then read through a memory map; ``None`` for a dataset of indices.
             code (FeatureCode): The code of the features.
             grid (tuple[int, int]): Patch rows and columns, N = rows * columns.
         """
@@ -70,6 +83,9 @@ class CachedFeatures(Dataset):
         """The array, which may be a memory map."""
         if isinstance(self.source, np.ndarray):
             return self.source
+        if self.source is None:
+            msg = "a dataset of indices holds no features"
+            raise TypeError(msg)
         if self._map is None:
             self._map = np.load(self.source, mmap_mode="r")
         return self._map
@@ -78,10 +94,12 @@ class CachedFeatures(Dataset):
         """Count the images."""
         return len(self.samples)
 
-    def __getitem__(self, index: int) -> np.ndarray:
-        """Read the encoded features of an image, shape (layers, N, dim)."""
-        return self.features[index]
+    def __getitem__(self, index: int) -> np.ndarray | int:
+        """Read the encoded features of an image, shape (layers, N, dim), or give its index."""
+        return index if self.source is None else self.features[index]
 
-    def collate_fn(self, items: Sequence[np.ndarray]) -> FeatureBatch:
+    def collate_fn(self, items: Sequence[Any]) -> FeatureBatch | IndexBatch:
         """Make a batch of items."""
+        if self.source is None:
+            return IndexBatch(torch.tensor(items))
         return FeatureBatch(torch.from_numpy(np.stack(items)), self.code, self.grid)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Lipschitz-bounded network G of a monotone unit."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import NamedTuple, cast
 
 import torch
@@ -164,21 +164,16 @@ class FusedDenseNet(NamedTuple):
         return jacobian
 
 
-def dense(
-    v: torch.Tensor,
-    layers: Iterable[tuple[torch.Tensor, torch.Tensor]],
-    activation: Callable[[torch.Tensor], torch.Tensor] = Pila.scaled,
-) -> torch.Tensor:
+def dense(v: torch.Tensor, layers: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
     """Compute D of a :class:`FusedDenseNet` but for the factors that are in B.
 
     Args:
         v (torch.Tensor): Shape (..., hidden_dim).
         layers (Iterable[tuple[torch.Tensor, torch.Tensor]]): Weight and bias of each dense layer.
-        activation (Callable): Pila times its factors.
 
     Returns:
         torch.Tensor: Shape (..., hidden_dim + depth * growth); begins with ``v``.
     """
     for weight, bias in layers:
-        v = torch.cat([v, activation(functional.linear(v, weight, bias))], dim=-1)
+        v = torch.cat([v, Pila.scaled(functional.linear(v, weight, bias))], dim=-1)
     return v

@@ -9,7 +9,6 @@ from torch import nn
 from torch.nn import functional
 
 from anomalib_decad.components.invertible.dense_net import FusedDenseNet, dense
-from anomalib_decad.components.invertible.pila import Pila
 from anomalib_decad.components.invertible.solver import fixed_point
 from anomalib_decad.components.precision import at_least_float32
 
@@ -73,7 +72,8 @@ class FusedUnit(NamedTuple):
             # Without a gradient: the fixed point does not depend on K.
             with torch.no_grad():
                 identity = torch.eye(len(mixing), dtype=mixing.dtype, device=mixing.device)
-                inverse = torch.linalg.inv(identity + mixing @ net.linearized(_SLOPE))
+                # Always regular; a check would have the CPU wait for the device.
+                inverse, _ = torch.linalg.inv_ex(identity + mixing @ net.linearized(_SLOPE))
                 correction = functional.pad(identity - inverse, (0, mixing.shape[1] - len(mixing)))
             mixing = inverse @ mixing - correction
             start_weight, start_bias = inverse @ start_weight, inverse @ start_bias
@@ -108,22 +108,16 @@ class FusedUnit(NamedTuple):
 
     def update(self, v: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
         """Iterate once; all shapes are (N, hidden_dim)."""
-        return start - functional.linear(self._dense(v), self.update_weight)
+        return start - functional.linear(dense(v, self.layers), self.update_weight)
 
     def solve(self, x: torch.Tensor, iterations: int, backward_iterations: int | None = None) -> torch.Tensor:
-        """Compute v, shape (N, hidden_dim), from ``x`` of shape (N, dim)."""
-        start = self.start(x)
-        return fixed_point(lambda v: self.update(v, start), start, iterations, backward_iterations)
+        """Compute D(v), shape (N, width of D), from ``x`` of shape (N, dim); its first channels are v."""
+        return fixed_point(self.start(x), self.update_weight, self.layers, iterations, backward_iterations)
 
-    def output(self, x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Compute the output of the unit, shape (N, dim), from its input of the same shape and v."""
-        residual = functional.linear(self._dense(v), self.output_weight, self.output_bias)
+    def output(self, x: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        """Compute the output of the unit, shape (N, dim), from its input of the same shape and D(v)."""
+        residual = functional.linear(features, self.output_weight, self.output_bias)
         return residual + x if self.scale is None else torch.addcmul(residual, x, self.scale)
-
-    def _dense(self, v: torch.Tensor) -> torch.Tensor:
-        # The implicit gradient goes back through D several times.
-        activation = Pila.scaled_for_solver if torch.is_grad_enabled() else Pila.scaled
-        return dense(v, self.layers, activation)
 
 
 class FusedNetwork(nn.Module):

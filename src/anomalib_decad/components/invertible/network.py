@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The invertible network F of DecAD."""
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
 import torch
 from FrEIA.framework import SequenceINN
 from torch import nn
@@ -75,6 +78,16 @@ class InvertibleNetwork(nn.Module):
             with torch.no_grad():
                 self(x)
 
+    @contextmanager
+    def folded(self) -> Iterator[None]:
+        """Normalize and fold the weights once for all passes within, forward and inverse; they must not change."""
+        with ExitStack() as stack:
+            stack.enter_context(parametrize.cached())
+            for module in self.sequence.module_list:
+                if isinstance(module, MonotoneUnit):
+                    stack.enter_context(module.folded())
+            yield
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map embeddings to the latent space.
 
@@ -120,8 +133,6 @@ class InvertibleNetwork(nn.Module):
         return FusedNetwork(forward_units, reversed(inverse_units))
 
     def _run(self, x: torch.Tensor, rev: bool) -> torch.Tensor:
-        # Nested in the cache of a caller, if any, the normalized weights are shared with its other passes.
-        with parametrize.cached():
-            rows = at_least_float32(x.reshape(-1, self.dim))
-            output, _ = self.sequence(rows, rev=rev, jac=False)
-            return output.reshape(x.shape)
+        rows = at_least_float32(x.reshape(-1, self.dim))
+        output, _ = self.sequence(rows, rev=rev, jac=False)
+        return output.reshape(x.shape)

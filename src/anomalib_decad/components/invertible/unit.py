@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The invertible unit of DecAD's network."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -29,13 +30,13 @@ class SolverIterations(NamedTuple):
         evaluation (int | None): In eval mode and in exported graphs, where the inverse must be accurate.
             Defaults to ``None``: as many as bring the last change of every random latent below 2e-5 of it, at most 64.
             That number follows from the weights alone, when the unit is put into eval mode.
-        training (int): In training mode.
+        training (int): In training mode, before the last one; each gains about a digit.
         backward (int): For the implicit gradient.
     """
 
     evaluation: int | None = None
-    training: int = 4
-    backward: int = 4
+    training: int = 2
+    backward: int = 2
 
 
 class MonotoneUnit(InvertibleModule):
@@ -82,6 +83,7 @@ class MonotoneUnit(InvertibleModule):
         self.iterations = iterations
         self._evaluation_iterations = _MAX_ITERATIONS
         self._preconditioned = True
+        self._folds: dict[tuple[bool, torch.dtype], FusedUnit] | None = None
         self.register_load_state_dict_post_hook(MonotoneUnit._on_state_dict)
 
     def train(self, mode: bool = True) -> "MonotoneUnit":
@@ -128,6 +130,23 @@ class MonotoneUnit(InvertibleModule):
             self.net.fused(), -self.net.lipschitz if rev else self.net.lipschitz, preconditioned
         )
 
+    @contextmanager
+    def folded(self) -> Iterator[None]:
+        """Fold the weights once for all passes within; they must not change meanwhile."""
+        outer, self._folds = self._folds, {} if self._folds is None else self._folds
+        try:
+            yield
+        finally:
+            self._folds = outer
+
+    def _fold(self, rev: bool, dtype: torch.dtype) -> FusedUnit:
+        folds = {} if self._folds is None else self._folds
+        if (rev, dtype) not in folds:
+            # Under grad, whatever the first pass needs: later ones may want it.
+            with torch.set_grad_enabled(torch.is_grad_enabled() or self._folds is not None):
+                folds[rev, dtype] = self._fused(rev, self._preconditioned or self.training).to(dtype)
+        return folds[rev, dtype]
+
     def fused(self, rev: bool) -> tuple[FusedUnit, int]:
         """Compute the unit's plain weights in one direction, and its number of iterations in eval mode.
 
@@ -169,14 +188,14 @@ class MonotoneUnit(InvertibleModule):
         (x,) = x_or_z
         dtype = self._solver_dtype(x)
         with torch.autocast(x.device.type, enabled=False):
-            # Folded here, under grad: the solver's evaluations have no graph, and the cache of parametrizations would
-            # keep their weights.
-            unit = self._fused(rev, self._preconditioned or self.training)
             iterations = self.iterations.training if self.training else self._evaluation_iterations
-            rounded = unit.to(dtype)
-            v = rounded.solve(x.to(dtype), iterations, self.iterations.backward)
-            output = rounded.output(x, v)
-            log_det = _log_det(self.net.encode.weight, unit, v.to(x.dtype)) if jac else x.new_zeros(x.shape[0])
+            unit = self._fold(rev, dtype)
+            features = unit.solve(x.to(dtype), iterations, self.iterations.backward)
+            output = unit.output(x, features)
+            log_det = x.new_zeros(x.shape[0])
+            if jac:
+                v = features[:, : len(unit.start_bias)].to(x.dtype)
+                log_det = _log_det(self.net.encode.weight, self._fold(rev, x.dtype), v)
         return (output,), log_det
 
     def _solver_dtype(self, x: torch.Tensor) -> torch.dtype:

@@ -5,7 +5,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from anomalib.data import Batch
@@ -29,9 +29,10 @@ from anomalib_decad.components import (
 )
 from anomalib_decad.components.options import as_options
 from anomalib_decad.components.precision import at_least_float32
-from anomalib_decad.feature_cache import FeatureBatch, FeatureCaching
+from anomalib_decad.feature_cache import FeatureBatch, FeatureCaching, IndexBatch
 from anomalib_decad.models.base_module import BaseModule
 from anomalib_decad.models.decad.anomaly_map import AnomalyMapGenerator, AnomalyMapOptions
+from anomalib_decad.models.decad.graphed_step import GraphedStep
 from anomalib_decad.models.decad.loss import DecADLoss
 from anomalib_decad.models.decad.torch_model import DecADModel
 from anomalib_decad.models.parameter_groups import parameter_groups
@@ -93,15 +94,18 @@ class DecAD(BaseModule, AnomalibModule):
         gradient_clip_val (float): Norm that gradients are clipped to; 0 for no clipping. The trainer's own
             gradient_clip_val comes first.
             Defaults to ``1.0``.
-        feature_cache (Literal["off", "ram", "disk"]): Whether the encoder's features of all training images are
-            computed once, before the training, and kept in memory or in a file that later runs use again. Only
-            without random augmentations.
+        feature_cache (Literal["off", "ram", "device", "disk"]): Whether the encoder's features of all training images
+            are computed once, before the training, and kept in memory, in that of the device, or in a file that later
+            runs use again. Only without random augmentations.
             Defaults to ``"off"``.
         feature_cache_dir (str | Path | None): Folder of such files.
             Defaults to ``None``: ``anomalib_decad`` in the user's cache folder.
         feature_cache_limit (float): GiB that the features, and all files in that folder together, may take. The least
             recently used files are deleted.
             Defaults to ``16.0``.
+        cuda_graph (bool): Whether to record the training step as a CUDA graph, which starts its thousands of small
+            operations at once. On one NVIDIA GPU, without gradient accumulation.
+            Defaults to ``False``.
         **kwargs (Any): ``max_steps`` and the four of anomalib: arguments of :class:`BaseModule`.
 
     Raises:
@@ -142,9 +146,10 @@ class DecAD(BaseModule, AnomalibModule):
         weight_decay: float = 1e-4,
         warmup_steps: int = 100,
         gradient_clip_val: float = 1.0,
-        feature_cache: Literal["off", "ram", "disk"] = "off",
+        feature_cache: Literal["off", "ram", "device", "disk"] = "off",
         feature_cache_dir: str | Path | None = None,
         feature_cache_limit: float = 16.0,
+        cuda_graph: bool = False,
         **kwargs: Any,
     ) -> None:
         decoupler = as_options(DecouplerOptions, decoupler)
@@ -168,6 +173,8 @@ class DecAD(BaseModule, AnomalibModule):
         self.feature_caching = (
             None if feature_cache == "off" else FeatureCaching(feature_cache, feature_cache_dir, feature_cache_limit)
         )
+        self.cuda_graph = cuda_graph
+        self._graphed_step: GraphedStep | None = None
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.warmup_steps = warmup_steps
@@ -198,7 +205,7 @@ class DecAD(BaseModule, AnomalibModule):
     @property
     def is_prepared(self) -> bool:
         """Whether the model has been initialized."""
-        return bool(self.model.initialized)
+        return self.model.is_initialized
 
     def prepare(self) -> None:
         """Initialize the model by a sample of training images."""
@@ -228,11 +235,10 @@ class DecAD(BaseModule, AnomalibModule):
         count = 0
         for batch in self.training_loader():
             batch = trainer.strategy.batch_to_device(batch)
-            if isinstance(batch, FeatureBatch):
-                features = batch.features()
-            else:
-                with trainer.precision_plugin.forward_context():
-                    features = self.model.encoder(transform(batch.image) if transform else batch.image)
+            if transform and isinstance(batch, Batch):
+                batch = batch.update(image=transform(batch.image))
+            with trainer.precision_plugin.forward_context():
+                features, _ = self._features(batch)
             rows = torch.stack(features, dim=2).flatten(0, 1)
             patches = len(rows) * _SAMPLE_PATCHES // (_SAMPLE_IMAGES * features[0].shape[1]) + 1
             chosen.append(rows[torch.randperm(len(rows), device=rows.device)[:patches]])
@@ -242,7 +248,28 @@ class DecAD(BaseModule, AnomalibModule):
                 break
         return list(at_least_float32(torch.cat(chosen)).unbind(1))
 
-    def training_step(self, batch: Batch | FeatureBatch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+    def on_fit_start(self) -> None:
+        """Load the encoder's weights, and prepare the model; see whether a CUDA graph can be had.
+
+        Raises:
+            ValueError: If ``cuda_graph`` is asked for where there can be none.
+        """
+        self._graphed_step = None
+        if self.cuda_graph:
+            trainer = self.trainer
+            if self.device.type != "cuda" or trainer.world_size > 1 or trainer.accumulate_grad_batches != 1:
+                msg = (
+                    "cuda_graph needs one NVIDIA GPU (--trainer.accelerator gpu --trainer.devices 1) and "
+                    "accumulate_grad_batches=1: train with cuda_graph=false"
+                )
+                raise ValueError(msg)
+        super().on_fit_start()
+
+    def on_fit_end(self) -> None:
+        """Forget the CUDA graph, which can neither be copied nor pickled."""
+        self._graphed_step = None
+
+    def training_step(self, batch: Batch | FeatureBatch | IndexBatch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         """Compute the loss of a batch of normal images.
 
         Args:
@@ -257,13 +284,28 @@ class DecAD(BaseModule, AnomalibModule):
             RuntimeError: If the loss is not finite.
         """
         del args, kwargs
-        if isinstance(batch, FeatureBatch):
-            loss_input = self.model.training_output(batch.features(), batch.grid)
-        else:
-            loss_input = self.model(batch.image)
-        terms = self.loss(loss_input)
+        features, grid = self._features(batch)
+        terms = self._graphed(features, grid) if self.cuda_graph else self._terms(features, grid)
         loss = terms.pop("loss")
-        return self.log_losses(loss, terms, len(loss_input.x))
+        return self.log_losses(loss, terms, len(features[0]))
+
+    def _features(self, batch: Batch | FeatureBatch | IndexBatch) -> tuple[list[torch.Tensor], tuple[int, int]]:
+        """Encode a batch, or find its features; give the grid of its patches, too."""
+        if isinstance(batch, IndexBatch):
+            batch = cast("FeatureCaching", self.feature_caching).look_up(batch)
+        if isinstance(batch, FeatureBatch):
+            return batch.features(), batch.grid
+        images = cast("torch.Tensor", batch.image)
+        return self.model.encoder(images), self.model.encoder.grid(*images.shape[-2:])
+
+    def _terms(self, features: Sequence[torch.Tensor], grid: tuple[int, int]) -> dict[str, torch.Tensor]:
+        return self.loss(self.model.training_output(features, grid))
+
+    def _graphed(self, features: Sequence[torch.Tensor], grid: tuple[int, int]) -> dict[str, torch.Tensor]:
+        """Compute the loss by a CUDA graph, recorded at the first step; other shapes, as of a last batch, without."""
+        if self._graphed_step is None:
+            self._graphed_step = GraphedStep(self.model, cast("DecADLoss", self.loss), features, grid)
+        return self._graphed_step(features) if self._graphed_step.fits(features, grid) else self._terms(features, grid)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Configure AdamW, with warm-up and cosine decay over the trainer's max_steps or max_epochs.

@@ -8,7 +8,6 @@ from typing import NamedTuple
 import torch
 from anomalib.data import InferenceBatch
 from torch import nn
-from torch.nn.utils import parametrize
 
 from anomalib_decad.components import (
     AdversarialSynthesis,
@@ -33,7 +32,7 @@ class TrainingOutput(NamedTuple):
         x_clean (torch.Tensor): Cleaned embeddings, shape (B, N, dim).
         energy (torch.Tensor): Abnormal energies of the perturbed embeddings, shape (B, N).
         perturbed (torch.Tensor): Which patches were perturbed, booleans of shape (B, N).
-        prior_error (torch.Tensor | None): Errors of the prior in unperturbed patches, shape (K,); ``None`` without one.
+        prior_error (torch.Tensor | None): Errors of the prior in unperturbed patches, shape (K,); ``None`` without.
     """
 
     features: list[torch.Tensor]
@@ -96,6 +95,14 @@ class DecADModel(nn.Module):
         self.decoder = decoder
         self.anomaly_map_generator = anomaly_map
         self.register_buffer("initialized", torch.tensor(False))
+        # The same as a Python value: reading the buffer would make a device wait in each step.
+        self.is_initialized = False
+        self.register_load_state_dict_post_hook(self._on_state_dict)
+
+    @staticmethod
+    def _on_state_dict(module: "DecADModel", incompatible_keys: object) -> None:
+        del incompatible_keys
+        module.is_initialized = bool(module.initialized)
 
     def forward(self, images: torch.Tensor) -> TrainingOutput | InferenceBatch:
         """Run the model.
@@ -169,6 +176,7 @@ class DecADModel(nn.Module):
             x = self.decoupler(x).x_clean
         self.decoder.initialize(x, self.standardizer(rows))
         self.initialized.fill_(True)
+        self.is_initialized = True
 
     @property
     def float_parts(self) -> list[str]:
@@ -214,17 +222,16 @@ class DecADModel(nn.Module):
         Returns:
             TrainingOutput: The input of the loss.
         """
-        if not self.initialized:
+        if not self.is_initialized:
             self.initialize(features)
         standardized = self.standardizer(features)
         x = self.fusion(features)
         unchanged = x, x.new_zeros(x.shape[:-1]).bool()
         if self.decoupler is None:
             return TrainingOutput(standardized, self.decoder(x), x, x, x.new_zeros(x.shape[:-1]), unchanged[1])
-        # One cache around all passes of the step: the spectral norms are computed once.
-        with parametrize.cached():
+        with self.decoupler.folded():
             perturbed, mask = self.synthesis(x, self.decoupler.energy, grid) if self.synthesis else unchanged
             output = self.decoupler(perturbed)
-            prior_error = self.decoupler.prior_error(output.abnormal[~mask], output.normal[~mask])
+            prior_error = self.decoupler.prior_error(output, mask)
         reconstructions = self.decoder(output.x_clean)
         return TrainingOutput(standardized, reconstructions, x, output.x_clean, output.energy, mask, prior_error)
