@@ -103,6 +103,7 @@ def machine() -> dict[str, str]:
     return {
         "commit": commit,
         "cpu": f"{cpu_name()}, {torch.get_num_threads()} threads",
+        **({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),
         "torch": torch.__version__,
         "timm": timm.__version__,
         "anomalib": anomalib.__version__,

@@ -8,7 +8,8 @@ ROOT is a folder in MVTec AD's layout; one model is trained for all of its categ
 own, one after the other. --steps gives methods that are trained in steps equal numbers of them; --minutes gives them
 equal training times, by the time of a step that a short run measures first. Memory banks are filled once.
 Written to --output after each run: results.csv, results.md, results.png (accuracy against training time) and the log of
-each run; runs that are there are not repeated.
+each run; runs that are there are not repeated. With --score-every, the metrics of each category on the way are lines of
+runs/<run>/curve.jsonl, and a run that was cut off goes on from its last one.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ _COLUMNS = (
 )  # fmt: skip
 
 
-def run(args: argparse.Namespace, name: str, steps: int | None) -> dict[str, float]:
+def run(args: argparse.Namespace, name: str, steps: int | None) -> dict[str, Any]:
     """Train and score one model in this process."""
     import torch
     from anomalib.engine import Engine
@@ -46,6 +47,7 @@ def run(args: argparse.Namespace, name: str, steps: int | None) -> dict[str, flo
 
     from anomalib_decad.metrics import METRICS, CategoryEvaluator
     from count import multiply_adds
+    from curve import Curve, preload
     from training import Recorder
 
     seed_everything(args.seed)
@@ -60,10 +62,15 @@ def run(args: argparse.Namespace, name: str, steps: int | None) -> dict[str, flo
     evaluator = CategoryEvaluator()
     model = peers.create(name, args.encoder, args.image_size, evaluator=evaluator, visualizer=False, **options)
     datamodule = common.datamodule(args, sampling=args.sampling)
+    if args.preload:
+        preload(datamodule, args.image_size, args.workers)
     recorder = Recorder()
+    curve = None
+    if args.score_every and steps and not args.probe:
+        curve = Curve(args.output / "runs" / f"{name}-{steps}-seed{args.seed}", args.score_every)
     engine = Engine(
         default_root_dir=args.output / "runs" / f"{name}-{steps}",
-        callbacks=[recorder] if args.probe else [],
+        callbacks=[recorder] if args.probe else [curve] if curve else [],
         logger=False,
         enable_progress_bar=args.progress,
         limit_val_batches=0,
@@ -72,15 +79,18 @@ def run(args: argparse.Namespace, name: str, steps: int | None) -> dict[str, flo
         **({"max_steps": steps} if steps else {"max_epochs": 1}),
     )
     start = time.perf_counter()
-    engine.fit(model, datamodule=datamodule)
+    engine.fit(model, datamodule=datamodule, ckpt_path=curve.resume_from if curve else None)
     seconds = time.perf_counter() - start
     if args.probe:
         return {"first_step_seconds": recorder.ends[0] - start, "step_seconds": statistics.median(recorder.durations())}
-    result: dict[str, float] = {"training_seconds": seconds}
-    (scores,) = engine.test(model, datamodule=datamodule)
-    result |= {metric: float(scores[metric]) for metric in (*METRICS, "mean_of_seven")}
+    result: dict[str, Any] = {"training_seconds": seconds}
+    if curve:
+        result |= {"training_seconds": curve.seconds, **curve.points[-1]["metrics"]["mean"], "curve": curve.points}
+    else:
+        (scores,) = engine.test(model, datamodule=datamodule)
+        result |= {metric: float(scores[metric]) for metric in (*METRICS, "mean_of_seven")}
 
-    model.eval()
+    model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     images = torch.rand(args.batch_size, 3, args.image_size, args.image_size, device=model.device)
     with torch.inference_mode():
         model.model(images)
@@ -196,10 +206,19 @@ def plot(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
 
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for name in dict.fromkeys(row["model"] for row in rows):
+        mine = [row for row in rows if row["model"] == name]
         points = sorted(
-            (row["training_seconds"] / 60, 100 * row["mean_of_seven"]) for row in rows if row["model"] == name
+            (row["training_seconds"] / 60, 100 * row["mean_of_seven"]) for row in mine if "curve" not in row
         )
-        axes.plot(*zip(*points, strict=True), marker="o", label=name)
+        if points:
+            axes.plot(*zip(*points, strict=True), marker="o", label=name)
+        for row in mine:
+            if "curve" in row:
+                on_the_way = [
+                    (point["training_seconds"] / 60, 100 * point["metrics"]["mean"]["mean_of_seven"])
+                    for point in row["curve"]
+                ]
+                axes.plot(*zip(*on_the_way, strict=True), marker=".", label=f"{name}, {row['budget']}")
     axes.set(xscale="log", xlabel="training time in minutes", ylabel="mean of the seven metrics in %")
     axes.grid(alpha=0.3)
     axes.legend()
@@ -219,7 +238,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--precision", default="32-true", help="of Lightning's trainer, for methods that are trained in steps"
     )
-    parser.add_argument("--feature-cache", default="ram", choices=["off", "ram", "disk"], help="of DecAD")
+    parser.add_argument("--feature-cache", default="ram", choices=["off", "ram", "device", "disk"], help="of DecAD")
+    parser.add_argument("--score-every", type=int, default=0, help="also score on the way, every so many steps")
+    parser.add_argument("--preload", action="store_true", help="read images once, and keep them in memory")
+    parser.add_argument("--workers", type=int, default=0, help="processes that read them")
     parser.add_argument("--arguments", default="{}", help='more arguments, as JSON: {"DecAD": {"delta": 2.0}}')
     parser.add_argument("--progress", action="store_true", help="progress bars in the logs")
     parser.add_argument("--output", type=Path, default=Path("results/race"))

@@ -102,7 +102,13 @@ def create(args: argparse.Namespace, settings: dict[str, Any], **kwargs: Any) ->
 
 def load(args: argparse.Namespace, layers: Sequence[int]) -> dict[str, Split]:
     """Find the features of the encoder's layers, or compute them."""
-    return features.load(create(args, {}, layers=layers), args.data, args.categories, args.features)
+    model = create(args, {}, layers=layers).to(device_of(args))
+    return features.load(model, args.data, args.categories, args.features)
+
+
+def device_of(args: argparse.Namespace) -> torch.device:
+    """Find the device of the command line's accelerator."""
+    return torch.device("cuda" if args.accelerator == "gpu" else args.accelerator)
 
 
 class Progress(Callback):
@@ -158,7 +164,7 @@ def train(
     progress = Progress(splits["test"], args)
     trainer = Trainer(
         max_steps=args.steps,
-        accelerator="cpu",
+        accelerator=args.accelerator,
         precision=args.precision,
         logger=False,
         enable_checkpointing=False,
@@ -174,7 +180,8 @@ def train(
 def run(args: argparse.Namespace, splits: dict[str, Split], settings: dict[str, Any], seed: int) -> dict[str, Any]:
     """Train and score one model."""
     model, seconds, points = train(args, splits, settings, seed)
-    table = score(model, splits["test"])
+    # Lightning brings the model back to the CPU.
+    table = score(model.to(device_of(args)), splits["test"])
     return {
         "settings": settings,
         "seed": seed,
@@ -183,6 +190,7 @@ def run(args: argparse.Namespace, splits: dict[str, Split], settings: dict[str, 
         "encoder": args.encoder,
         "image_size": args.image_size,
         "precision": args.precision,
+        "accelerator": args.accelerator,
         "sampling": args.sampling,
         "images": {
             name: {c: split.categories.count(c) for c in dict.fromkeys(split.categories)}
@@ -243,7 +251,7 @@ def measure(model: DecAD, test: Split) -> dict[str, Any]:
                 categories = [test.categories[index] for index in chunk]
                 metrics[name].update(categories, scores, test.labels[chunk], maps, test.masks[chunk])
         for name, patches in (("error", error), ("kept", kept), ("energy", energy)):
-            values[name].append(patches)
+            values[name].append(patches.cpu())
         values["share"].append(test.defect_shares(chunk))
     share, patches = torch.cat(values.pop("share")), {name: torch.cat(parts) for name, parts in values.items()}
     aurocs: dict[str, dict[str, float]] = {}
@@ -271,6 +279,7 @@ def main() -> None:
     args = parse()
     configurations = [{**args.settings, **setting} for setting in args.configurations]
     splits = load(args, sorted({layer for setting in configurations for layer in setting.get("layers", args.layers)}))
+    splits = {name: split.to(device_of(args)) for name, split in splits.items()}
     facts = common.machine()
     results: list[tuple[dict[str, Any], list[dict[str, Any]]]] = []
     for settings in configurations:
@@ -312,6 +321,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--sampling", choices=["balanced", "natural"], default="balanced")
     parser.add_argument("--precision", default="bf16-mixed", help="of Lightning's trainer")
+    parser.add_argument("--accelerator", choices=["cpu", "gpu", "mps"], default="cpu", help="of Lightning's trainer")
     parser.add_argument("--choose", nargs="+", default=[], help="categories that choices are made by")
     parser.add_argument(
         "--score-at", type=int, nargs="+", default=[], help="also measure after so many steps, and look into the model"

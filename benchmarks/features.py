@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ class Split:
     """The features of a split, and what is known of its images.
 
     Args:
-        codes (np.ndarray): Encoded features of shape (images, layers, N, dim).
+        codes (np.ndarray | torch.Tensor): Encoded features of shape (images, layers, N, dim).
         code (FeatureCode): How they are decoded.
         layers (tuple[int, ...]): The encoder's layers, counted from 1.
         grid (tuple[int, int]): Patch rows and columns, N = rows * columns.
@@ -36,7 +36,7 @@ class Split:
         masks (torch.Tensor): Their defects, booleans of shape (images, height, width).
     """
 
-    codes: np.ndarray
+    codes: np.ndarray | torch.Tensor
     code: FeatureCode
     layers: tuple[int, ...]
     grid: tuple[int, int]
@@ -47,8 +47,18 @@ class Split:
     def batch(self, indices: Sequence[int], layers: Sequence[int]) -> FeatureBatch:
         """Read the features that some layers give of some images."""
         rows = [self.layers.index(layer) for layer in layers]
-        codes = torch.from_numpy(np.stack([self.codes[index][rows] for index in indices]))
+        if isinstance(self.codes, torch.Tensor):
+            codes = self.codes[torch.tensor(indices, device=self.codes.device)][:, rows]
+        else:
+            codes = torch.from_numpy(np.stack([self.codes[index][rows] for index in indices]))
         return FeatureBatch(codes, FeatureCode(self.code.offset[rows], self.code.scale[rows]), self.grid)
+
+    def to(self, device: torch.device) -> Split:
+        """Keep the features on a device; a CPU reads them from their file."""
+        if device.type == "cpu":
+            return self
+        code = FeatureCode(self.code.offset.to(device), self.code.scale.to(device))
+        return replace(self, codes=torch.from_numpy(np.array(self.codes)).to(device), code=code)
 
     def defect_shares(self, indices: Sequence[int]) -> torch.Tensor:
         """Compute which share of each patch of some images is defect, shape (images, N)."""

@@ -89,4 +89,4 @@ def _quotient(negative: torch.Tensor, exponential: torch.Tensor) -> torch.Tensor
     """Compute :meth:`Pila.scaled` over its argument t, from min(t, 0) and the exponential of that."""
     # The polynomial t^2 - 2t + 2 is (t - 1)^2 + 1.
     shifted = negative - 1
-    return torch.addcmul(shifted.new_ones(()), shifted, shifted) * exponential
+    return torch.addcmul(exponential, shifted.square(), exponential)

@@ -62,9 +62,23 @@ class AnomalyMapGenerator(nn.Module):
         options (AnomalyMapOptions): Blur, score and exponent of the energy.
     """
 
+    _rows: torch.Tensor | None
+    _columns: torch.Tensor | None
+
     def __init__(self, options: AnomalyMapOptions = AnomalyMapOptions()) -> None:
         super().__init__()
         self.options = options
+        self.register_buffer("_rows", None)
+        self.register_buffer("_columns", None)
+
+    def fuse(self, grid: tuple[int, int], image_size: tuple[int, int]) -> None:
+        """Compute the interpolation of one size once and for all, in place, for inference.
+
+        Args:
+            grid (tuple[int, int]): Patch rows and columns.
+            image_size (tuple[int, int]): Height and width of the maps in pixels.
+        """
+        self._rows, self._columns = self._interpolations(torch.zeros(()), grid, image_size)
 
     def forward(
         self,
@@ -108,12 +122,21 @@ class AnomalyMapGenerator(nn.Module):
             tuple[torch.Tensor, torch.Tensor]: Maps of shape (B, 1, height, width) and scores of shape (B,).
         """
         patches = errors.unflatten(1, grid).unsqueeze(1)
-        rows, columns = (
-            self._interpolation(patches, num_patches, size) for num_patches, size in zip(grid, image_size, strict=True)
-        )
+        rows, columns = self._rows, self._columns
+        if rows is None or columns is None:
+            rows, columns = self._interpolations(patches, grid, image_size)
         maps = rows @ patches @ columns.T
         count = max(round(self.options.score_fraction * image_size[0] * image_size[1]), 1)
         return maps, maps.flatten(1).topk(count, dim=1).values.mean(1)
+
+    def _interpolations(
+        self, like: torch.Tensor, grid: tuple[int, int], image_size: tuple[int, int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute the matrices of both axes, shapes (height, rows) and (width, columns)."""
+        return (
+            self._interpolation(like, grid[0], image_size[0]),
+            self._interpolation(like, grid[1], image_size[1]),
+        )
 
     def _interpolation(self, like: torch.Tensor, num_patches: int, size: int) -> torch.Tensor:
         """Compute the matrix of interpolation and blur along one axis, shape (size, num_patches)."""

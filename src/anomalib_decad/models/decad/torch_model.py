@@ -207,6 +207,8 @@ class DecADModel(nn.Module):
         model.encoder.load_weights()
         if image_size is not None:
             model.encoder.fuse(*image_size)
+            model.anomaly_map_generator.fuse(model.encoder.grid(*image_size), image_size)
+            model.to(self.initialized.device)
         if model.decoupler:
             model.decoupler.fuse()
         return model.requires_grad_(False)

@@ -1,0 +1,224 @@
+"""What can differ on a device: run on the CPU, and on a GPU where there is one."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from anomalib.callbacks import ModelCheckpoint
+from lightning.pytorch import seed_everything
+
+from anomalib_decad.components import InvertibleNetwork, InvertibleOptions
+from anomalib_decad.metrics import CategoryMetrics
+from anomalib_decad.metrics.score_histogram import ScoreHistogram
+from conftest import IMAGE_SIZE, losses_of
+
+HAS_CUDA = torch.cuda.is_available()
+needs_cuda = [pytest.mark.gpu, pytest.mark.skipif(not HAS_CUDA, reason="needs a CUDA device")]
+devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
+ACCELERATOR = {"cpu": "cpu", "cuda": "gpu"}
+SIZE = (IMAGE_SIZE, IMAGE_SIZE)
+
+
+@pytest.fixture
+def model(make_model):
+    """A model that was initialized, with the start of a training that moved it."""
+    model = make_model()
+    net = model.model.train()
+    net.training_output(net.encoder(torch.randn(8, 3, *SIZE)))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.02 * torch.randn_like(parameter))
+    return model.eval()
+
+
+@pytest.fixture
+def images():
+    return torch.randn(6, 3, *SIZE, generator=torch.Generator().manual_seed(1))
+
+
+@devices
+def test_all_tensors_are_on_the_device_and_scores_are_those_of_the_cpu(device, model, images):
+    with torch.inference_mode():
+        expected = model.model(images)
+        net = copy.deepcopy(model.model).to(device)
+        for candidate in (net, net.fused(SIZE)):
+            assert {tensor.device.type for tensor in (*candidate.parameters(), *candidate.buffers())} == {device}
+            output = candidate(images.to(device))
+            torch.testing.assert_close(output.pred_score.cpu(), expected.pred_score, atol=1e-3, rtol=1e-3)
+            torch.testing.assert_close(output.anomaly_map.cpu(), expected.anomaly_map, atol=1e-3, rtol=1e-3)
+
+
+@devices
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_memory_formats_give_the_same(device, memory_format, model, images):
+    net = model.model.to(device, memory_format=memory_format)
+    with torch.inference_mode():
+        expected = net(images.to(device)).anomaly_map
+        actual = net(images.to(device, memory_format=memory_format)).anomaly_map
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
+
+
+@devices
+@pytest.mark.parametrize("decouple", [True, False])
+def test_a_training_step_makes_all_its_tensors_on_the_device(device, decouple, make_model, images):
+    net = make_model(decouple=decouple).model.to(device).train()
+    random_state = torch.get_rng_state()
+    output = net.training_output(net.encoder(images.to(device)))
+    tensors = [*output.features, *output.reconstructions, *(value for value in output[2:] if value is not None)]
+    assert {tensor.device.type for tensor in tensors} == {device}
+    # Random numbers of a training on a device come from its generator, which checkpoints keep.
+    if device != "cpu" and decouple:
+        assert torch.equal(torch.get_rng_state(), random_state)
+    sum(tensor.square().mean() for tensor in output.reconstructions).backward()
+    gradients = [parameter.grad for parameter in net.parameters() if parameter.grad is not None]
+    assert gradients
+    assert {gradient.device.type for gradient in gradients} == {device}
+
+
+PRECISIONS = [("cpu", "32-true"), ("cpu", "bf16-mixed")]
+PRECISIONS += [pytest.param("cuda", name, marks=needs_cuda) for name in ("32-true", "bf16-mixed", "16-mixed")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("device", "precision"), PRECISIONS)
+@pytest.mark.parametrize("feature_cache", ["off", "ram", "device"])
+def test_precisions_and_caches_train(device, precision, feature_cache, make_model, make_data, make_engine):
+    losses = losses_of(
+        make_engine, make_model(feature_cache=feature_cache), make_data(), limit_val_batches=0, max_steps=8,
+        accelerator=ACCELERATOR[device], precision=precision,
+    )  # fmt: skip
+    assert np.isfinite(losses).all()
+    assert len(losses) == 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("device", "cuda_graph"),
+    [
+        ("cpu", False),
+        pytest.param("cuda", False, marks=needs_cuda),
+        pytest.param("cuda", True, marks=needs_cuda),
+    ],
+)
+def test_resuming_on_a_device_gives_the_losses_of_an_unbroken_run(
+    device, cuda_graph, make_model, make_data, make_engine, tmp_path
+):
+    options = {"cuda_graph": cuda_graph, "feature_cache": "device"}
+    trainer = {"max_epochs": 3, "accelerator": ACCELERATOR[device], "limit_val_batches": 0}
+    saver = ModelCheckpoint(tmp_path / "ckpt", filename="{epoch}", save_top_k=-1)
+    seed_everything(7)
+    unbroken = losses_of(make_engine, make_model(**options), make_data(), saver, **trainer)
+    resumed = losses_of(
+        make_engine, make_model(**options), make_data(), seed=99, ckpt_path=tmp_path / "ckpt" / "epoch=0.ckpt",
+        **trainer,
+    )  # fmt: skip
+    # Sums of a GPU are in no fixed order.
+    assert resumed == pytest.approx(unbroken[3:], rel=1e-6 if device == "cpu" else 2e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HAS_CUDA, reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
+@pytest.mark.parametrize("decouple", [True, False])
+def test_a_cuda_graph_gives_the_losses_of_eager_steps(precision, decouple, make_model, make_data, make_engine):
+    def run(cuda_graph):
+        seed_everything(5)
+        model = make_model(cuda_graph=cuda_graph, feature_cache="device", decouple=decouple)
+        trainer = {"max_steps": 7, "accelerator": "gpu", "limit_val_batches": 0, "precision": precision}
+        # The last batch of an epoch is smaller than the recorded one.
+        return losses_of(make_engine, model, make_data(train_batch_size=5), **trainer)
+
+    assert run(True) == pytest.approx(run(False), rel=2e-2 if precision != "32-true" else 2e-3)
+
+
+@pytest.mark.skipif(HAS_CUDA, reason="needs a machine without CUDA")
+def test_a_cuda_graph_without_cuda_is_one_clear_line(make_model, make_data, make_engine):
+    with pytest.raises(ValueError, match=r"cuda_graph needs one NVIDIA GPU .* train with cuda_graph=false"):
+        make_engine().fit(make_model(cuda_graph=True), datamodule=make_data())
+
+
+@pytest.mark.slow
+@devices
+def test_inference_compiles_without_a_graph_break(device, model, images):
+    net = model.model.to(device).fused(SIZE)
+    compiled = torch.compile(net, fullgraph=True, backend="inductor" if device == "cuda" else "aot_eager")
+    with torch.inference_mode():
+        expected, actual = net(images.to(device)), compiled(images.to(device))
+    torch.testing.assert_close(actual.anomaly_map, expected.anomaly_map, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(actual.pred_score, expected.pred_score, atol=1e-3, rtol=1e-3)
+
+
+@devices
+@pytest.mark.parametrize("matmul", ["highest", "high"])
+def test_round_trip_holds_whatever_matrix_products_are_rounded_to(device, matmul):
+    """TensorFloat-32 has ten bits: weights are folded and applied in full float32."""
+    network = InvertibleNetwork(64, InvertibleOptions()).to(device).eval()
+    x = torch.randn(256, 64, device=device)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(matmul)
+    try:
+        with torch.no_grad():
+            error = max((net.inverse(net(x)) - x).abs().max().item() for net in (network, network.fused()))
+    finally:
+        torch.set_float32_matmul_precision(before)
+    # TensorFloat-32 keeps three digits of what a unit changes.
+    assert error < (1e-4 if matmul == "highest" or device == "cpu" else 1e-2)
+
+
+@devices
+def test_metrics_are_those_of_the_cpu(device):
+    scores, labels = torch.rand(5000), torch.rand(5000) < 0.2
+    weights = torch.rand(5000)
+    histograms = []
+    for target in ("cpu", device):
+        histogram = ScoreHistogram(max_bins=1000)
+        for part in torch.arange(5000).chunk(7):
+            histogram.update(*(value[part].to(target) for value in (scores, labels, weights)))
+        histograms.append(histogram.metrics())
+    assert histograms[1] == pytest.approx(histograms[0], rel=1e-9)
+    metrics = CategoryMetrics()
+    metrics.update(["a", "b"], torch.rand(2).to(device), torch.tensor([True, False]), torch.rand(2, 8, 8).to(device),
+                   torch.rand(2, 8, 8) < 0.5)  # fmt: skip
+    assert set(metrics.compute()) == {"a", "b", "mean"}
+
+
+@pytest.mark.slow
+@devices
+def test_deterministic_training_is_possible(device, make_model, make_data, make_engine, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+    def run():
+        seed_everything(3)
+        model = make_model()
+        engine = make_engine(accelerator=ACCELERATOR[device], deterministic=True)
+        try:
+            (scores,) = engine.train(model, datamodule=make_data())
+        finally:
+            torch.use_deterministic_algorithms(False)
+        return scores
+
+    first = run()
+    assert first == run()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_two_gpus_train(make_model, make_data, make_engine):
+    engine = make_engine(accelerator="gpu", devices=2, strategy="ddp_spawn", max_steps=2, limit_val_batches=0)
+    engine.fit(make_model(), datamodule=make_data())
+
+
+@pytest.mark.gpu
+def test_onnxruntime_on_cuda_gives_the_scores_of_torch(model, images, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        pytest.skip("needs onnxruntime-gpu")
+    path = model.to_onnx(tmp_path, input_size=SIZE)
+    session = onnxruntime.InferenceSession(str(path), providers=["CUDAExecutionProvider"])
+    with torch.inference_mode():
+        expected = model(images.clone())
+    names = [output.name for output in session.get_outputs()]
+    values = dict(zip(names, session.run(None, {session.get_inputs()[0].name: images.numpy()}), strict=True))
+    np.testing.assert_allclose(values["pred_score"].ravel(), expected.pred_score.ravel(), atol=2e-3)
