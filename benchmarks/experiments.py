@@ -103,7 +103,7 @@ def create(args: argparse.Namespace, settings: dict[str, Any], **kwargs: Any) ->
 def load(args: argparse.Namespace, layers: Sequence[int]) -> dict[str, Split]:
     """Find the features of the encoder's layers, or compute them."""
     model = create(args, {}, layers=layers).to(device_of(args))
-    return features.load(model, args.data, args.categories, args.features)
+    return features.load(model, args.data, args.categories, args.features, args.workers)
 
 
 def device_of(args: argparse.Namespace) -> torch.device:
@@ -322,6 +322,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sampling", choices=["balanced", "natural"], default="balanced")
     parser.add_argument("--precision", default="bf16-mixed", help="of Lightning's trainer")
     parser.add_argument("--accelerator", choices=["cpu", "gpu", "mps"], default="cpu", help="of Lightning's trainer")
+    parser.add_argument("--workers", type=int, default=0, help="processes that read images to encode")
     parser.add_argument("--choose", nargs="+", default=[], help="categories that choices are made by")
     parser.add_argument(
         "--score-at", type=int, nargs="+", default=[], help="also measure after so many steps, and look into the model"

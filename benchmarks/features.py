@@ -70,7 +70,9 @@ def chunks(indices: Sequence[int], length: int) -> list[list[int]]:
     return [list(indices[start : start + length]) for start in range(0, len(indices), length)]
 
 
-def load(model: DecAD, root: Path, categories: Sequence[str] | None, folder: Path) -> dict[str, Split]:
+def load(
+    model: DecAD, root: Path, categories: Sequence[str] | None, folder: Path, num_workers: int = 0
+) -> dict[str, Split]:
     """Find the features of all layers that a model reads, or compute them.
 
     Args:
@@ -78,18 +80,20 @@ def load(model: DecAD, root: Path, categories: Sequence[str] | None, folder: Pat
         root (Path): Folder in MVTec AD's layout.
         categories (Sequence[str] | None): Names of the categories.
         folder (Path): Folder of the features.
+        num_workers (int): Processes that read images.
 
     Returns:
         dict[str, Split]: The splits ``"train"`` and ``"test"``.
     """
     datamodule = MultiCategory("MVTecAD", root=root, categories=categories, num_workers=0)
     datamodule.setup()
-    return {name: _split(model.eval(), getattr(datamodule, f"{name}_data"), folder) for name in ("train", "test")}
+    splits = {name: getattr(datamodule, f"{name}_data") for name in ("train", "test")}
+    return {name: _split(model.eval(), data, folder, num_workers) for name, data in splits.items()}
 
 
 @torch.inference_mode()
-def _split(model: DecAD, dataset: Any, folder: Path) -> Split:
-    source = FeatureSource(model, dataset, _BATCH_SIZE)
+def _split(model: DecAD, dataset: Any, folder: Path, num_workers: int) -> Split:
+    source = FeatureSource(model, dataset, _BATCH_SIZE, num_workers)
     file = FeatureFile(folder, source.key())
     with file.lock():
         if not file.is_complete:

@@ -30,6 +30,8 @@ import wheelhouse
 if TYPE_CHECKING:
     from PIL import Image
 
+# Folder in the layout of a hub's cache.
+_HUB = "hub"
 _IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 
 
@@ -42,7 +44,7 @@ def pack(args: argparse.Namespace) -> None:
     images = find_images(args.data, args.categories)
     with tempfile.TemporaryDirectory() as folder:
         stage = Path(folder)
-        save_weights(args.encoder, args.encoder_weights, max(args.layers), stage / "weights")
+        save_weights(args.encoder, args.encoder_weights, max(args.layers), stage)
         (stage / "wheels").mkdir()
         for requirement in track(requirements, "Wheels "):
             wheelhouse.download(requirement, stage / "wheels", args.python, args.platform)
@@ -53,8 +55,8 @@ def pack(args: argparse.Namespace) -> None:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for _ in track(pool.map(encode, images), "Images ", total=len(images)):
                 pass
-        first = [path for name in ("wheels", "weights") for path in sorted((stage / name).iterdir())]
-        names = [path.relative_to(stage).as_posix() for path in first] + list(images)
+        first = [path for name in ("wheels", "weights", _HUB) for path in sorted((stage / name).rglob("*"))]
+        names = [path.relative_to(stage).as_posix() for path in first if path.is_file()] + list(images)
         files = [(name, stage / name) for name in names]
         keys = ("python", "platform", "encoder", "layers", "longest_side", "jpeg_quality")
         facts = {key: getattr(args, key) for key in keys}
@@ -66,11 +68,13 @@ def pack(args: argparse.Namespace) -> None:
 def save_weights(name: str, source: Path | None, last: int, folder: Path) -> None:
     """Save an encoder's weights in half precision, without the transformer blocks that are not needed.
 
+    Weights with all blocks are laid out as a hub's cache, where timm, and so any method, finds them by their name.
+
     Args:
         name (str): Name of the encoder in timm.
         source (Path | None): A local file with its weights; ``None`` for timm's.
         last (int): The last layer that is needed, counted from 1.
-        folder (Path): Where the file goes.
+        folder (Path): The file goes to ``weights`` or ``hub`` in it.
 
     Raises:
         SystemExit: If there are no such weights or layers.
@@ -104,8 +108,15 @@ def save_weights(name: str, source: Path | None, last: int, folder: Path) -> Non
     half = {key: value.half() if value.is_floating_point() else value for key, value in kept.items()}
     if not all(torch.isfinite(value).all() for value in half.values()):
         raise SystemExit(f"--encoder: weights of {name} are too large for half precision")
-    folder.mkdir(parents=True)
-    save_file({key: value.contiguous() for key, value in half.items()}, folder / f"{Path(name).name}.safetensors")
+    file = folder / "weights" / f"{Path(name).name}.safetensors"
+    hub_id = network.pretrained_cfg.get("hf_hub_id")
+    if hub_id and kept.keys() == network.state_dict().keys():
+        repository = folder / _HUB / f"models--{hub_id.replace('/', '--')}"
+        (repository / "refs").mkdir(parents=True)
+        (repository / "refs" / "main").write_text("packed")
+        file = repository / "snapshots" / "packed" / "model.safetensors"
+    file.parent.mkdir(parents=True)
+    save_file({key: value.contiguous() for key, value in half.items()}, file)
 
 
 def find_images(root: Path, categories: Sequence[str]) -> dict[str, Path]:
@@ -223,6 +234,8 @@ def _summary(target: Path) -> Iterable[str]:
         yield f"export PYTHONPATH={target / 'site'}"
     options = [f"--data {target / 'data'}"] if (target / "data").is_dir() else []
     options += [f"--encoder-weights {path}" for path in sorted((target / "weights").glob("*.safetensors"))]
+    if (target / _HUB).is_dir():
+        yield f"export HF_HUB_OFFLINE=1 HF_HUB_CACHE={target / _HUB}"
     yield " ".join(options)
 
 

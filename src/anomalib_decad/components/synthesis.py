@@ -90,7 +90,7 @@ class AdversarialSynthesis(nn.Module):
         if len(indices):
             chosen = rows[indices]
             perturbed[indices] = chosen + self._perturbation(x, chosen, energy).to(x.dtype)
-            mask[indices] = True
+            mask.index_fill_(0, indices, True)
         return perturbed.view_as(x), mask.view(x.shape[:2])
 
     def _start(self, x: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
@@ -130,8 +130,7 @@ class AdversarialSynthesis(nn.Module):
         energy: Callable[[torch.Tensor], torch.Tensor],
     ) -> torch.Tensor:
         """Choose the length of a step against a direction, each tensor of shape (K, dim) but the energies ``level``."""
-        lengths = self.delta * eps.new_tensor(_STEP_LENGTHS)[:, None, None]
-        moved = eps - lengths * direction  # (lengths, K, dim)
+        moved = torch.stack([eps - length * self.delta * direction for length in _STEP_LENGTHS])  # (lengths, K, dim)
         # Where a step ends in the middle of the sphere, no direction is left.
         is_off_center = moved.norm(dim=-1, keepdim=True) > _SMALLEST_DIFFERENCE * self.delta
         candidates = torch.where(is_off_center, self._to_sphere(moved), eps)
