@@ -92,7 +92,7 @@ def score(trainer: Trainer, module: Any) -> dict[str, dict[str, float]]:
 
 
 def preload(datamodule: Any, size: int, num_workers: int) -> None:
-    """Have a datamodule's images read once, and kept in memory in the size that the models see.
+    """Have a datamodule's images read once, and kept in memory, a GPU's if there is one, in the size of the models.
 
     Args:
         datamodule (Any): The datamodule; ``setup`` is called.
@@ -111,8 +111,9 @@ class _InMemory(Dataset):
 
     def __init__(self, dataset: Any, size: int, num_workers: int) -> None:
         self.dataset = dataset
+        device = "cuda" if torch.cuda.is_available() else "cpu"
         loader = DataLoader(_Resized(dataset, size), batch_size=None, num_workers=num_workers)
-        self.items = list(loader)
+        self.items = [replace(item, image=item.image.to(device)) for item in loader]
 
     def __getattr__(self, name: str) -> Any:
         if name in {"dataset", "items"}:

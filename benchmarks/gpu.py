@@ -13,6 +13,7 @@ The seconds in races.jsonl are of processes that share the device; speed alone i
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -90,36 +91,43 @@ def experiment(args: argparse.Namespace, name: str, steps: int, seeds: Sequence[
     ))  # fmt: skip
 
 
-def races(args: argparse.Namespace) -> list[Job]:
-    """List the races, the longest first."""
+def jobs_of(args: argparse.Namespace) -> list[Job]:
+    """List the races and experiments, the longest and the most wanted first."""
     graph = {"cuda_graph": True} if args.on_gpu else {}
-    jobs = [race(args, "DecAD", 15_000, 280, **graph), race(args, "Dinomaly", 5_000, 280)]
-    jobs += [race(args, "DecAD", 5_000, size, **graph) for size in (280, 392)]
-    return [*jobs, race(args, "Dinomaly", 5_000, 392)]
-
-
-def experiments(args: argparse.Namespace) -> list[Job]:
-    """List the experiments, the most wanted first."""
-    seeds = args.seeds
+    first, seeds = args.seeds[:1], args.seeds
+    plain, paper = ("decouple=false",), ("loss.normal_weight=1.0", "loss.abnormal_weight=1.0")
     gaussian = ("synthesis.noise=gaussian", "synthesis.num_steps=0")
-    return [
-        experiment(args, "decoupled", 1000, seeds),
-        experiment(args, "plain", 1000, seeds, "decouple=false"),
-        experiment(args, "gaussian", 1000, seeds, *gaussian),
-        experiment(args, "decoupled", 5000, seeds[:1]),
-        experiment(args, "plain", 5000, seeds[:1], "decouple=false"),
-        experiment(args, "no-anomalies", 1000, seeds, "synthesis.fraction=0.0"),
-        *(experiment(args, f"delta-{delta}", 1000, seeds[:1], f"delta={delta}") for delta in (1.0, 1.5, 2.0, 3.0)),
-        *(
-            experiment(args, f"latent-{share}", 1000, seeds[:1], f"decoupler.abnormal_fraction={share}")
-            for share in (0.8, 0.95, 0.97)
-        ),
-        experiment(args, "random-differences", 1000, seeds, "synthesis.num_steps=0"),
-        *(
-            experiment(args, name, 5000, seeds[1:], *options)
-            for name, options in (("decoupled", ()), ("plain", ("decouple=false",)))
-        ),
-    ]
+    jobs = {
+        "race": [
+            race(args, "Dinomaly", 5_000, 280),
+            race(args, "DecAD", 15_000, 280, **graph),
+            race(args, "DecAD", 5_000, 280, **graph),
+            race(args, "DecAD", 5_000, 392, **graph),
+            race(args, "Dinomaly", 5_000, 392),
+        ],
+        "experiments": [
+            experiment(args, "decoupled", 1000, seeds),
+            experiment(args, "plain", 1000, seeds, *plain),
+            experiment(args, "gaussian", 1000, seeds, *gaussian),
+            experiment(args, "decoupled", 5000, first),
+            experiment(args, "plain", 5000, first, *plain),
+            experiment(args, "no-anomalies", 1000, seeds, "synthesis.fraction=0.0"),
+            *(experiment(args, f"delta-{delta}", 1000, first, f"delta={delta}") for delta in (1.0, 1.5, 2.0, 3.0)),
+            *(
+                experiment(args, f"latent-{share}", 1000, first, f"decoupler.abnormal_fraction={share}")
+                for share in (0.8, 0.95, 0.97)
+            ),
+            experiment(args, "paper-losses", 1000, first, *paper),
+            experiment(args, "random-differences", 1000, seeds, "synthesis.num_steps=0"),
+            *(experiment(args, f"rate-{rate}", 1000, first, f"learning_rate={rate}") for rate in (3e-4, 3e-3)),
+            *(experiment(args, f"depth-{depth}", 1000, first, f"decoder_depth={depth}") for depth in (1, 3)),
+            experiment(args, "decoupled", 5000, seeds[1:]),
+            experiment(args, "plain", 5000, seeds[1:], *plain),
+        ],
+    }
+    wanted = [jobs[phase] for phase in ("race", "experiments") if phase in args.phases]
+    pairs = itertools.zip_longest(*wanted)
+    return [job for pair in pairs for job in pair if job is not None]
 
 
 def run(args: argparse.Namespace, jobs: list[Job], lanes: int, threads: int) -> None:
@@ -162,7 +170,7 @@ def main() -> None:
     args = parse()
     speed = ["--accelerator", args.accelerator, "--log", args.output / "throughput.jsonl", "--encoder", args.encoder]
     if args.scale < 1:
-        speed += ["--steps", steps_of(args, 60), "--seconds", 0.5 * args.scale, "--train-batches", 2, "--batches", 1]
+        speed += ["--steps", steps_of(args, 30), "--seconds", 0.5 * args.scale, "--train-batches", 2, "--batches", 1]
     alone = {
         "tests": Job("tests", ["-m", "pytest", "-q", "-p", "no:cacheprovider", *args.tests]),
         "speed": Job("speed", [_FOLDER / "throughput.py", *speed]),
@@ -170,15 +178,10 @@ def main() -> None:
     for phase, job in alone.items():
         if phase in args.phases:
             run(args, [job], 1, os.cpu_count() or 1)
-    jobs = experiments(args) if "experiments" in args.phases else []
-    if jobs:
-        # Encoded once, before the others ask for them.
-        run(args, [experiment(args, "features", 2, [0])], 1, os.cpu_count() or 1)
-    several = races(args) if "race" in args.phases else []
-    mixed = [job for pair in zip(several[:3], jobs[:3], strict=False) for job in pair]
-    rest = [*several[3:], *jobs[3:]] if mixed else [*several, *jobs]
-    threads = max((os.cpu_count() or 1) // args.lanes, 1)
-    run(args, [*mixed, *rest], args.lanes, threads)
+    if "experiments" in args.phases:
+        # Encoded once, before all ask for them.
+        run(args, [experiment(args, "features", 2, args.seeds[:1])], 1, os.cpu_count() or 1)
+    run(args, jobs_of(args), args.lanes, max((os.cpu_count() or 1) // args.lanes, 1))
     print(f"written to {args.output}")
 
 

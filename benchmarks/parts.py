@@ -16,7 +16,7 @@ __all__ = ["CONTENTS", "find", "read", "write"]
 #: Name of the list.
 CONTENTS = "contents.json"
 
-_FOLDERS = ("wheels", "weights", "data")
+_FOLDERS = ("wheels", "weights", "hub", "data")
 _BLOCK = tarfile.BLOCKSIZE
 
 

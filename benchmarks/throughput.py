@@ -10,11 +10,11 @@ as soon as it is there. ``share`` is that of the multiply-adds, counted, in the 
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,17 +95,13 @@ def memory(args: argparse.Namespace) -> dict[str, float]:
 def infer(args: argparse.Namespace, name: str, batch_size: int, precision: str, how: str) -> dict[str, float]:
     """Measure inference: the model as it is exported, compiled, or recorded as a CUDA graph."""
     device, size = device_of(args), args.image_size
-    seed_everything(0, verbose=False)
-    model = peers.create(name, args.encoder, size).eval()
-    net: Any = model.model.fused((size, size)) if name == "DecAD" else model.model
-    net = net.to(device).requires_grad_(False)
+    net, adds = network(name, args.encoder, size, device)
     if args.accelerator == "gpu":
         torch.cuda.reset_peak_memory_stats()
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     images = torch.rand(batch_size, 3, size, size, device=device)
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
         run: Callable[[], Any] = lambda: net(images)  # noqa: E731
-        adds = multiply_adds(lambda: net(images[:1]))
         if how == "compiled":
             compiled = torch.compile(net, dynamic=False)
             run = lambda: compiled(images)  # noqa: E731
@@ -119,6 +115,18 @@ def infer(args: argparse.Namespace, name: str, batch_size: int, precision: str, 
         "share": 2 * adds * rate / (args.peak_tflops * 1e12),
         **memory(args),
     }
+
+
+@functools.cache
+def network(name: str, encoder: str, size: int, device: torch.device) -> tuple[Any, int]:
+    """Create a model as it is exported, on the device, and count its multiply-adds for an image."""
+    seed_everything(0, verbose=False)
+    model = peers.create(name, encoder, size).eval()
+    net: Any = model.model.fused((size, size)) if name == "DecAD" else model.model
+    net = net.requires_grad_(False)
+    with torch.inference_mode():
+        adds = multiply_adds(lambda: net(torch.rand(1, 3, size, size)))
+    return net.to(device), adds
 
 
 def recorded(run: Callable[[], Any]) -> Callable[[], Any]:
@@ -169,7 +177,7 @@ def trainings(args: argparse.Namespace) -> Iterator[Measurement]:
         for name in args.models:
             for kind, cached, options in kinds.get(name, [("images", False, {})]):
                 facts = {"what": "training", "model": name, "input": kind, "batch": batch_size}
-                measure = partial(train, args, name, batch_size, cached, **options)
+                measure = functools.partial(train, args, name, batch_size, cached, **options)
                 yield {**facts, "precision": args.precision}, measure
 
 
@@ -182,7 +190,7 @@ def inferences(args: argparse.Namespace) -> Iterator[Measurement]:
         kinds.append(("compiled", precisions[-1], max(args.batches)))  # minutes each
     for (how, precision, batch_size), name in itertools.product(kinds, args.models):
         facts = {"what": "inference", "model": name, "how": how, "batch": batch_size, "precision": precision}
-        yield facts, partial(infer, args, name, batch_size, precision, how)
+        yield facts, functools.partial(infer, args, name, batch_size, precision, how)
 
 
 def main() -> None:
@@ -191,7 +199,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["DecAD", "Dinomaly"])
     parser.add_argument("--accelerator", choices=["cpu", "gpu"], default="gpu")
     parser.add_argument("--precision", default="bf16-mixed", help="of training")
-    parser.add_argument("--steps", type=int, default=60, help="training steps that are timed")
+    parser.add_argument("--steps", type=int, default=30, help="training steps that are timed")
     parser.add_argument("--train-batches", type=int, nargs="*", default=[16, 8])
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 8, 64], help="of inference")
     parser.add_argument("--seconds", type=float, default=0.5, help="of each measurement of inference")

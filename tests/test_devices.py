@@ -64,8 +64,10 @@ def test_memory_formats_give_the_same(device, memory_format, model, images):
 @pytest.mark.parametrize("decouple", [True, False])
 def test_a_training_step_makes_all_its_tensors_on_the_device(device, decouple, make_model, images):
     net = make_model(decouple=decouple).model.to(device).train()
+    features = net.encoder(images.to(device))
+    net.training_output(features)  # initializes
     random_state = torch.get_rng_state()
-    output = net.training_output(net.encoder(images.to(device)))
+    output = net.training_output(features)
     tensors = [*output.features, *output.reconstructions, *(value for value in output[2:] if value is not None)]
     assert {tensor.device.type for tensor in tensors} == {device}
     # Random numbers of a training on a device come from its generator, which checkpoints keep.

@@ -320,3 +320,24 @@ class TestActNorm:
 def test_bad_arguments_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         InvertibleNetwork(8, InvertibleOptions(**arguments))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_weights_folded_once_give_the_values_and_gradients_of_those_folded_in_each_pass(dtype):
+    network = InvertibleNetwork(12, InvertibleOptions(hidden_dim=6)).to(dtype).train()
+    x = torch.randn(30, 12, dtype=dtype)
+    network.initialize(x)
+    state = copy.deepcopy(network.state_dict())
+
+    def run(context):
+        network.load_state_dict(state)  # a pass in training mode moves the spectral norms' vectors
+        network.zero_grad()
+        with context:
+            z = network(x)
+            back = network.inverse(z * 0.9)
+        (z.square().sum() + back.sin().sum()).backward()
+        return z, back, [parameter.grad for parameter in network.parameters()]
+
+    # The cache alone keeps the vectors from moving again in the inverse.
+    torch.testing.assert_close(run(network.folded()), run(parametrize.cached()))
+    assert all(not module.is_folded for module in network.modules() if isinstance(module, MonotoneUnit))

@@ -49,12 +49,16 @@ class DenseLayer(nn.Module):
 
     def eta(self) -> torch.Tensor:
         """Compute the two weights of the concatenation, shape (2,), of norm 1."""
-        return functional.normalize(functional.softplus(self.concatenation), dim=0)
+        return _eta(self.concatenation)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (..., in_features) to (..., in_features + growth)."""
         eta = self.eta()
         return torch.cat([eta[0] * x, eta[1] * self.activation(self.linear(x))], dim=-1)
+
+
+def _eta(concatenation: torch.Tensor) -> torch.Tensor:
+    return functional.normalize(functional.softplus(concatenation), dim=0)
 
 
 class LipschitzDenseNet(nn.Module):
@@ -96,6 +100,7 @@ class LipschitzDenseNet(nn.Module):
             msg = f"lipschitz must be between 0 and 1 (both excluded), got {lipschitz}"
             raise ValueError(msg)
         self.lipschitz = lipschitz
+        self.k = k
         self.encode = _normalized_linear(dim, hidden_dim)
         self.dense = nn.Sequential(*(DenseLayer(hidden_dim + i * growth, growth, k) for i in range(depth)))
         self.decode = _normalized_linear(hidden_dim + depth * growth, dim)
@@ -112,23 +117,20 @@ class LipschitzDenseNet(nn.Module):
         """
         return self.lipschitz * self.gain.sigmoid() * self.decode(self.dense(self.encode(u)))
 
+    def tensors(self) -> list[torch.Tensor]:
+        """Give what :meth:`FusedDenseNet.from_tensors` takes."""
+        tensors = [self.encode.weight, self.encode.bias, self.decode.weight, self.decode.bias, self.gain]
+        for layer in cast("Iterable[DenseLayer]", self.dense):
+            tensors += [layer.linear.weight, layer.linear.bias, layer.concatenation]
+        return tensors
+
     def fused(self) -> "FusedDenseNet":
         """Compute all normalized weights once, for many evaluations of D.
 
         Returns:
             FusedDenseNet: A, a, B, b and D of the class's formula.
         """
-        encode, decode = self.encode.weight, self.decode.weight
-        scale = encode.new_ones(len(encode))
-        layers: list[tuple[torch.Tensor, torch.Tensor]] = []
-        for layer in cast("Iterable[DenseLayer]", self.dense):
-            # The factors of Pila.scaled and of the concatenations go into the weights.
-            k = layer.activation.k
-            layers.append((k * layer.linear.weight * scale, k * layer.linear.bias))
-            eta = layer.eta()
-            scale = torch.cat([eta[0] * scale, (eta[1] / (2 * k)).expand(len(layer.linear.bias))])
-        gain = self.gain.sigmoid()
-        return FusedDenseNet(encode, self.encode.bias, gain * decode * scale, gain * self.decode.bias, layers)
+        return FusedDenseNet.from_tensors(self.k, *self.tensors())
 
 
 class FusedDenseNet(NamedTuple):
@@ -147,6 +149,40 @@ class FusedDenseNet(NamedTuple):
     decode_weight: torch.Tensor
     decode_bias: torch.Tensor
     layers: list[tuple[torch.Tensor, torch.Tensor]]
+
+    @classmethod
+    def from_tensors(
+        cls,
+        k: float,
+        encode_weight: torch.Tensor,
+        encode_bias: torch.Tensor,
+        decode_weight: torch.Tensor,
+        decode_bias: torch.Tensor,
+        gain: torch.Tensor,
+        *dense_layers: torch.Tensor,
+    ) -> "FusedDenseNet":
+        """Multiply the factors of Pila and of the concatenations into the weights.
+
+        Args:
+            k (float): Sharpness of :class:`Pila`.
+            encode_weight (torch.Tensor): As :class:`LipschitzDenseNet` has it, like all others.
+            encode_bias (torch.Tensor): Its bias.
+            decode_weight (torch.Tensor): Shape (dim, hidden_dim + depth * growth).
+            decode_bias (torch.Tensor): Its bias.
+            gain (torch.Tensor): The logit of g.
+            *dense_layers (torch.Tensor): Weight, bias and concatenation of each dense layer.
+
+        Returns:
+            FusedDenseNet: The weights.
+        """
+        scale = torch.ones_like(encode_bias)
+        layers: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for weight, bias, concatenation in zip(*(dense_layers[part::3] for part in range(3)), strict=True):
+            layers.append((k * weight * scale, k * bias))
+            first, second = _eta(concatenation).unbind(-1)
+            scale = torch.cat([first * scale, (second / (2 * k)).expand(bias.shape)])
+        gain = gain.sigmoid()
+        return cls(encode_weight, encode_bias, gain * decode_weight * scale, gain * decode_bias, layers)
 
     def linearized(self, slope: float) -> torch.Tensor:
         """Compute the Jacobian of D if Pila had the same slope everywhere.

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Units with plain weights: what the solver iterates, and what is exported."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -78,6 +78,20 @@ class FusedUnit(NamedTuple):
             mixing = inverse @ mixing - correction
             start_weight, start_bias = inverse @ start_weight, inverse @ start_bias
         return cls(start_weight, start_bias, tuple(net.layers), mixing, -decode, -shift)
+
+    def flat(self) -> list[torch.Tensor]:
+        """List the tensors of a unit without a scale."""
+        return [
+            self.start_weight, self.start_bias, self.update_weight, self.output_weight, self.output_bias,
+            *(tensor for layer in self.layers for tensor in layer),
+        ]  # fmt: skip
+
+    @classmethod
+    def from_flat(cls, tensors: Sequence[torch.Tensor]) -> "FusedUnit":
+        """Make a unit of what :meth:`flat` lists."""
+        start_weight, start_bias, update_weight, output_weight, output_bias, *others = tensors
+        layers = tuple(zip(others[::2], others[1::2], strict=True))
+        return cls(start_weight, start_bias, layers, update_weight, output_weight, output_bias)
 
     def then_affine(self, scale: torch.Tensor, bias: torch.Tensor) -> "FusedUnit":
         """Merge ``y * scale + bias`` behind the unit into it; both have shape (dim,)."""

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 
 from anomalib_decad.components.invertible.act_norm import ActNorm
 from anomalib_decad.components.invertible.fused import FusedNetwork, FusedUnit
-from anomalib_decad.components.invertible.unit import MonotoneUnit, SolverIterations
+from anomalib_decad.components.invertible.unit import MonotoneUnit, SolverIterations, solver_dtype
 from anomalib_decad.components.options import InvertibleOptions
 from anomalib_decad.components.precision import at_least_float32
 
@@ -81,11 +81,17 @@ class InvertibleNetwork(nn.Module):
     @contextmanager
     def folded(self) -> Iterator[None]:
         """Normalize and fold the weights once for all passes within, forward and inverse; they must not change."""
+        units = [module for module in self.sequence.module_list if isinstance(module, MonotoneUnit)]
+        is_outermost = not any(unit.is_folded for unit in units)
         with ExitStack() as stack:
             stack.enter_context(parametrize.cached())
-            for module in self.sequence.module_list:
-                if isinstance(module, MonotoneUnit):
-                    stack.enter_context(module.folded())
+            for unit in units:
+                stack.enter_context(unit.folded())
+            if units and self.training and is_outermost:
+                weight = units[0].net.gain
+                dtype = solver_dtype(weight, training=True)
+                with torch.enable_grad(), torch.autocast(weight.device.type, enabled=False):
+                    MonotoneUnit.fold_together(units, dtype)
             yield
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

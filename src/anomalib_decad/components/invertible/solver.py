@@ -56,7 +56,7 @@ def _iterate(
 ) -> torch.Tensor:
     v = start
     for _ in range(num_iterations + 1):
-        v = start - functional.linear(dense(v, layers), update_weight)
+        v = torch.addmm(start, dense(v, layers), update_weight.mT, alpha=-1)
     return v
 
 
@@ -97,12 +97,12 @@ class _FixedPoint(torch.autograd.Function):
             for weight, slope in zip(reversed(weights), reversed(slopes), strict=True):
                 through, last = through.split([weight.shape[1], weight.shape[0]], dim=-1)
                 inner.insert(0, last * slope)
-                through = through + inner[0] @ weight
+                through = torch.addmm(through, inner[0], weight)
             return through, inner
 
         adjoint, inner = back(gradient)
         for _ in range(ctx.num_backward_iterations):
-            adjoint, inner = back(gradient - adjoint @ update_weight)
+            adjoint, inner = back(torch.addmm(gradient, adjoint, update_weight, alpha=-1))
         if not any(ctx.needs_input_grad[1:]):
             return adjoint, *(None for _ in ctx.needs_input_grad[1:])
         parameters: list[torch.Tensor] = []
