@@ -337,7 +337,8 @@ def parse() -> argparse.Namespace:
     lists = [[(name, _value(value)) for value in values.split(",")] for name, values in args.vary]
     args.configurations = ABLATIONS[args.ablation] if args.ablation else [dict(c) for c in itertools.product(*lists)]
     common.check_data(args)
-    args.choose = [category for category in args.choose if category in args.categories]
+    if not set(args.choose) < set(args.categories):
+        args.choose = []
     return args
 
 
