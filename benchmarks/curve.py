@@ -107,7 +107,7 @@ def preload(datamodule: Any, size: int, num_workers: int) -> None:
 
 
 class _InMemory(Dataset):
-    """A dataset of images in memory, 8 bits a channel."""
+    """A dataset of images in memory."""
 
     def __init__(self, dataset: Any, size: int, num_workers: int) -> None:
         self.dataset = dataset
@@ -124,8 +124,8 @@ class _InMemory(Dataset):
         return len(self.items)
 
     def __getitem__(self, index: int) -> Any:
-        item = self.items[index]
-        return replace(item, image=item.image.float() / 255)
+        # A copy, as a pre-processor may change an item.
+        return replace(self.items[index])
 
 
 class _Resized(Dataset):
@@ -143,4 +143,4 @@ class _Resized(Dataset):
         mask = item.gt_mask
         if mask is not None:
             mask = functional.interpolate(mask[None, None].float(), self.size, mode="nearest")[0, 0] > 0
-        return replace(item, image=(image * 255).round().to(torch.uint8), gt_mask=mask)
+        return replace(item, image=image, gt_mask=mask)
