@@ -57,8 +57,9 @@ class ScoreHistogram:
         Raises:
             ValueError: If a score is not finite.
         """
-        # Sorted where they are, as a GPU does it in no time; Apple's has no float64.
-        device = torch.device("cpu") if scores.device.type == "mps" else scores.device
+        # A GPU sorts them in no time, but cannot add up weights in a fixed order. Others may lack float64.
+        is_fast = scores.device.type == "cuda" and not torch.are_deterministic_algorithms_enabled()
+        device = scores.device if is_fast else torch.device("cpu")
         flat = scores.detach().flatten().float().to(device)
         if not bool(torch.isfinite(flat).all()):
             msg = "scores must be finite: the model predicted NaN or infinity"
