@@ -97,16 +97,6 @@ def test_split_modes_go_to_the_wrapped_datamodule(mvtec_root):
     assert next(iter(datamodule.val_dataloader())).gt_mask is not None
 
 
-def test_none_takes_what_is_in_a_folder_of_own_categories(mvtec_root):
-    assert MultiCategory("MVTecAD", root=mvtec_root).categories == ["bolts", "cloth"]
-
-
-def test_none_takes_all_that_the_dataset_defines(tmp_path):
-    assert len(MultiCategory("MVTecAD", root=tmp_path / "empty").categories) == 15
-    make_dataset(tmp_path, ("bottle", "other"))
-    assert len(MultiCategory("MVTecAD", root=tmp_path).categories) == 15
-
-
 @pytest.mark.parametrize(
     ("name", "number"),
     [("MVTecAD", 15), ("MVTecAD2", 8), ("MVTecLOCO", 5), ("Visa", 12), ("RealIAD", 30), ("BTech", 3), ("MPDD", 6),

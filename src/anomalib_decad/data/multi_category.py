@@ -1,24 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Many categories of a dataset in one anomalib datamodule."""
 
-import copy
-import importlib
-import inspect
 import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import anomalib.data
 import torch
-from anomalib.data import AnomalibDataModule, AnomalibDataset, Folder
+from anomalib.data import AnomalibDataModule, AnomalibDataset
 from anomalib.data.utils import TestSplitMode, ValSplitMode
 from lightning.pytorch.utilities.types import TRAIN_DATALOADERS
 from torch.utils.data import DataLoader, WeightedRandomSampler
 from torchvision.transforms.v2 import Transform
 
-from anomalib_decad.compat import rename_datamodule, update_augmentations
+from anomalib_decad.compat import update_augmentations
+from anomalib_decad.data.categories import create_datamodules, describe_download, is_without_images
 from anomalib_decad.data.category_dataset import CategoryDataset
 
 __all__ = ["MultiCategory"]
@@ -40,10 +37,12 @@ class MultiCategory(AnomalibDataModule):
             MVTecLOCO, Visa, RealIAD, BTech, MPDD, Kaputt, AutoVI, ...) or of ``Folder``, whose categories are the
             folders in ``root``; an instance of one, whose settings then hold for every category; or a list of
             instances, each of which is a category.
-        categories (Sequence[str] | None): Names of the categories.
-            Defaults to ``None``: all that the dataset defines, or, where ``root`` has none of these, all in ``root``.
-        root (Path | str | None): Folder of the dataset, with a folder for each category.
-            Defaults to ``None``: that of the wrapped datamodule.
+        categories (Sequence[str | int] | None): Names of the categories, which must be in ``root``. A number finds the
+            name that reads so.
+            Defaults to ``None``: all in ``root``, or, if it has nothing in it, all that the dataset defines.
+        root (Path | str | None): Folder of the dataset, with a folder for each category. If it exists and is empty,
+            the dataset is downloaded into it, where anomalib can.
+            Defaults to ``None``: that of the wrapped datamodule, which need not exist yet.
         sampling (Literal["auto", "natural", "balanced"]): How training images are drawn: each once in an epoch
             (natural), or from every category equally often, with replacement (balanced).
             Defaults to ``"auto"``: balanced, but natural where a training is a single epoch, as that of memory banks:
@@ -68,8 +67,8 @@ class MultiCategory(AnomalibDataModule):
             ``{"resolution": 512}`` for RealIAD or ``{"normal_dir": "good", "abnormal_dir": "bad"}`` for Folder.
 
     Raises:
-        ValueError: If the datamodule has no categories, or a name or an argument is wrong; the message lists the valid
-            ones.
+        ValueError: If the datamodule has no categories, ``root`` does not exist, or a name or an argument is wrong; the
+            message lists the valid ones.
 
     Example:
         >>> datamodule = MultiCategory("MVTecAD", categories=["bottle", "grid"], root="./datasets/MVTecAD")
@@ -81,7 +80,7 @@ class MultiCategory(AnomalibDataModule):
     def __init__(
         self,
         datamodule: str | type[AnomalibDataModule] | AnomalibDataModule | Sequence[AnomalibDataModule],
-        categories: Sequence[str] | None = None,
+        categories: Sequence[str | int] | None = None,
         root: Path | str | None = None,
         sampling: Literal["auto", "natural", "balanced"] = "auto",
         train_batch_size: int = 16,
@@ -126,7 +125,7 @@ class MultiCategory(AnomalibDataModule):
             **(datamodule_args or {}),
         }
         settings = {name: value for name, value in settings.items() if value is not None}
-        self.datamodules = _create_datamodules(datamodule, categories, settings)
+        self.datamodules = create_datamodules(datamodule, categories, settings)
         self._are_set_up = False
         roots = {str(getattr(module, "root", None)) for module in self.datamodules.values()}
         first_root = getattr(next(iter(self.datamodules.values())), "root", None)
@@ -147,7 +146,11 @@ class MultiCategory(AnomalibDataModule):
         return list(self.datamodules)
 
     def prepare_data(self) -> None:
-        """Download what is missing, as the wrapped datamodules do it."""
+        """Download what is missing, as the wrapped datamodules do it, and say what that is before."""
+        missing = [module for module in self.datamodules.values() if is_without_images(module)]
+        for download in dict.fromkeys(map(describe_download, missing)):
+            if download:
+                logger.warning("%s.", download)
         for module in self.datamodules.values():
             module.prepare_data()
 
@@ -213,131 +216,3 @@ class MultiCategory(AnomalibDataModule):
             num_workers=self.num_workers,
             collate_fn=self.external_collate_fn or self.train_data.collate_fn,
         )
-
-
-def _create_datamodules(
-    datamodule: str | type[AnomalibDataModule] | AnomalibDataModule | Sequence[AnomalibDataModule],
-    categories: Sequence[str] | None,
-    settings: dict[str, Any],
-) -> dict[str, AnomalibDataModule]:
-    """Create a datamodule for each category."""
-    if isinstance(categories, str):
-        categories = [categories]
-    if isinstance(datamodule, Sequence) and not isinstance(datamodule, str):
-        return _name_datamodules(datamodule, categories, settings)
-    if isinstance(datamodule, AnomalibDataModule):
-        if settings:
-            msg = f"{', '.join(settings)}: give these to the {type(datamodule).__name__} that is wrapped"
-            raise ValueError(msg)
-        template = datamodule
-    else:
-        template = _create_template(_find_class(datamodule), settings)
-    names = _choose_categories(template, categories)
-    return {name: _with_category(template, name) for name in names}
-
-
-def _name_datamodules(
-    datamodules: Sequence[AnomalibDataModule], categories: Sequence[str] | None, settings: dict[str, Any]
-) -> dict[str, AnomalibDataModule]:
-    """Take a list of datamodules for the categories."""
-    if settings:
-        msg = f"{', '.join(settings)}: give these to the datamodules of the list"
-        raise ValueError(msg)
-    names = list(categories) if categories else [module.category or module.name for module in datamodules]
-    if not names or len(set(names)) != len(names) or len(names) != len(datamodules):
-        msg = f"a list of {len(datamodules)} datamodules needs as many different category names, got {names}"
-        raise ValueError(msg)
-    return dict(zip(names, datamodules, strict=True))
-
-
-def _find_class(datamodule: str | type[AnomalibDataModule]) -> type[AnomalibDataModule]:
-    """Find a datamodule class by its name or import path."""
-    if not isinstance(datamodule, str):
-        return datamodule
-    module, _, name = datamodule.rpartition(".")
-    try:
-        found = getattr(importlib.import_module(module) if module else anomalib.data, name, None)
-    except ModuleNotFoundError:
-        found = None
-    if not (inspect.isclass(found) and issubclass(found, AnomalibDataModule)):
-        msg = f"datamodule: anomalib has no {datamodule!r}; those with categories are {', '.join(_with_categories())}"
-        raise ValueError(msg)
-    return found
-
-
-def _with_categories() -> list[str]:
-    """List anomalib's datamodules that can be wrapped."""
-    classes = (getattr(anomalib.data, name) for name in anomalib.data.__all__ if name != "MultiCategory")
-    return sorted(
-        cls.__name__
-        for cls in classes
-        if inspect.isclass(cls)
-        and issubclass(cls, AnomalibDataModule)
-        and (cls is Folder or "category" in inspect.signature(cls).parameters)
-    )
-
-
-def _create_template(cls: type[AnomalibDataModule], settings: dict[str, Any]) -> AnomalibDataModule:
-    """Create the datamodule that the categories' are copies of."""
-    parameters = inspect.signature(cls).parameters
-    if cls is not Folder and "category" not in parameters:
-        msg = f"datamodule: {cls.__name__} has no categories; those that have are {', '.join(_with_categories())}"
-        raise ValueError(msg)
-    unknown = [name for name in settings if name not in parameters]
-    if unknown:
-        msg = f"{cls.__name__} takes no {', '.join(unknown)}; it takes {', '.join(parameters)}"
-        raise ValueError(msg)
-    if issubclass(cls, Folder):
-        if "normal_dir" not in settings or "root" not in settings:
-            msg = "Folder needs root, and datamodule_args with normal_dir: the folder of normal images in each category"
-            raise ValueError(msg)
-        return cls(name="", **settings)
-    return cls(**settings)
-
-
-def _choose_categories(template: AnomalibDataModule, categories: Sequence[str] | None) -> list[str]:
-    """Check the names of categories, or find all."""
-    defined = _defined_categories(type(template))
-    present = _present_categories(template)
-    if categories is None:
-        names = defined if not present or set(defined) & set(present) else present
-    else:
-        names = list(categories)
-    valid = [*defined, *(name for name in present if name not in defined)]
-    wrong = [name for name in names if name not in valid] if valid else []
-    if not names or wrong or len(set(names)) != len(names):
-        problem = f"no category {', '.join(map(repr, wrong))}" if wrong else f"categories must be different: {names}"
-        if not names:
-            problem = f"no categories found in {getattr(template, 'root', None)}"
-        msg = f"{type(template).__name__}: {problem}; valid names are {', '.join(valid) or 'unknown'}"
-        raise ValueError(msg)
-    return names
-
-
-def _defined_categories(cls: type[AnomalibDataModule]) -> list[str]:
-    """List the categories that a dataset defines: CATEGORIES beside anomalib's dataset of the same name."""
-    try:
-        module = importlib.import_module(cls.__module__.replace(".datamodules.", ".datasets."))
-    except ModuleNotFoundError:
-        return []
-    return list(getattr(module, "CATEGORIES", ()))
-
-
-def _present_categories(template: AnomalibDataModule) -> list[str]:
-    """List the folders in the root that look like a category."""
-    root = getattr(template, "root", None)
-    if root is None or not Path(root).is_dir():
-        return []
-    wanted = template.normal_dir if isinstance(template, Folder) else "train"
-    inside = [wanted] if isinstance(wanted, str | Path) else list(wanted)
-    return sorted(folder.name for folder in Path(root).iterdir() if any((folder / name).is_dir() for name in inside))
-
-
-def _with_category(template: AnomalibDataModule, category: str) -> AnomalibDataModule:
-    """Copy a datamodule that was not set up yet for another category."""
-    module = copy.deepcopy(template)
-    if isinstance(module, Folder):
-        module.root = Path(module.root or ".") / category
-        rename_datamodule(module, category)
-    module.category = category
-    return module
