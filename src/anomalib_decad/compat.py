@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from anomalib.data import AnomalibDataModule
     from anomalib.post_processing import PostProcessor
@@ -35,6 +35,7 @@ __all__ = [
     "is_importing",
     "marks_as_imported",
     "rename_datamodule",
+    "replace_setup",
     "replace_threshold_metrics",
     "set_training_steps",
     "shallow_copy",
@@ -101,6 +102,15 @@ PRIVATE_NAMES = (
         None,
         "``setup`` calls it, but sets up the datasets before, which MultiCategory does itself.",
         "See where augmentations reach the datasets now, and mend update_augmentations.",
+    ),
+    PrivateName(
+        "anomalib",
+        "anomalib.data.datamodules.base.image",
+        "AnomalibDataModule",
+        "_setup",
+        None,
+        "``setup`` always calls it; a subclass of each datamodule would not be that datamodule.",
+        "See what lists the images of a datamodule now, and mend replace_setup.",
     ),
     PrivateName(
         "lightning",
@@ -220,6 +230,16 @@ def rename_datamodule(datamodule: AnomalibDataModule, name: str) -> None:
 def update_augmentations(datamodule: AnomalibDataModule) -> None:
     """Hand a datamodule's augmentations to its datasets, as anomalib does in ``setup``."""
     datamodule._update_augmentations()
+
+
+def replace_setup(datamodule: AnomalibDataModule, setup: Callable[[str | None], None]) -> None:
+    """Have a datamodule list its images in another way; its splits stay its own.
+
+    Args:
+        datamodule (AnomalibDataModule): The datamodule, of which no other instance changes.
+        setup (Callable[[str | None], None]): Sets ``train_data``, ``test_data``, and ``val_data`` if there is some.
+    """
+    vars(datamodule)["_setup"] = setup
 
 
 def set_training_steps(trainer: Trainer, steps: int) -> None:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from anomalib.data import AnomalibDataModule, AnomalibDataset
+from anomalib.data.errors import MisMatchError
 from anomalib.data.utils import TestSplitMode, ValSplitMode
 from lightning.pytorch.utilities.types import TRAIN_DATALOADERS
 from torch.utils.data import DataLoader, WeightedRandomSampler
@@ -17,10 +18,13 @@ from torchvision.transforms.v2 import Transform
 from anomalib_decad.compat import update_augmentations
 from anomalib_decad.data.categories import create_datamodules, describe_download, is_without_images
 from anomalib_decad.data.category_dataset import CategoryDataset
+from anomalib_decad.data.layouts import list_by_name
 
 __all__ = ["MultiCategory"]
 
 logger = logging.getLogger(__name__)
+
+_NAMED_ERRORS = (FileNotFoundError, ValueError, MisMatchError)
 
 _SUBSETS = ("train", "val", "test")
 
@@ -168,11 +172,12 @@ class MultiCategory(AnomalibDataModule):
     def _setup(self, _stage: str | None = None) -> None:
         for category, module in self.datamodules.items():
             module.num_workers = 0  # its loaders read nothing: only their datasets are wanted
+            list_by_name(module)
             try:
                 module.setup(_stage)
-            except (FileNotFoundError, RuntimeError) as error:
+            except (OSError, RuntimeError, ValueError, MisMatchError) as error:
                 msg = f"the category {category!r} cannot be read: {error}"
-                raise type(error)(msg) from error
+                raise (type(error) if type(error) in _NAMED_ERRORS else RuntimeError)(msg) from error
         for subset in _SUBSETS:
             datasets: dict[str, AnomalibDataset] = {
                 # The loader's dataset, because a datamodule may choose between several (MVTecAD2's test_type).

@@ -1,0 +1,105 @@
+"""Masks are found by the names of their images."""
+
+import shutil
+
+import cv2
+import numpy as np
+import pytest
+from anomalib.data.errors import MisMatchError
+from hypothesis import given
+from hypothesis import strategies as st
+
+from anomalib_decad import MultiCategory
+from anomalib_decad.data.pairing import pair_by_name
+from conftest import make_dataset
+
+STEMS = st.text("a1-_.m", min_size=1, max_size=4)
+FOLDER = {"normal_dir": "train/good", "normal_test_dir": "test/good", "abnormal_dir": "test/square",
+          "mask_dir": "ground_truth/square"}  # fmt: skip
+
+
+def write_defects(folder, names, mask_name="{}_mask.png"):
+    """A product whose masks have as many pixels as their images have of brightness."""
+    for split in ("train", "test"):
+        write(folder / split / "good" / "0.png", np.full((32, 32), 50))
+    for number, name in enumerate(names, 1):
+        write(folder / "test" / "square" / f"{name}.png", np.full((32, 32), number))
+        mask = np.zeros((32, 32))
+        mask.flat[:number] = 255
+        write(folder / "ground_truth" / "square" / mask_name.format(name), mask)
+
+
+def write(path, image):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    assert cv2.imwrite(str(path), image.astype(np.uint8))
+
+
+def pairs_of(datamodule):
+    datamodule.setup()
+    items = [datamodule.test_data[index] for index in range(len(datamodule.test_data))]
+    return [(round(float(item.image.mean()) * 255), int(item.gt_mask.sum())) for item in items if item.gt_label]
+
+
+@given(stems=st.sets(STEMS, min_size=1, max_size=6), before=st.sampled_from(["", "mask-", "m"]),
+       behind=st.sampled_from(["", "_mask", "_gt", "1"]))  # fmt: skip
+def test_masks_of_one_naming_are_found(stems, before, behind):
+    masks = {("hole", f"{before}{stem}{behind}"): stem for stem in stems}
+    images = [("hole", stem) for stem in sorted(stems)]
+    assert pair_by_name(images, masks) == sorted(stems)
+
+
+def test_a_mask_is_in_the_folder_of_its_image_unless_its_name_is_the_only_one():
+    images = [("hole", "1"), ("dent", "1"), ("dent", "2")]
+    masks = {("hole", "1"): "a", ("all", "2"): "b", ("all", "1"): "c"}
+    assert pair_by_name(images, masks) == ["a", None, None]
+    assert pair_by_name(images, masks, anywhere=True) == ["a", None, "b"]
+
+
+@pytest.mark.parametrize("mask_name", ["{}_mask.png", "{}.png", "{}.bmp", "{}_gt.png"])
+@pytest.mark.parametrize("layout", ["MVTecAD", "MPDD", "Folder"])
+def test_masks_are_not_paired_by_sort_order(layout, mask_name, tmp_path):
+    write_defects(tmp_path / "gear", ["anomaly-1", "anomaly-10", "anomaly-2", "anomaly"], mask_name)
+    arguments = {"datamodule_args": FOLDER, "val_split_mode": "same_as_test"} if layout == "Folder" else {}
+    pairs = pairs_of(MultiCategory(layout, root=tmp_path, num_workers=0, **arguments))
+    assert sorted(pairs) == [(1, 1), (2, 2), (3, 3), (4, 4)]
+
+
+@pytest.mark.parametrize("mask_dir", ["ground_truth", ["ground_truth/hole", "ground_truth/dent"]])
+def test_folders_of_several_defects(mask_dir, tmp_path):
+    write_defects(tmp_path / "gear", ["1", "2"])
+    for name in ("hole", "dent"):
+        for part in ("test", "ground_truth"):
+            shutil.copytree(tmp_path / "gear" / part / "square", tmp_path / "gear" / part / name)
+    write(tmp_path / "gear" / "ground_truth" / "dent" / "2_mask.png", np.full((32, 32), 255))
+    arguments = {**FOLDER, "abnormal_dir": ["test/hole", "test/dent"], "mask_dir": mask_dir}
+    datamodule = MultiCategory(
+        "Folder", root=tmp_path, num_workers=0, val_split_mode="same_as_test", datamodule_args=arguments
+    )
+    assert sorted(pairs_of(datamodule)) == [(1, 1), (1, 1), (2, 2), (2, 1024)]
+
+
+@pytest.mark.parametrize("layout", ["MVTecAD", "Folder"])
+def test_an_image_without_its_mask_is_named(layout, tmp_path):
+    write_defects(tmp_path / "gear", ["1", "10"])
+    (tmp_path / "gear" / "ground_truth" / "square" / "1_mask.png").unlink()
+    arguments = {"datamodule_args": FOLDER} if layout == "Folder" else {}
+    message = r"the category 'gear' cannot be read: 1 of 2 anomalous images have no mask, the first is .*/1\.png: its"
+    with pytest.raises(MisMatchError, match=message):
+        MultiCategory(layout, root=tmp_path, num_workers=0, **arguments).setup()
+
+
+def test_a_mask_without_its_image_is_named(tmp_path, caplog):
+    write_defects(tmp_path / "gear", ["1", "10"])
+    (tmp_path / "gear" / "test" / "square" / "1.png").unlink()
+    assert pairs_of(MultiCategory("MVTecAD", root=tmp_path, num_workers=0)) == [(2, 2)]
+    assert "1 masks have no image, the first is" in caplog.text
+
+
+def test_a_product_without_masks_is_scored_by_images(tmp_path):
+    make_dataset(tmp_path, ("gear",), num_train=2, num_test=2)
+    shutil.rmtree(tmp_path / "gear" / "ground_truth")
+    datamodule = MultiCategory("MVTecAD", root=tmp_path, num_workers=0)
+    datamodule.setup()
+    batch = next(iter(datamodule.test_dataloader()))
+    assert batch.gt_mask is None
+    assert batch.gt_label.sum() == 2
