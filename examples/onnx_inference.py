@@ -22,15 +22,24 @@ def load(model: Path):  # noqa: ANN201 - a function from a batch to named arrays
 
 
 def read(path: Path) -> np.ndarray:
-    """Read an image, shape (H, W, 3), BGR, 8 bit."""
-    image = cv2.imread(str(path), cv2.IMREAD_COLOR)
+    """Read an image, shape (H, W, 3), BGR, of as many bits as the file has."""
+    image = cv2.imread(str(path), cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH)
     if image is None:
         raise SystemExit(f"{path} is no image that OpenCV can read")
     return image
 
 
+def find_white(paths: list[Path], bits: int | None) -> float:
+    """Find the value of white in images of more than 8 bits: of all, as a dark image must stay dark."""
+    if bits:
+        return 2.0**bits - 1
+    largest = max((float(image.max()) for image in map(read, paths) if image.dtype != np.uint8), default=0)
+    return next((white for white in (255.0, 1023.0, 4095.0, 65535.0) if largest <= white), largest)
+
+
 def draw(image: np.ndarray, anomaly_map: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Lay the heatmap over the image, with the outline of what is above the threshold."""
+    """Lay the heatmap over the image, of values in [0, 1], with the outline of what is above the threshold."""
+    image = (image * 255).round().astype(np.uint8)
     size = image.shape[1], image.shape[0]
     heat = cv2.applyColorMap((cv2.resize(anomaly_map, size).clip(0, 1) * 255).astype(np.uint8), cv2.COLORMAP_JET)
     picture = cv2.addWeighted(image, 0.6, heat, 0.4, 0)
@@ -45,12 +54,15 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("images", type=Path, nargs="+")
     parser.add_argument("--output", type=Path, default=Path("heatmaps"))
+    parser.add_argument("--bits", type=int, help="of images with more than 8; else by their largest value")
     args = parser.parse_args()
     predict = load(args.model)
     args.output.mkdir(parents=True, exist_ok=True)
+    white = find_white(args.images, args.bits)
     for path in args.images:
         image = read(path)
-        batch = (image[:, :, ::-1].astype(np.float32) / 255).transpose(2, 0, 1)[None]
+        image = (image.astype(np.float32) / (255 if image.dtype == np.uint8 else white)).clip(0, 1)
+        batch = np.ascontiguousarray(image[:, :, ::-1].transpose(2, 0, 1)[None])
         result = {name: value[0].squeeze() for name, value in predict(batch).items()}
         target = args.output / f"{path.stem}.png"
         cv2.imwrite(str(target), draw(image, result["anomaly_map"], result["pred_mask"]))

@@ -3,14 +3,20 @@
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
 from typing import cast
 
 import pandas as pd
+import torch
 from anomalib import TaskType
 from anomalib.data import AnomalibDataset, ImageItem
+from anomalib.data.utils import LabelName
 from torchvision.transforms.v2 import Transform
+from torchvision.tv_tensors import Mask
 
 from anomalib_decad.data.category_batch import CategoryBatch, CategoryItem
+from anomalib_decad.data.reading import FULL_WHITE, read_image, read_mask
 
 __all__ = ["CategoryDataset"]
 
@@ -18,21 +24,27 @@ __all__ = ["CategoryDataset"]
 class CategoryDataset(AnomalibDataset):
     """Joins datasets of one category each.
 
-    Reading an image, its mask and its label is left to the dataset of its category. The joint ``samples`` have two more
-    columns: ``category``, and ``position`` in the dataset of the category.
+    Images and masks are read as anomalib does, but those of more than 8 bits are scaled, masks may be noisy, and an
+    image may have several masks or none. Datasets that read their items in a way of their own do it here, too. The
+    joint ``samples`` have two more columns: ``category``, and ``position`` in the dataset of the category.
 
     Args:
         datasets (Mapping[str, AnomalibDataset]): The dataset of each category, by its name.
+        whites (Mapping[str, float]): The value of white in a category's images of more than 8 bits.
+            Defaults to none: the largest value of 16 bits.
 
     Raises:
         ValueError: If ``datasets`` is empty.
     """
 
-    def __init__(self, datasets: Mapping[str, AnomalibDataset]) -> None:
+    def __init__(
+        self, datasets: Mapping[str, AnomalibDataset], whites: Mapping[str, float] = MappingProxyType({})
+    ) -> None:
         if not datasets:
             msg = "a CategoryDataset needs at least one dataset"
             raise ValueError(msg)
         self.datasets = dict(datasets)
+        self.whites = dict(whites)
         first = next(iter(self.datasets.values()))
         super().__init__(augmentations=first.augmentations)
         samples = pd.concat(
@@ -77,8 +89,31 @@ class CategoryDataset(AnomalibDataset):
     def __getitem__(self, index: int) -> CategoryItem:
         """Read the image at an index of ``samples``."""
         sample = self.samples.iloc[index]
-        item = cast("ImageItem", self.datasets[sample.category][sample.position])
-        return CategoryItem.from_item(item, sample.category)
+        dataset = self.datasets[sample.category]
+        if type(dataset).__getitem__ is not AnomalibDataset.__getitem__:
+            return CategoryItem.from_item(cast("ImageItem", dataset[sample.position]), sample.category)
+        image, mask = read_image(sample.image_path, self.whites.get(sample.category, FULL_WHITE)), None
+        label = int(sample.label_index)
+        # A product without masks has paths that are empty, or no paths.
+        value = sample.get("mask_path")
+        paths = value if isinstance(value, list) else [value] if isinstance(value, str | Path) and str(value) else []
+        if dataset.task != TaskType.CLASSIFICATION:
+            if label == LabelName.NORMAL:
+                mask = Mask(torch.zeros(image.shape[-2:], dtype=torch.uint8))
+            elif label == LabelName.ABNORMAL and paths:
+                mask = Mask(torch.stack([read_mask(path) for path in paths]).amax(0))
+        if self.augmentations and mask is not None:
+            image, mask = self.augmentations(image, mask)
+        elif self.augmentations:
+            image = self.augmentations(image)
+        return CategoryItem(
+            image=image,
+            gt_mask=mask,
+            gt_label=None if label == LabelName.UNKNOWN else torch.tensor(label),
+            image_path=str(sample.image_path),
+            mask_path=str(paths[0]) if paths else None,
+            category=sample.category,
+        )
 
     def __add__(self, other_dataset: AnomalibDataset) -> "CategoryDataset":  # type: ignore[override]
         """Refuse: the samples of two joint datasets refer to different datasets of the same category."""

@@ -18,6 +18,7 @@ from torchvision.transforms.v2 import Transform
 from anomalib_decad.compat import update_augmentations
 from anomalib_decad.data.categories import create_datamodules, describe_download, is_without_images
 from anomalib_decad.data.category_dataset import CategoryDataset
+from anomalib_decad.data.checks import check_category
 from anomalib_decad.data.layouts import list_by_name
 
 __all__ = ["MultiCategory"]
@@ -69,6 +70,8 @@ class MultiCategory(AnomalibDataModule):
         seed (int | None): Seed of random splits.
         datamodule_args (Mapping[str, Any] | None): Further arguments of the wrapped datamodule, for example
             ``{"resolution": 512}`` for RealIAD or ``{"normal_dir": "good", "abnormal_dir": "bad"}`` for Folder.
+        bit_depth (int | None): Bits of the values in image files that have more than 8.
+            Defaults to ``None``: for each category the fewest of 8, 10, 12 and 16 that hold its largest value.
 
     Raises:
         ValueError: If the datamodule has no categories, ``root`` does not exist, or a name or an argument is wrong; the
@@ -100,6 +103,7 @@ class MultiCategory(AnomalibDataModule):
         val_split_ratio: float | None = None,
         seed: int | None = None,
         datamodule_args: Mapping[str, Any] | None = None,
+        bit_depth: int | None = None,
     ) -> None:
         super().__init__(
             train_batch_size=train_batch_size,
@@ -118,7 +122,11 @@ class MultiCategory(AnomalibDataModule):
         if sampling not in {"auto", "natural", "balanced"}:
             msg = f"sampling must be 'auto', 'natural' or 'balanced', got {sampling!r}"
             raise ValueError(msg)
+        if bit_depth is not None and not 8 <= bit_depth <= 32:
+            msg = f"bit_depth must be between 8 and 32, got {bit_depth}"
+            raise ValueError(msg)
         self.sampling = sampling
+        self.bit_depth = bit_depth
         settings = {
             "root": root,
             "test_split_mode": test_split_mode,
@@ -130,6 +138,7 @@ class MultiCategory(AnomalibDataModule):
         }
         settings = {name: value for name, value in settings.items() if value is not None}
         self.datamodules = create_datamodules(datamodule, categories, settings)
+        self.whites: dict[str, float] = {}
         self._are_set_up = False
         roots = {str(getattr(module, "root", None)) for module in self.datamodules.values()}
         first_root = getattr(next(iter(self.datamodules.values())), "root", None)
@@ -170,26 +179,37 @@ class MultiCategory(AnomalibDataModule):
         update_augmentations(self)
 
     def _setup(self, _stage: str | None = None) -> None:
+        joined: dict[str, dict[str, AnomalibDataset]] = {subset: {} for subset in _SUBSETS}
         for category, module in self.datamodules.items():
             module.num_workers = 0  # its loaders read nothing: only their datasets are wanted
             list_by_name(module)
             try:
                 module.setup(_stage)
+                datasets = {
+                    # The loader's dataset, because a datamodule may choose between several (MVTecAD2's test_type).
+                    subset: getattr(module, f"{subset}_dataloader")().dataset
+                    for subset in _SUBSETS
+                    if hasattr(module, f"{subset}_data")
+                }
+                white = check_category(category, datasets)
             except (OSError, RuntimeError, ValueError, MisMatchError) as error:
                 msg = f"the category {category!r} cannot be read: {error}"
+                if "non-printable" in str(error):
+                    msg += ": rename the folders so that their names have ASCII letters only"
                 raise (type(error) if type(error) in _NAMED_ERRORS else RuntimeError)(msg) from error
-        for subset in _SUBSETS:
-            datasets: dict[str, AnomalibDataset] = {
-                # The loader's dataset, because a datamodule may choose between several (MVTecAD2's test_type).
-                category: getattr(module, f"{subset}_dataloader")().dataset
-                for category, module in self.datamodules.items()
-                if hasattr(module, f"{subset}_data")
-            }
-            if datasets:
-                setattr(self, f"{subset}_data", CategoryDataset(datasets))
+            for subset, dataset in datasets.items():
+                joined[subset][category] = dataset
+            if white is not None:
+                self.whites[category] = white
+        if self.bit_depth is not None:
+            self.whites = dict.fromkeys(self.datamodules, 2.0**self.bit_depth - 1)
+        for subset, by_category in joined.items():
+            if by_category:
+                setattr(self, f"{subset}_data", CategoryDataset(by_category, self.whites))
         # anomalib writes heatmaps to the part of an image's path behind this name. Where links lead out of the folder
         # of that name, equally named images of two categories would overwrite each other.
-        paths = [Path(path) for path in self.test_data.samples.image_path]
+        subsets = [getattr(self, f"{subset}_data") for subset in _SUBSETS if hasattr(self, f"{subset}_data")]
+        paths = [Path(path) for subset in subsets for path in subset.samples.image_path]
         if not all(self._name in path.parts for path in paths):
             self._name = Path(os.path.commonpath(paths)).name or self._name
         logger.info(

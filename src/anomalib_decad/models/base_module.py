@@ -23,6 +23,7 @@ from torchvision.transforms.v2 import Compose, Normalize, Resize
 from typing_extensions import Self
 
 from anomalib_decad.compat import set_training_steps
+from anomalib_decad.data import DeepImagesMixin
 from anomalib_decad.export import ParityExportMixin, lacks_threshold
 from anomalib_decad.metrics import BoundedPostProcessor, CategoryEvaluator
 
@@ -51,7 +52,7 @@ else:
 _CHECK_EVERY = 10
 
 
-class BaseModule(_Base):
+class BaseModule(DeepImagesMixin, _Base):
     """Base of the package's anomalib models, which also have ``AnomalibModule`` as a base, behind this one.
 
     A subclass sets ``self.model``, a torch module with a frozen part ``encoder`` (with ``load_weights``), a method
