@@ -140,6 +140,9 @@ def _create_template(cls: type[AnomalibDataModule], settings: dict[str, Any]) ->
     if unknown:
         msg = f"{cls.__name__} takes no {', '.join(unknown)}; it takes {', '.join(parameters)}"
         raise ValueError(msg)
+    if issubclass(cls, RealIAD):
+        # anomalib's default drops the normal test images, and with them the image metrics.
+        settings = {"test_split_mode": "from_dir", **settings}
     if issubclass(cls, Folder):
         if "normal_dir" not in settings or "root" not in settings:
             msg = "Folder needs root, and datamodule_args with normal_dir: the folder of normal images in each category"

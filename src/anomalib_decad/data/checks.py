@@ -17,7 +17,7 @@ from PIL import Image, UnidentifiedImageError
 
 from anomalib_decad.data.reading import find_white, is_deep, read_values
 
-__all__ = ["check_category"]
+__all__ = ["check_category", "look_at_subsets"]
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ def check_category(category: str, datasets: Mapping[str, AnomalibDataset]) -> fl
     tables = {subset: dataset.samples for subset, dataset in datasets.items()}
     every = pd.concat(tables.values(), ignore_index=True)
     white, findings = _look_at_images(every)
-    findings += _look_at_subsets(tables)
+    findings += look_at_subsets(tables)
     for dataset in datasets.values():
         if len(dataset) and dataset.task != TaskType.CLASSIFICATION:
             findings += _look_at_masks(dataset.samples)
@@ -101,8 +101,15 @@ def _is_constant(path: str) -> bool:
     return bool((values == values[:1, :1]).all())
 
 
-def _look_at_subsets(tables: Mapping[str, pd.DataFrame]) -> list[str]:
-    """Say which kinds of images are missing in the test and validation set."""
+def look_at_subsets(tables: Mapping[str, pd.DataFrame]) -> list[str]:
+    """Say which kinds of images are missing in the test and validation set.
+
+    Args:
+        tables (Mapping[str, pd.DataFrame]): anomalib's tables of samples by subset: ``test``, ``val``.
+
+    Returns:
+        list[str]: What is missing, and what that means.
+    """
     findings = []
     test, val = tables.get("test"), tables.get("val")
     labels = set() if test is None else set(test.label_index)
@@ -110,7 +117,7 @@ def _look_at_subsets(tables: Mapping[str, pd.DataFrame]) -> list[str]:
         findings.append("no test images, so there are no metrics")
     elif LabelName.UNKNOWN not in labels:
         if LabelName.NORMAL not in labels:
-            findings.append("no normal test images, so there are no image metrics (see test_split_mode)")
+            findings.append("no normal test images, so there are no image metrics (test_split_mode=from_dir has them)")
         if LabelName.ABNORMAL not in labels:
             findings.append("no anomalous test images, so there are no metrics")
     if val is None or val.empty:

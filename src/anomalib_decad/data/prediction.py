@@ -6,11 +6,14 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast
 
-from anomalib.data import ImageBatch, PredictDataset
+from anomalib.data import AnomalibDataModule, AnomalibDataset, ImageBatch, PredictDataset
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_only
 from torchvision.transforms.v2.functional import resize
 
 from anomalib_decad.data.category_batch import CategoryBatch
+from anomalib_decad.data.category_dataset import CategoryDataset
+from anomalib_decad.data.checks import look_at_subsets
 from anomalib_decad.data.reading import find_white, is_deep, read_image
 
 __all__ = ["DeepImagesMixin"]
@@ -68,7 +71,7 @@ class DeepImagesMixin(_Base):
             Sequence[Callback] | Callback: The callbacks.
         """
         callbacks = super().configure_callbacks()
-        return [_ReadAgain(), *([callbacks] if isinstance(callbacks, Callback) else callbacks)]
+        return [_Look(), *([callbacks] if isinstance(callbacks, Callback) else callbacks)]
 
     def read_again(self, batch: Any, dataset: PredictDataset) -> None:
         """Read the images of a batch again that have more than 8 bits.
@@ -97,8 +100,20 @@ class DeepImagesMixin(_Base):
         return self._white[1]
 
 
-class _ReadAgain(Callback):
-    """Comes before the pre-processor, which is a callback, too."""
+class _Look(Callback):
+    """Looks at data that is not ``MultiCategory``'s, before the pre-processor, which is a callback, too."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say which kinds of images the test and validation set lack."""
+        del pl_module
+        datamodule = getattr(trainer, "datamodule", None)
+        sets = {subset: getattr(datamodule, f"{subset}_data", None) for subset in ("test", "val")}
+        tables = {subset: data.samples for subset, data in sets.items() if isinstance(data, AnomalibDataset)}
+        if not isinstance(datamodule, AnomalibDataModule) or any(isinstance(s, CategoryDataset) for s in sets.values()):
+            return
+        findings = look_at_subsets(tables)
+        if findings and all("label_index" in table for table in tables.values()):
+            _warn_about("; ".join(findings))
 
     def on_predict_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -123,6 +138,11 @@ class _ReadAgain(Callback):
         """Say that images of more than 8 bits are white."""
         del trainer, pl_module, dataloader_idx
         _warn_if_white(batch, batch_idx)
+
+
+@rank_zero_only
+def _warn_about(findings: str) -> None:
+    logger.warning("The data has %s.", findings)
 
 
 def _warn_if_white(batch: Any, index: int) -> None:
