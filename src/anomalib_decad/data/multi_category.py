@@ -11,7 +11,7 @@ import torch
 from anomalib.data import AnomalibDataModule, AnomalibDataset
 from anomalib.data.errors import MisMatchError
 from anomalib.data.utils import TestSplitMode, ValSplitMode
-from lightning.pytorch.utilities.types import TRAIN_DATALOADERS
+from lightning.pytorch.utilities.types import EVAL_DATALOADERS, TRAIN_DATALOADERS
 from torch.utils.data import DataLoader, WeightedRandomSampler
 from torchvision.transforms.v2 import Transform
 
@@ -241,3 +241,11 @@ class MultiCategory(AnomalibDataModule):
             num_workers=self.num_workers,
             collate_fn=self.external_collate_fn or self.train_data.collate_fn,
         )
+
+    def val_dataloader(self) -> EVAL_DATALOADERS:
+        """Create the validation dataloader; nothing where there are no validation images, so that training goes on."""
+        return super().val_dataloader() if len(getattr(self, "val_data", ())) else []
+
+    def test_dataloader(self) -> EVAL_DATALOADERS:
+        """Create the test dataloader; nothing where there are no test images."""
+        return super().test_dataloader() if len(getattr(self, "test_data", ())) else []

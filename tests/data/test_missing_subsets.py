@@ -1,0 +1,75 @@
+"""Training without test images, validation images, or one kind of them."""
+
+import shutil
+
+import pytest
+from anomalib.data import MVTecAD
+
+from anomalib_decad import MultiCategory
+from conftest import make_dataset
+
+FOLDER = {"datamodule": "Folder", "datamodule_args": {"normal_dir": "train/good"}}
+NONE = {"test_split_mode": "none", "val_split_mode": "none"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "findings"),
+    [
+        (NONE, ["no normal test images, so there are no image metrics", "no validation images"]),
+        ({**FOLDER, **NONE}, ["no test images, so there are no metrics", "no validation images"]),
+        (FOLDER, ["no anomalous test images, so there are no metrics", "no validation images"]),
+        ({"val_split_mode": "none"}, ["no validation images, so it has no part in the thresholds"]),
+    ],
+)
+def test_a_training_goes_on_and_what_is_missing_is_said(arguments, findings, tmp_path, make_model, make_engine, caplog):
+    make_dataset(tmp_path / "data", ("bolts", "cloth"), num_train=8)
+    datamodule = MultiCategory(
+        **{"datamodule": "MVTecAD", **arguments}, root=tmp_path / "data", num_workers=0, train_batch_size=4, seed=0
+    )
+    engine = make_engine(val_check_interval=2, check_val_every_n_epoch=None)
+    engine.train(make_model(), datamodule=datamodule)
+    for category in ("bolts", "cloth"):
+        (line,) = [text for text in caplog.messages if f"category {category}:" in text]
+        for finding in findings:
+            assert finding in line
+
+
+def test_one_product_without_test_images_joins_others_that_have_some(tmp_path, caplog):
+    make_dataset(tmp_path, ("bolts", "cloth"))
+    shutil.rmtree(tmp_path / "bolts" / "test")
+    shutil.rmtree(tmp_path / "bolts" / "ground_truth")
+    datamodule = MultiCategory("MVTecAD", root=tmp_path, num_workers=0, seed=0)
+    datamodule.setup()
+    labels = datamodule.test_data.samples.groupby("category").label_index.sum()
+    assert labels.to_dict() == {"bolts": 0, "cloth": 3}
+    batch = next(iter(datamodule.test_dataloader()))
+    assert batch.gt_mask.flatten(1).any(1).sum() == 3
+    assert "The category bolts: no anomalous test images" in caplog.text
+
+
+def test_products_of_folders_may_have_no_defects(tmp_path, caplog):
+    make_dataset(tmp_path, ("bolts", "cloth"))
+    shutil.rmtree(tmp_path / "bolts" / "test" / "square")
+    arguments = {"normal_dir": "train/good", "abnormal_dir": "test/square", "normal_test_dir": "test/good",
+                 "mask_dir": "ground_truth/square"}  # fmt: skip
+    datamodule = MultiCategory(
+        "Folder", root=tmp_path, datamodule_args=arguments, val_split_mode="same_as_test", num_workers=0
+    )
+    datamodule.setup()
+    labels = datamodule.test_data.samples.groupby("category").label_index.sum()
+    assert labels.to_dict() == {"bolts": 0, "cloth": 3}
+    assert next(iter(datamodule.test_dataloader())).gt_mask.flatten(1).any(1).sum() == 3
+    assert "The category bolts: no anomalous test images" in caplog.text
+
+
+def test_a_test_set_that_lost_its_normal_images_is_said(mvtec_root, make_model, make_engine, caplog):
+    datamodule = MVTecAD(mvtec_root, "bolts", test_split_mode="none", train_batch_size=4, num_workers=0)
+    make_engine(max_steps=1).fit(make_model(), datamodule=datamodule)
+    assert "The data has no normal test images, so there are no image metrics" in caplog.text
+
+
+def test_real_iad_keeps_its_normal_test_images(tmp_path):
+    (datamodule,) = MultiCategory("RealIAD", ["audiojack"], tmp_path).datamodules.values()
+    assert datamodule.test_split_mode == "from_dir"
+    (datamodule,) = MultiCategory("RealIAD", ["audiojack"], tmp_path, test_split_mode="none").datamodules.values()
+    assert datamodule.test_split_mode == "none"
