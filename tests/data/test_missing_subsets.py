@@ -34,6 +34,15 @@ def test_a_training_goes_on_and_what_is_missing_is_said(arguments, findings, tmp
             assert finding in line
 
 
+@pytest.mark.parametrize("count", [1, 2, 4, 5, 8, 10])
+@pytest.mark.parametrize("arguments", [{}, {"test_split_mode": "none"}, {"val_split_mode": "same_as_test"}])
+def test_few_normal_images_are_enough(count, arguments, tmp_path):
+    make_dataset(tmp_path, ("bolts",), num_train=count, num_test=0)
+    datamodule = MultiCategory(**FOLDER, root=tmp_path, num_workers=0, seed=0, **arguments)
+    datamodule.setup()
+    assert len(datamodule.train_data) >= max(1, 0.8 * count - 1)
+
+
 def test_one_product_without_test_images_joins_others_that_have_some(tmp_path, caplog):
     make_dataset(tmp_path, ("bolts", "cloth"))
     shutil.rmtree(tmp_path / "bolts" / "test")

@@ -255,3 +255,20 @@ def test_examples_scale_deep_images(script, bits, tmp_path, monkeypatch):
         assert batch.dtype == np.float32
         assert np.allclose(batch, shades * scale, atol=1 / 255)
     assert len(list((tmp_path / "out").iterdir())) == 3
+
+
+@pytest.mark.parametrize("predict", [False, True])
+def test_pictures_of_deep_images_show_them_as_the_model_sees_them(predict, make_model, make_engine, tmp_path):
+    make_dataset(tmp_path / "data", ("bolts",))
+    deepen(tmp_path / "data", 12)
+    datamodule = MultiCategory("MVTecAD", root=tmp_path / "data", **OPTIONS)
+    engine, model = make_engine(), make_model(visualizer=True)
+    if predict:
+        engine.predict(model, dataset=PredictDataset(tmp_path / "data" / "bolts" / "test" / "good"))
+    else:
+        engine.test(model, datamodule=datamodule)
+    pictures = sorted(path for path in tmp_path.rglob("images/**/*.png") if path.parent.name == "good")
+    assert len(pictures) == 3
+    original = cv2.imread(str(tmp_path / "data/bolts/test/good/000.png"), cv2.IMREAD_UNCHANGED)
+    picture = cv2.imread(str(pictures[0]))[40:, :200]  # below the title of the first field, the image
+    assert picture.mean() == pytest.approx((original / 4095 * 255).mean(), abs=12)

@@ -20,7 +20,7 @@ from anomalib.data import (
     Visa,
 )
 from anomalib.data.errors import MisMatchError
-from anomalib.data.utils import LabelName
+from anomalib.data.utils import LabelName, TestSplitMode, ValSplitMode
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from anomalib_decad.compat import replace_setup
@@ -83,6 +83,17 @@ def _set_datasets(
         # The attributes, of which the task is one, stay with the table.
         part = samples[samples.split == subset].reset_index(drop=True)
         setattr(datamodule, f"{subset}_data", ListedDataset(part, datamodule.category))
+    if datamodule.val_split_mode == ValSplitMode.FROM_TEST and not _count_test_images(datamodule, samples):
+        # anomalib cannot split nothing. That there are no validation images is said when all have been set up.
+        datamodule.val_split_mode = ValSplitMode.NONE
+
+
+def _count_test_images(datamodule: AnomalibDataModule, samples: pd.DataFrame) -> int:
+    """Count the images that anomalib's test split will have, of those that have been listed."""
+    test = samples[samples.split == "test"]
+    if datamodule.test_split_mode == TestSplitMode.NONE:
+        return int((test.label_index == LabelName.ABNORMAL).sum())
+    return len(test) or int((samples.split == "train").sum() * (datamodule.test_split_ratio or 0))
 
 
 def _list_mvtec(root: Path, normal: str) -> pd.DataFrame:

@@ -14,7 +14,8 @@ from torchvision.transforms.v2.functional import resize
 from anomalib_decad.data.category_batch import CategoryBatch
 from anomalib_decad.data.category_dataset import CategoryDataset
 from anomalib_decad.data.checks import look_at_subsets
-from anomalib_decad.data.reading import find_white, is_deep, read_image
+from anomalib_decad.data.reading import FULL_WHITE, find_white, is_deep, read_image
+from anomalib_decad.data.visualizer import CategoryVisualizer
 
 __all__ = ["DeepImagesMixin"]
 
@@ -63,6 +64,29 @@ class DeepImagesMixin(_Base):
         """
         super().on_load_checkpoint(checkpoint)
         self._whites = dict(checkpoint.get(_KEY, {}))
+
+    @classmethod
+    def configure_visualizer(cls) -> CategoryVisualizer:
+        """Configure the visualizer, which draws such images as the model has seen them.
+
+        Returns:
+            CategoryVisualizer: The visualizer.
+        """
+        return CategoryVisualizer()
+
+    def white_of(self, category: str | None) -> float:
+        """Give the value of white that images of more than 8 bits were scaled by.
+
+        Args:
+            category (str | None): Category of the image; ``None`` for images of a folder.
+
+        Returns:
+            float: The value.
+        """
+        if category is None:
+            return self._white[1] if self._white else FULL_WHITE
+        whites = getattr(getattr(self._trainer, "datamodule", None), "whites", None) or self._whites
+        return whites.get(category, FULL_WHITE)
 
     def configure_callbacks(self) -> Sequence[Callback] | Callback:
         """Give the model's callbacks, behind one that reads images of more than 8 bits again.

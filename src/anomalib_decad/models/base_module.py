@@ -72,7 +72,7 @@ class BaseModule(DeepImagesMixin, _Base):
             Defaults to ``True``.
         evaluator (Evaluator | bool): Evaluator, or whether to use the default one: the seven metrics for each category.
             Defaults to ``True``.
-        visualizer (Visualizer | bool): Visualizer, or whether to use anomalib's default one.
+        visualizer (Visualizer | bool): Visualizer, or whether to use the default one: a folder for each category.
             Defaults to ``True``.
 
     Raises:
