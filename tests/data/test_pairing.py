@@ -95,11 +95,14 @@ def test_a_mask_without_its_image_is_named(tmp_path, caplog):
     assert "1 masks have no image, the first is" in caplog.text
 
 
-def test_a_product_without_masks_is_scored_by_images(tmp_path):
+@pytest.mark.parametrize("layout", ["MVTecAD", "Folder"])
+def test_a_product_without_masks_is_scored_by_images(layout, tmp_path, caplog):
     make_dataset(tmp_path, ("gear",), num_train=2, num_test=2)
     shutil.rmtree(tmp_path / "gear" / "ground_truth")
-    datamodule = MultiCategory("MVTecAD", root=tmp_path, num_workers=0)
+    arguments = {"datamodule_args": FOLDER, "val_split_mode": "same_as_test"} if layout == "Folder" else {}
+    datamodule = MultiCategory(layout, root=tmp_path, num_workers=0, **arguments)
     datamodule.setup()
     batch = next(iter(datamodule.test_dataloader()))
     assert batch.gt_mask is None
     assert batch.gt_label.sum() == 2
+    assert "The category gear: no masks, so there are no pixel metrics" in caplog.text

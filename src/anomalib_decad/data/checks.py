@@ -54,6 +54,9 @@ def check_category(category: str, datasets: Mapping[str, AnomalibDataset]) -> fl
     for dataset in datasets.values():
         if len(dataset) and dataset.task != TaskType.CLASSIFICATION:
             findings += _look_at_masks(dataset.samples)
+    test = datasets.get("test")
+    if test is not None and len(test) and test.task == TaskType.CLASSIFICATION and test.has_anomalous:
+        findings.append("no masks, so there are no pixel metrics")
     if findings:
         _say(category, "; ".join(dict.fromkeys(findings)))
     return white
