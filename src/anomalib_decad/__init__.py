@@ -42,7 +42,13 @@ def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         msg = f"module {__name__!r} has no attribute {name!r}"
         raise AttributeError(msg)
-    value = getattr(importlib.import_module(_MODULES[name]), name)
+    try:
+        module = importlib.import_module(_MODULES[name])
+    except AttributeError as error:
+        # It would pass for "has no such name", and the cause be lost.
+        msg = f"{_MODULES[name]} cannot be imported: {error}"
+        raise ImportError(msg) from error
+    value = getattr(module, name)
     globals()[name] = value
     return value
 

@@ -89,7 +89,8 @@ class FeatureSource:
         encoder = self.encoder
         preparation = repr(self.transform), repr(getattr(self.dataset, "augmentations", None))
         precision = self.trainer.precision if self.trainer else "32-true"
-        settings = encoder.name, encoder.layers, self.shape, precision
+        whites = getattr(self.dataset, "whites", None)  # of images with more than 8 bits
+        settings = encoder.name, encoder.layers, self.shape, precision, repr(whites)
         return fingerprint(*settings, preparation, dict(encoder.state_dict()), *paths)
 
     def choose_code(self) -> FeatureCode:
