@@ -193,6 +193,23 @@ def inferences(args: argparse.Namespace) -> Iterator[Measurement]:
         yield facts, functools.partial(infer, args, name, batch_size, precision, how)
 
 
+def print_tables(lines: list[dict[str, Any]], models: list[str]) -> None:
+    """Write the measurements as Markdown: a row for each kind, and the models beside each other."""
+    for what, keys, value, unit in (
+        ("training", ("input", "batch"), "step_ms", "ms a step"),
+        ("inference", ("how", "precision", "batch"), "images_per_second", "images/s"),
+    ):
+        rows: dict[tuple[Any, ...], dict[str, str]] = {}
+        for line in lines:
+            if line["what"] == what:
+                cell = f"{line[value]:.1f}" if value in line else "failed"
+                rows.setdefault(tuple(line[key] for key in keys), {})[line["model"]] = cell
+        print(f"\n| {' | '.join(keys)} | {' | '.join(f'{model}, {unit}' for model in models)} |")
+        print("|---" * (len(keys) + len(models)) + "|")
+        for row, cells in rows.items():
+            print(f"| {' | '.join(map(str, row))} | {' | '.join(cells.get(model, '') for model in models)} |")
+
+
 def main() -> None:
     """Measure all, and go on where one fails."""
     parser = common.argument_parser(__doc__, data_required=False)
@@ -208,18 +225,20 @@ def main() -> None:
     parser.add_argument("--log", type=Path, default=Path("results/throughput.jsonl"))
     args = parser.parse_args()
     args.log.parent.mkdir(parents=True, exist_ok=True)
-    machine = common.machine()
+    machine, lines = common.machine(), []
     for facts, measure in itertools.chain(trainings(args), inferences(args)):
         try:
             result: dict[str, Any] = {key: round(value, 4) for key, value in measure().items()}
         except Exception as error:  # the others are still wanted
             result = {"error": f"{type(error).__name__}: {error}"[:500]}
-        print(json.dumps({**facts, **result}), flush=True)
+        lines.append({**facts, **result})
+        print(json.dumps(lines[-1]), flush=True)
         with args.log.open("a") as log:
             log.write(
                 json.dumps({**facts, **result, "encoder": args.encoder, "image_size": args.image_size, **machine})
                 + "\n"
             )
+    print_tables(lines, args.models)
 
 
 if __name__ == "__main__":

@@ -91,6 +91,11 @@ class BaseModule(DeepImagesMixin, _Base):
             evaluator=evaluator,
             visualizer=visualizer,
         )
+        parts = {
+            "pre_processor": pre_processor, "post_processor": post_processor, "evaluator": evaluator,
+            "visualizer": visualizer,
+        }  # fmt: skip
+        self.given_parts = frozenset(name for name, part in parts.items() if part is not True)
         self._has_default_pre_processor = pre_processor is True
         # Checkpoints hold plain values only.
         for name, value in self.hparams.items():

@@ -1,15 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
 """What checkpoints of the package's models hold, and what they fit with."""
 
+import inspect
 from collections.abc import Mapping
+from dataclasses import asdict, is_dataclass
+from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from anomalib.models.components import AnomalibModule
 from typing_extensions import Self
 
-__all__ = ["CheckpointMixin"]
+__all__ = ["TRAINING_ARGUMENTS", "CheckpointMixin"]
+
+#: Arguments that matter in training alone: a checkpoint can be used, and a training resumed, with others. All other
+#: arguments are what the model is.
+TRAINING_ARGUMENTS = frozenset(
+    {
+        "cuda_graph", "decoupling_learning_rate", "delta", "encoder_weights", "feature_cache", "feature_cache_dir",
+        "feature_cache_limit", "gradient_clip_val", "jitter", "learning_rate", "loss", "max_steps", "synthesis",
+        "warmup_steps", "weight_decay",
+    }
+)  # fmt: skip
+
+#: Parts of an anomalib model that a user may replace or switch off, and the key of each one's settings in a checkpoint.
+_PARTS = {
+    "pre_processor": "anomalib_pre_processor_config",
+    "post_processor": "anomalib_post_processor_config",
+    "evaluator": None,
+    "visualizer": None,
+}
+_FREE = TRAINING_ARGUMENTS | _PARTS.keys()
+_ENABLED_KEY = "anomalib_components_enabled"
 
 _RNG_KEY = "anomalib_decad_rng"
 
@@ -23,10 +46,14 @@ else:
 
 
 class CheckpointMixin(_Base):
-    """Keeps in a checkpoint what a resumed training needs, and refuses checkpoints that do not fit."""
+    """Keeps in a checkpoint what a resumed training needs, and makes a model of any arguments that of a checkpoint.
 
-    #: Arguments that a checkpoint only fits with; a dot leads into a group.
-    shape_arguments: ClassVar[tuple[str, ...]] = ()
+    A checkpoint says what its model is: whatever is left at its default is taken from there, and an argument that
+    contradicts it is an error. Parts that the user gives or switches off stay as the user wants them.
+    """
+
+    #: Parts that are not the default ones, from the model's arguments.
+    given_parts: frozenset[str] = frozenset()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the state of the random number generators, so that a resumed run goes on as an unbroken one.
@@ -41,14 +68,14 @@ class CheckpointMixin(_Base):
             checkpoint[_RNG_KEY]["cuda"] = torch.cuda.get_rng_state(self.device)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check that the checkpoint fits, and restore the random number generators if a fit is resumed.
+        """Become the checkpoint's model, and restore the random number generators if a fit is resumed.
 
         Args:
             checkpoint (dict[str, Any]): The checkpoint.
 
         Raises:
-            ValueError: If the checkpoint is of another version, or of a model of other shape; the message names the
-                arguments to give.
+            ValueError: If the checkpoint is of another version, or an argument contradicts it; the message names the
+                arguments.
         """
         found = checkpoint.get(_FORMAT_KEY)
         if found != _FORMAT:
@@ -57,16 +84,8 @@ class CheckpointMixin(_Base):
                 f"reads {_FORMAT}): train again, or install the version that it was trained with"
             )
             raise ValueError(msg)
-        mine, theirs = self.hparams, checkpoint.get("hyper_parameters", {})
-        different = []
-        for name in self.shape_arguments:
-            value, other = _value_of(mine, name), _value_of(theirs, name)
-            if _MISSING not in (value, other) and value != other:
-                different.append(f"{name} {other}")
-        if different:
-            flags = " ".join(f"--model.{item}" for item in different)
-            msg = f"the checkpoint is of a {type(self).__name__} of another shape: give it the arguments {flags}"
-            raise ValueError(msg)
+        self._become(checkpoint.get("hyper_parameters", {}))
+        self._keep_given_parts(checkpoint)
         super().on_load_checkpoint(checkpoint)
         # Before the dataloaders draw their seeds, as when the checkpoint was saved.
         if self._trainer is not None and self.trainer.training and _RNG_KEY in checkpoint:
@@ -75,6 +94,49 @@ class CheckpointMixin(_Base):
             if device.type == "cuda" and "cuda" in checkpoint[_RNG_KEY]:
                 torch.cuda.set_rng_state(checkpoint[_RNG_KEY]["cuda"].cpu(), device)
 
+    def _become(self, theirs: Mapping[str, Any]) -> None:
+        """Take the arguments of a checkpoint that are not this model's, and its parts from them."""
+        defaults, mine = _leaves(_defaults(type(self))), _leaves(self.hparams)
+        values = {name: value for name, value in _leaves(theirs).items() if name in mine}
+        different = {name: value for name, value in values.items() if mine[name] != value}
+        if not different:
+            return
+        arguments = {name: value for name, value in theirs.items() if name not in TRAINING_ARGUMENTS}
+        kept = {name: value for name, value in self.hparams.items() if name in TRAINING_ARGUMENTS}
+        parts = {"encoder_weights": None, "evaluator": False, "visualizer": False}
+        with torch.random.fork_rng(devices=[]):
+            model = type(self)(**{**kept, **arguments, **parts})
+        # Where it is given as the checkpoint's default, as an image of 280 pixels, nothing is contradicted.
+        same_size = self.input_size == model.input_size or "pre_processor" in self.given_parts
+        wrong = {
+            name: value
+            for name, value in different.items()
+            if mine[name] != defaults.get(name) and not (name == "image_size" and same_size)
+        }
+        _refuse(type(self), wrong)
+        for name, module in model.named_children():
+            if name not in _PARTS:
+                setattr(self, name, module.train(self.training))
+        self.hparams.update(arguments)
+
+    def _keep_given_parts(self, checkpoint: dict[str, Any]) -> None:
+        """Leave out of a checkpoint what it says of parts that the user has given or switched off."""
+        state = checkpoint["state_dict"]
+        enabled = dict(checkpoint.get(_ENABLED_KEY, {}))
+        for name in self.given_parts:
+            part, key = getattr(self, name), _PARTS[name]
+            enabled[name] = part is not None
+            if key is not None:
+                checkpoint.pop(key, None)
+            own = part.state_dict(prefix=f"{name}.") if isinstance(part, torch.nn.Module) else {}
+            for entry in [entry for entry in state if entry.startswith(f"{name}.") and entry not in own]:
+                del state[entry]
+            # A part that was off in training has no thresholds yet.
+            for entry, value in own.items():
+                state.setdefault(entry, value)
+        if enabled:
+            checkpoint[_ENABLED_KEY] = enabled
+
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> Self:  # type: ignore[override]
         """Load a model from a checkpoint, which has all weights: neither the hub nor a weights file is needed.
@@ -82,22 +144,68 @@ class CheckpointMixin(_Base):
         Args:
             checkpoint_path (str | Path): The checkpoint.
             *args (Any): Arguments of ``AnomalibModule.load_from_checkpoint``.
-            **kwargs (Any): Arguments of ``AnomalibModule.load_from_checkpoint``, and overriding model arguments.
+            **kwargs (Any): Arguments of ``AnomalibModule.load_from_checkpoint``, and arguments of the model.
 
         Returns:
             Self: The model.
+
+        Raises:
+            ValueError: If an argument contradicts the checkpoint.
         """
-        kwargs.setdefault("encoder_weights", None)
-        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)  # type: ignore[return-value]
+        names = _defaults(cls)
+        fixed = {name: kwargs.pop(name) for name in list(kwargs) if name in names and name not in _FREE}
+        if "pre_processor" in kwargs and "image_size" in names:
+            fixed.pop("image_size", None)
+            kwargs["image_size"] = None  # of the default one
+        model = super().load_from_checkpoint(checkpoint_path, *args, **{"encoder_weights": None, **kwargs})
+        theirs = _leaves(model.hparams)
+        wrong = {name: theirs.get(name) for name, value in _leaves(fixed).items() if value != theirs.get(name)}
+        if model.input_size == _plain(fixed.get("image_size")):
+            wrong.pop("image_size", None)
+        _refuse(cls, wrong)
+        return model  # type: ignore[return-value]
 
 
-_MISSING = object()
+def _refuse(cls: type, wrong: Mapping[str, Any]) -> None:
+    """Raise for arguments that contradict a checkpoint, whose values are given."""
+    if wrong:
+        flags = " ".join(f"--model.{name} {_text(value)}" for name, value in wrong.items())
+        msg = (
+            f"the checkpoint is of another {cls.__name__}: leave out {', '.join(wrong)}, which it knows, or give it "
+            f"the arguments {flags}"
+        )
+        raise ValueError(msg)
 
 
-def _value_of(arguments: Mapping[str, Any], name: str) -> Any:
-    """Find an argument, or a field of a group of them, so that equal sequences compare equal."""
-    group, _, field = name.partition(".")
-    value = arguments.get(group, _MISSING)
-    if field and isinstance(value, Mapping):
-        value = value.get(field, _MISSING)
+def _defaults(cls: type) -> dict[str, Any]:
+    """Collect the defaults of a model's arguments, of those too that its bases take as ``**kwargs``."""
+    defaults: dict[str, Any] = {}
+    for base in reversed(cls.__mro__):
+        if "__init__" in vars(base):
+            defaults |= {name: parameter.default for name, parameter in inspect.signature(base).parameters.items()}
+    return defaults
+
+
+def _leaves(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """List the arguments that a model is made of, of groups each field, so that equal ones compare equal."""
+    leaves: dict[str, Any] = {}
+    for name, value in arguments.items():
+        if name in _FREE:
+            continue
+        if is_dataclass(value) and not isinstance(value, type):
+            value = asdict(value)
+        fields = (
+            {f"{name}.{key}": field for key, field in value.items()} if isinstance(value, Mapping) else {name: value}
+        )
+        leaves |= {key: _plain(field) for key, field in fields.items()}
+    return leaves
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Enum):
+        return value.value
     return list(value) if isinstance(value, list | tuple) else value
+
+
+def _text(value: Any) -> str:
+    return str(value).replace(" ", "")

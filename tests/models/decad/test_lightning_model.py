@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, seed_everything
 from torchvision.transforms.v2 import Resize
 
 from anomalib_decad import DecAD, MultiCategory
-from anomalib_decad.components import EncoderWeightsError, InvertibleOptions
+from anomalib_decad.components import EncoderWeightsError
 from anomalib_decad.metrics import METRICS, CategoryEvaluator
 from conftest import losses_of
 
@@ -113,20 +113,6 @@ def _refuse_pretrained(create_model):
         return create_model(*args, pretrained=pretrained, **kwargs)
 
     return create
-
-
-def test_checkpoint_of_another_shape_is_refused_with_the_arguments(make_engine, make_model, make_data):
-    engine = make_engine()
-    engine.fit(make_model(), datamodule=make_data())
-    path = engine.trainer.checkpoint_callback.best_model_path
-    with pytest.raises(
-        ValueError, match=r"give it the arguments --model.layers \[1, 2, 3\] --model.invertible.hidden_dim 8"
-    ):
-        make_engine().test(
-            make_model(layers=[1, 2], invertible=InvertibleOptions(hidden_dim=16)),
-            datamodule=make_data(),
-            ckpt_path=path,
-        )
 
 
 def test_bf16_mixed(make_engine, make_model, make_data):

@@ -123,10 +123,6 @@ class DecAD(BaseModule, AnomalibModule):
     """
 
     model: DecADModel
-    shape_arguments = (
-        "encoder", "layers", "decouple", "decoder_depth", "invertible.num_blocks", "invertible.num_units",
-        "invertible.hidden_dim", "decoupler.abnormal_fraction", "decoupler.num_prototypes", "decoupler.prior_dim",
-    )  # fmt: skip
 
     def __init__(
         self,

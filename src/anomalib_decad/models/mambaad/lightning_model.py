@@ -66,10 +66,6 @@ class DecoupledMambaAD(DecoupledModule, AnomalibModule):
     """
 
     model: DecoupledMambaADModel
-    shape_arguments = (
-        "encoder", "layers", "image_size", "depths", "num_directions", "scan", "decouple",
-        "decoupler.abnormal_fraction",
-    )  # fmt: skip
 
     def __init__(
         self,

@@ -56,7 +56,6 @@ class DecoupledReverseDistillation(DecoupledModule, AnomalibModule):
     """
 
     model: DecoupledReverseDistillationModel
-    shape_arguments = ("encoder", "layers", "decouple", "decoupler.abnormal_fraction")
 
     def __init__(
         self,

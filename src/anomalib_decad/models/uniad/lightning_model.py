@@ -67,9 +67,6 @@ class DecoupledUniAD(DecoupledModule, AnomalibModule):
     """
 
     model: DecoupledUniADModel
-    shape_arguments = (
-        "encoder", "layers", "image_size", "hidden_dim", "num_layers", "decouple", "decoupler.abnormal_fraction",
-    )  # fmt: skip
 
     def __init__(
         self,

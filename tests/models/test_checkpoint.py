@@ -1,0 +1,174 @@
+"""What a checkpoint says, and what the user says."""
+
+import inspect
+import math
+
+import pytest
+import torch
+from anomalib.post_processing import PostProcessor
+from anomalib.pre_processing import PreProcessor
+from torchvision.transforms.v2 import Resize
+
+from anomalib_decad import DecAD, DecoupledMambaAD, DecoupledReverseDistillation, DecoupledUniAD
+from anomalib_decad.components import DecouplerOptions, InvertibleOptions
+from anomalib_decad.models.base_module import BaseModule
+from anomalib_decad.models.checkpoint import TRAINING_ARGUMENTS
+from anomalib_decad.models.decad import AnomalyMapOptions
+from anomalib_decad.models.decoupled_module import DecoupledModule
+from conftest import TINY, anomalib
+
+PARTS = {"pre_processor", "post_processor", "evaluator", "visualizer"}
+#: Arguments that are what a model is, by model.
+MODEL_ARGUMENTS = {
+    DecAD: {
+        "encoder", "layers", "image_size", "decouple", "decoder_depth", "invertible", "decoupler", "anomaly_map",
+    },
+    DecoupledReverseDistillation: {
+        "encoder", "layers", "image_size", "anomaly_map_mode", "decouple", "invertible", "decoupler",
+    },
+    DecoupledUniAD: {
+        "encoder", "layers", "image_size", "hidden_dim", "num_layers", "num_heads", "neighbors", "decouple",
+        "invertible", "decoupler",
+    },
+    DecoupledMambaAD: {
+        "encoder", "layers", "image_size", "depths", "num_directions", "scan", "decouple", "invertible", "decoupler",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("cls", MODEL_ARGUMENTS)
+def test_each_argument_is_either_the_models_or_the_trainings(cls):
+    """A new argument has to be put on one of the lists."""
+    bases = [base for base in (cls, DecoupledModule, BaseModule) if issubclass(cls, base)]
+    names = {name for base in bases for name in inspect.signature(base).parameters} - PARTS - {"kwargs"}
+    assert names - TRAINING_ARGUMENTS == MODEL_ARGUMENTS[cls]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, mvtec_root, encoder_weights):
+    """A trained model with an unusual argument of each kind, and its checkpoint."""
+    from anomalib.engine import Engine
+
+    from anomalib_decad import MultiCategory
+
+    model = DecAD(
+        **{**TINY, "layers": [1, 2]}, encoder_weights=encoder_weights, image_size=(112, 112), visualizer=False,
+        decoder_depth=1, anomaly_map=AnomalyMapOptions(blur_sigma=1.0, score_fraction=0.1, energy_power=0.5),
+    )  # fmt: skip
+    data = MultiCategory("MVTecAD", root=mvtec_root, num_workers=0, train_batch_size=4)
+    engine = Engine(
+        default_root_dir=tmp_path_factory.mktemp("trained"), accelerator="cpu", max_steps=3, enable_progress_bar=False
+    )
+    engine.fit(model, datamodule=data)
+    return model.eval(), engine.trainer.checkpoint_callback.best_model_path
+
+
+@pytest.fixture
+def images():
+    return torch.rand(3, 3, 90, 70)
+
+
+def loaded(make_engine, make_data, path, **arguments):
+    """Load a checkpoint into a model of arguments, as the command line does."""
+    model = DecAD(visualizer=False, **arguments)
+    make_engine().test(model, datamodule=make_data(), ckpt_path=path)
+    return model.eval()
+
+
+def test_a_checkpoint_needs_no_argument(checkpoint, make_engine, make_data, images):
+    model, path = checkpoint
+    other = loaded(make_engine, make_data, path)
+    with torch.inference_mode():
+        expected, actual = model(images), other(images)
+    torch.testing.assert_close(actual.anomaly_map, expected.anomaly_map)
+    torch.testing.assert_close(actual.pred_score, expected.pred_score)
+    assert torch.equal(actual.pred_label, expected.pred_label)
+    assert other.input_size == (112, 112)
+
+
+def test_a_training_goes_on_without_the_models_arguments(checkpoint, make_engine, make_data, encoder_weights):
+    model, path = checkpoint
+    resumed = DecAD(visualizer=False, encoder_weights=encoder_weights, learning_rate=1e-5)
+    make_engine(max_steps=5, limit_val_batches=0).fit(resumed, datamodule=make_data(), ckpt_path=path)
+    assert resumed.hparams["layers"] == [1, 2]
+    assert resumed.learning_rate == 1e-5
+    weights = dict(resumed.model.decoder.named_parameters())
+    assert any(not torch.equal(value, weights[name]) for name, value in model.model.decoder.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"layers": [1, 2, 3]}, r"leave out layers, .* --model.layers \[1,2\]"),
+        ({"encoder": "vit_small_patch14_dinov2"}, "leave out encoder, .* --model.encoder test_vit"),
+        ({"image_size": (70, 70)}, r"leave out image_size, .* --model.image_size \[112,112\]"),
+        ({"decoder_depth": 3}, "--model.decoder_depth 1"),
+        ({"decoupler": DecouplerOptions(num_prototypes=9)}, "--model.decoupler.num_prototypes 16"),
+        ({"invertible": InvertibleOptions(lipschitz=0.3)}, "--model.invertible.lipschitz 0.9"),
+        ({"anomaly_map": AnomalyMapOptions(blur_sigma=0)}, "--model.anomaly_map.blur_sigma 1.0"),
+        ({"anomaly_map": AnomalyMapOptions(energy_power=1)}, "--model.anomaly_map.energy_power 0.5"),
+    ],
+)
+def test_an_argument_that_contradicts_the_checkpoint_is_an_error(
+    arguments, message, checkpoint, make_engine, make_data
+):
+    _, path = checkpoint
+    with pytest.raises(ValueError, match=f"the checkpoint is of another DecAD: .*{message}"):
+        DecAD.load_from_checkpoint(path, **arguments)
+    with pytest.raises(ValueError, match=f"the checkpoint is of another DecAD: .*{message}"):
+        loaded(make_engine, make_data, path, **arguments)
+
+
+def test_arguments_that_the_checkpoint_has_are_no_error(checkpoint, make_engine, make_data):
+    _, path = checkpoint
+    arguments = {"layers": [1, 2], "image_size": (112, 112), "decoder_depth": 1}
+    loaded(make_engine, make_data, path, **arguments)
+    DecAD.load_from_checkpoint(path, **arguments)
+
+
+def test_what_the_user_asks_of_the_parts_wins(checkpoint, make_engine, make_data):
+    model, path = checkpoint
+    threshold = model.post_processor.image_threshold
+    wish = PostProcessor(image_sensitivity=0.9, enable_normalization=False)
+    for other in (
+        loaded(make_engine, make_data, path, post_processor=wish),
+        DecAD.load_from_checkpoint(
+            path, post_processor=PostProcessor(image_sensitivity=0.9, enable_normalization=False)
+        ),
+    ):
+        assert other.post_processor.image_sensitivity == 0.9
+        assert not other.post_processor.enable_normalization
+        assert torch.equal(other.post_processor.image_threshold, threshold)
+    resize = PreProcessor(Resize((32, 32)))
+    assert DecAD.load_from_checkpoint(path, pre_processor=resize, image_size=None).input_size == (32, 32)
+
+
+def test_raw_scores_can_be_had(checkpoint, make_engine, make_data, images):
+    model, path = checkpoint
+    with torch.inference_mode():
+        expected = model.model(model.pre_processor(images))
+        for other in (
+            loaded(make_engine, make_data, path, post_processor=False),
+            DecAD.load_from_checkpoint(path, post_processor=False).eval(),
+        ):
+            assert other.post_processor is None
+            torch.testing.assert_close(other(images).pred_score, expected.pred_score)
+
+
+def test_a_part_that_was_off_in_training_can_be_on(make_model, make_engine, make_data):
+    engine = make_engine()
+    engine.fit(make_model(post_processor=False), datamodule=make_data())
+    path = engine.trainer.checkpoint_callback.best_model_path
+    assert DecAD.load_from_checkpoint(path).post_processor is None
+    model = DecAD.load_from_checkpoint(path, post_processor=PostProcessor())
+    assert math.isnan(model.post_processor.image_threshold)
+
+
+@pytest.mark.slow
+def test_the_command_line_needs_no_argument(checkpoint, data_args, tmp_path):
+    _, path = checkpoint
+    result = anomalib(
+        "test", "--model", "DecAD", "--ckpt_path", path, *data_args, "--default_root_dir", tmp_path,
+        "--trainer.accelerator", "cpu",
+    )  # fmt: skip
+    assert "bolts" in result.stdout
