@@ -148,3 +148,26 @@ def test_another_number_of_channels_is_refused(shape):
 def test_arguments_are_checked(name, make):
     with pytest.raises(ValueError, match=name):
         EmbeddingDecoupling(8, **make())
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_decoupling_follows_an_embedding_that_is_learned(seed):
+    """The energy rises while the embedding moves fast, and falls below its start afterwards."""
+    torch.manual_seed(seed)
+    model = nn.Sequential()
+    model.add_module("encoder", nn.Conv2d(3, 16, 4, 4))
+    model.add_module("decoder", nn.ConvTranspose2d(16, 3, 4, 4))
+    decoupling = attach(model, "encoder", dim=16)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    images = torch.rand(16, 3, 32, 32)
+    totals, reconstructions = [], []
+    for _ in range(50):
+        reconstruction = (model(images) - images).square().mean()
+        loss = reconstruction + sum(decoupling.losses().values())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        totals.append(loss.item())
+        reconstructions.append(reconstruction.item())
+    assert totals[-1] < 0.8 * totals[0]
+    assert reconstructions[-1] < reconstructions[5] < reconstructions[0]
