@@ -8,7 +8,7 @@ import torch
 from anomalib.callbacks import ModelCheckpoint
 from lightning.pytorch import seed_everything
 
-from anomalib_decad.components import InvertibleNetwork, InvertibleOptions
+from anomalib_decad.components import Decoupler, DecouplerOptions, InvertibleNetwork, InvertibleOptions
 from anomalib_decad.metrics import CategoryMetrics
 from anomalib_decad.metrics.score_histogram import ScoreHistogram
 from conftest import IMAGE_SIZE, losses_of
@@ -150,6 +150,23 @@ def test_inference_compiles_without_a_graph_break(device, model, images):
         expected, actual = net(images.to(device)), compiled(images.to(device))
     torch.testing.assert_close(actual.anomaly_map, expected.anomaly_map, atol=1e-3, rtol=1e-3)
     torch.testing.assert_close(actual.pred_score, expected.pred_score, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.slow
+@devices
+def test_training_compiles_without_a_graph_break_in_the_solver(device):
+    decoupler = Decoupler(16, DecouplerOptions(0.5, 8, 8), InvertibleOptions(hidden_dim=8)).to(device).train()
+    x = torch.randn(2, 50, 16, device=device)
+    decoupler.initialize(x)
+    decoupler.fit_prior(x.flatten(0, 1))
+    other = copy.deepcopy(decoupler)
+    compiled = torch.compile(other, fullgraph=True, backend="inductor" if device == "cuda" else "aot_eager")
+    gradients = []
+    for module, function in ((decoupler, decoupler), (other, compiled)):
+        output = function(x)
+        (output.x_clean.square().mean() + output.energy.mean()).backward()
+        gradients.append([parameter.grad for parameter in module.parameters() if parameter.grad is not None])
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-5)
 
 
 @devices
