@@ -28,12 +28,12 @@ MEAN_OF_SEVEN = "mean_of_seven"
 
 
 class CategoryEvaluator(Evaluator):
-    """Measures the seven metrics for each category when a model is tested.
+    """Measures the seven metrics for each category when a model is validated or tested.
 
     Image AUROC, AP and F1-max, pixel AUROC, AP, F1-max and AUPRO are computed for each category and averaged over the
     categories. The means are logged as ``image_AUROC`` and so on, their mean as ``mean_of_seven``, and the metrics of a
-    category as ``<category>/image_AUROC``. After the test they are printed as a table and written to ``metrics.csv``
-    and ``metrics.json`` in the folder of the run.
+    category as ``<category>/image_AUROC``, which ``ModelCheckpoint`` and ``EarlyStopping`` can monitor. After a test
+    they are printed as a table and written to ``metrics.csv`` and ``metrics.json`` in the folder of the run.
 
     It works with every anomalib model: ``Patchcore(evaluator=CategoryEvaluator())``. The predictions are taken before
     the post-processor, whose normalization clips them and so ties scores that differ.
@@ -65,8 +65,35 @@ class CategoryEvaluator(Evaluator):
             [*callbacks[: post[0]], self, *callbacks[post[0] :]] if post else [*callbacks, self]
         )
 
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget the scores of an earlier evaluation."""
+        del trainer, pl_module
+        self.metrics.reset()
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Add the predictions of a batch."""
+        super().on_validation_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
+        self._add(trainer, batch)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the metrics."""
+        super().on_validation_epoch_end(trainer, pl_module)
+        self.metrics.synchronise()
+        if table := self.metrics.compute():
+            self._log(trainer, pl_module, table)
+        # The training goes on, and the histograms of many categories are large.
+        self.metrics.reset()
+
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget the scores of an earlier test."""
+        """Forget the scores of an earlier evaluation."""
         del trainer, pl_module
         self.metrics.reset()
 
@@ -80,7 +107,23 @@ class CategoryEvaluator(Evaluator):
         dataloader_idx: int = 0,
     ) -> None:
         """Add the predictions of a batch."""
-        del pl_module, outputs, batch_idx, dataloader_idx
+        super().on_test_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
+        self._add(trainer, batch)
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log, print and write the metrics."""
+        super().on_test_epoch_end(trainer, pl_module)
+        self.metrics.synchronise()
+        table = self.metrics.compute()
+        if not table:
+            logger.warning("The test images have no labels: there are no metrics.")
+            return
+        rows, means = self._log(trainer, pl_module, table)
+        if trainer.is_global_zero:
+            self._report(rows, means, Path(trainer.default_root_dir))
+
+    def _add(self, trainer: Trainer, batch: Batch) -> None:
+        """Add the predictions of a batch with labels."""
         if batch.gt_label is None:
             return
         categories = getattr(batch, "category", None) or [_category_of(trainer)] * len(batch.gt_label)
@@ -91,13 +134,10 @@ class CategoryEvaluator(Evaluator):
             return
         self.metrics.update(categories, score, batch.gt_label, batch.anomaly_map, batch.gt_mask)
 
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log, print and write the metrics."""
-        self.metrics.synchronise()
-        table = self.metrics.compute()
-        if not table:
-            logger.warning("The test images have no labels: there are no metrics.")
-            return
+    def _log(
+        self, trainer: Trainer, pl_module: LightningModule, table: dict[str, dict[str, float]]
+    ) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
+        """Log the metrics of a table, and give its rows and its means."""
         means = {**table[MEAN], MEAN_OF_SEVEN: self.metrics.mean_of_seven(table[MEAN])}
         rows = {category: row for category, row in table.items() if category != MEAN}
         logged = {name: value for name, value in means.items() if not math.isnan(value)}
@@ -109,8 +149,7 @@ class CategoryEvaluator(Evaluator):
             trainer.logged_metrics.update(tensors)
         else:
             pl_module.log_dict(logged, rank_zero_only=False, sync_dist=False)
-        if trainer.is_global_zero:
-            self._report(rows, means, Path(trainer.default_root_dir))
+        return rows, means
 
     def _report(self, rows: dict[str, dict[str, float]], means: dict[str, float], folder: Path) -> None:
         """Print the table and write it to ``folder``."""

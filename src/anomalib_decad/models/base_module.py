@@ -2,7 +2,7 @@
 """What the package's anomalib models share: length of the training, checkpoints, multi-class evaluation."""
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -14,6 +14,7 @@ from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
+from lightning.pytorch import Callback
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch.optim import Optimizer
@@ -25,6 +26,7 @@ from anomalib_decad.data import DeepImagesMixin
 from anomalib_decad.export import ParityExportMixin, lacks_threshold
 from anomalib_decad.metrics import BoundedPostProcessor, CategoryEvaluator
 from anomalib_decad.models.checkpoint import CheckpointMixin
+from anomalib_decad.runs import FinalValidation
 
 __all__ = ["BaseModule"]
 
@@ -134,6 +136,11 @@ class BaseModule(DeepImagesMixin, _Base):
     def configure_evaluator() -> Evaluator:
         """Configure the evaluator of the seven metrics for each category."""
         return CategoryEvaluator()
+
+    def configure_callbacks(self) -> Sequence[Callback] | Callback:
+        """Configure anomalib's callbacks, and those that see to the run."""
+        callbacks = super().configure_callbacks()
+        return [*([callbacks] if isinstance(callbacks, Callback) else callbacks), FinalValidation()]
 
     @property
     def learning_type(self) -> LearningType:
