@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
+    from pathlib import Path
 
     from anomalib.data import AnomalibDataModule
     from anomalib.post_processing import PostProcessor
@@ -34,9 +35,11 @@ __all__ = [
     "convert_checkpoint",
     "is_importing",
     "marks_as_imported",
+    "predict_datasets",
     "rename_datamodule",
     "replace_setup",
     "replace_threshold_metrics",
+    "set_root_folder",
     "set_training_steps",
     "shallow_copy",
     "update_augmentations",
@@ -129,6 +132,24 @@ PRIVATE_NAMES = (
         "self.max_steps",
         "As for max_epochs.",
         "See how the trainer's number of steps can be set in setup(), and mend set_training_steps.",
+    ),
+    PrivateName(
+        "lightning",
+        "lightning.pytorch.trainer.trainer",
+        "Trainer",
+        "_default_root_dir",
+        "self._default_root_dir",
+        "default_root_dir has no setter, and anomalib's Engine has made the trainer when a model is first asked.",
+        "See where the trainer keeps its folder, and mend set_root_folder.",
+    ),
+    PrivateName(
+        "lightning",
+        "lightning.pytorch.loops.prediction_loop",
+        "_PredictionLoop",
+        "_data_source",
+        "self._data_source",
+        "trainer.predict_dataloaders are there when the first image has been read already.",
+        "See where the trainer keeps the dataloaders of a prediction, and mend predict_datasets.",
     ),
     PrivateName(
         "timm",
@@ -240,6 +261,25 @@ def replace_setup(datamodule: AnomalibDataModule, setup: Callable[[str | None], 
         setup (Callable[[str | None], None]): Sets ``train_data``, ``test_data``, and ``val_data`` if there is some.
     """
     vars(datamodule)["_setup"] = setup
+
+
+def set_root_folder(trainer: Trainer, folder: Path) -> None:
+    """Set the folder that a trainer writes to, before its callbacks are set up."""
+    trainer._default_root_dir = str(folder)  # type: ignore[attr-defined]
+
+
+def predict_datasets(trainer: Trainer) -> list[Any]:
+    """List the datasets of a prediction before its first image is read.
+
+    Args:
+        trainer (Trainer): The trainer, in ``setup`` of a prediction.
+
+    Returns:
+        list[Any]: The datasets of the dataloaders that it was given; none of a datamodule's.
+    """
+    source: Any = trainer.predict_loop._data_source.instance
+    loaders = source if isinstance(source, (list, tuple)) else [source]
+    return [loader.dataset for loader in loaders if hasattr(loader, "dataset")]
 
 
 def set_training_steps(trainer: Trainer, steps: int) -> None:

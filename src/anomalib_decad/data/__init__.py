@@ -5,6 +5,15 @@ from anomalib_decad.data.category_batch import CategoryBatch, CategoryItem
 from anomalib_decad.data.category_dataset import CategoryDataset
 from anomalib_decad.data.multi_category import MultiCategory
 from anomalib_decad.data.prediction import DeepImagesMixin
+from anomalib_decad.data.reading import find_unreadable
 from anomalib_decad.data.visualizer import CategoryVisualizer
 
-__all__ = ["CategoryBatch", "CategoryDataset", "CategoryItem", "CategoryVisualizer", "DeepImagesMixin", "MultiCategory"]
+__all__ = [
+    "CategoryBatch",
+    "CategoryDataset",
+    "CategoryItem",
+    "CategoryVisualizer",
+    "DeepImagesMixin",
+    "MultiCategory",
+    "find_unreadable",
+]

@@ -4,6 +4,7 @@
 import logging
 import re
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import cast
 
@@ -14,7 +15,7 @@ from anomalib.data.utils import read_image as read_8_bit_image
 from PIL import Image as PillowImage
 from torchvision.tv_tensors import Image, Mask
 
-__all__ = ["FULL_WHITE", "find_white", "is_deep", "read_image", "read_mask", "read_values"]
+__all__ = ["FULL_WHITE", "find_unreadable", "find_white", "is_deep", "read_image", "read_mask", "read_values"]
 
 logger = logging.getLogger(__name__)
 
@@ -113,6 +114,29 @@ def read_image(path: str | Path, white: float = FULL_WHITE) -> torch.Tensor:
     values = (values / white).clamp(0, 1)
     values = values.permute(2, 0, 1) if values.ndim == 3 else values.expand(3, *values.shape)
     return Image(values.contiguous())
+
+
+def find_unreadable(paths: Iterable[str | Path]) -> dict[str, str]:
+    """Read files whole, several at once, and find those that are no images or only a part of one.
+
+    Args:
+        paths (Iterable[str | Path]): Files.
+
+    Returns:
+        dict[str, str]: The reason for each file that cannot be read, by its path.
+    """
+    paths = list(paths)
+    with ThreadPoolExecutor() as pool:
+        reasons = pool.map(_reason_against, paths)
+        return {str(path): reason for path, reason in zip(paths, reasons, strict=True) if reason}
+
+
+def _reason_against(path: str | Path) -> str | None:
+    try:
+        read_values(path) if is_deep(path) else read_8_bit_image(path)
+    except Exception as error:  # Pillow's plug-ins raise of all kinds.
+        return str(error) or type(error).__name__
+    return None
 
 
 def read_mask(path: str | Path) -> torch.Tensor:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """anomalib's pictures of predictions, in a folder for each category."""
 
+import os
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -24,6 +25,27 @@ class CategoryVisualizer(ImageVisualizer):
     are drawn as the model has seen them. It can be given to any anomalib model (``visualizer=CategoryVisualizer()``).
     """
 
+    _root: tuple[int, Path] | None = None
+
+    def _root_of(self, trainer: Trainer, path: str) -> Path | None:
+        """Find what is above the folders of images to predict; equally named ones in there must stay apart."""
+        if not trainer.predicting or not path:
+            return None
+        loaders = trainer.predict_dataloaders
+        loaders = loaders if isinstance(loaders, list | tuple) else [loaders]
+        datasets = [
+            loader.dataset for loader in loaders if hasattr(getattr(loader, "dataset", None), "image_filenames")
+        ]
+        names = [dataset.image_filenames for dataset in datasets if dataset.image_filenames]
+        if not names:
+            return None
+        key = hash(tuple(map(id, names)))
+        if self._root is None or self._root[0] != key:
+            folders = {Path(name).absolute().parent for list_of_files in names for name in list_of_files}
+            self._root = key, Path(os.path.commonpath(folders)).parent
+        root = self._root[1]
+        return root if Path(path).absolute().is_relative_to(root) else None
+
     def on_test_batch_end(
         self,
         trainer: Trainer,
@@ -35,18 +57,21 @@ class CategoryVisualizer(ImageVisualizer):
     ) -> None:
         """Save the pictures of a batch."""
         del outputs, batch_idx, dataloader_idx
-        if self.output_dir is None:
-            self.output_dir = Path(trainer.default_root_dir) / "images"
+        # Not kept: the next run has a folder of its own.
+        output_dir = Path(self.output_dir or Path(trainer.default_root_dir) / "images")
         datamodule = getattr(trainer, "datamodule", None)
         white_of = getattr(pl_module, "white_of", lambda _: FULL_WHITE)
         for item in batch:
             category, path = getattr(item, "category", None), item.image_path or ""
             if category is not None:
-                folder = self.output_dir / category
+                folder = output_dir / category
                 target = generate_output_filename(path, folder, dataset_name=category)
+            elif (root := self._root_of(trainer, path)) is not None:
+                target = output_dir / Path(path).absolute().relative_to(root)
+                target.parent.mkdir(parents=True, exist_ok=True)
             else:
                 names = getattr(datamodule, "name", None), getattr(datamodule, "category", None)
-                target = generate_output_filename(path, self.output_dir, *names)
+                target = generate_output_filename(path, output_dir, *names)
             with TemporaryDirectory() as temporary:
                 if path and is_deep(path):
                     # The picture is drawn on the file, which would be white.

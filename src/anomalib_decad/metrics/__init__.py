@@ -3,6 +3,7 @@
 
 from anomalib_decad.metrics.category_metrics import METRICS, CategoryMetrics, region_weights
 from anomalib_decad.metrics.evaluator import CategoryEvaluator
+from anomalib_decad.metrics.gather import gather
 from anomalib_decad.metrics.post_processor import BoundedPostProcessor
 from anomalib_decad.metrics.score_histogram import ScoreHistogram
 from anomalib_decad.metrics.threshold import HistogramF1Threshold
@@ -14,5 +15,6 @@ __all__ = [
     "CategoryMetrics",
     "HistogramF1Threshold",
     "ScoreHistogram",
+    "gather",
     "region_weights",
 ]

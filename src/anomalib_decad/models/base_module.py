@@ -26,7 +26,7 @@ from anomalib_decad.data import DeepImagesMixin
 from anomalib_decad.export import ParityExportMixin, lacks_threshold
 from anomalib_decad.metrics import BoundedPostProcessor, CategoryEvaluator
 from anomalib_decad.models.checkpoint import CheckpointMixin
-from anomalib_decad.runs import FinalValidation
+from anomalib_decad.runs import FinalValidation, PredictionSummary, RunFolder
 
 __all__ = ["BaseModule"]
 
@@ -98,6 +98,7 @@ class BaseModule(DeepImagesMixin, _Base):
             "visualizer": visualizer,
         }  # fmt: skip
         self.given_parts = frozenset(name for name, part in parts.items() if part is not True)
+        self._run_folder = RunFolder()
         self._has_default_pre_processor = pre_processor is True
         # Checkpoints hold plain values only.
         for name, value in self.hparams.items():
@@ -139,8 +140,12 @@ class BaseModule(DeepImagesMixin, _Base):
 
     def configure_callbacks(self) -> Sequence[Callback] | Callback:
         """Configure anomalib's callbacks, and those that see to the run."""
+        if self._trainer is not None:
+            self._run_folder.choose(self.trainer, self.name)
         callbacks = super().configure_callbacks()
-        return [*([callbacks] if isinstance(callbacks, Callback) else callbacks), FinalValidation()]
+        components = [callbacks] if isinstance(callbacks, Callback) else callbacks
+        # Behind the post-processor, which gives labels. What is printed last comes last.
+        return [self._run_folder, *components, FinalValidation(), PredictionSummary()]
 
     @property
     def learning_type(self) -> LearningType:

@@ -2,5 +2,7 @@
 """How a run ends, what it leaves behind, and where."""
 
 from anomalib_decad.runs.final_validation import FinalValidation
+from anomalib_decad.runs.folder import RunFolder
+from anomalib_decad.runs.prediction import PredictionSummary
 
-__all__ = ["FinalValidation"]
+__all__ = ["FinalValidation", "PredictionSummary", "RunFolder"]

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a prediction leaves out, and what it has found."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from anomalib.data import PredictDataset
+from anomalib.visualization import ImageVisualizer
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from anomalib_decad.compat import predict_datasets
+from anomalib_decad.data import find_unreadable
+from anomalib_decad.metrics import gather
+
+__all__ = ["PredictionSummary"]
+
+logger = logging.getLogger(__name__)
+
+# Names of files in the line; each has a warning of its own with the reason.
+_MOST_NAMES = 20
+
+
+class PredictionSummary(Callback):
+    """Skips the files of a folder that cannot be read, and says in the last lines what a prediction has found."""
+
+    def __init__(self) -> None:
+        self._unreadable: dict[str, str] = {}
+        self._counts = (0, 0)
+        self._has_labels = True
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave files out that are no images, or only the first part of one.
+
+        Args:
+            trainer (Trainer): The trainer.
+            pl_module (LightningModule): The model.
+            stage (str): Only ``"predict"`` matters.
+
+        Raises:
+            OSError: If no file can be read.
+        """
+        del pl_module
+        if stage != "predict":
+            return
+        self._unreadable, self._counts, self._has_labels = {}, (0, 0), True
+        for dataset in predict_datasets(trainer):
+            if not isinstance(dataset, PredictDataset):
+                continue
+            unreadable = find_unreadable(dataset.image_filenames)
+            self._unreadable |= unreadable
+            for path, reason in unreadable.items():
+                logger.warning("%s cannot be read and is skipped: %s", path, reason)
+            kept = [path for path in dataset.image_filenames if str(path) not in unreadable]
+            if unreadable and not kept:
+                path, reason = next(iter(unreadable.items()))
+                msg = f"none of the {len(unreadable)} files can be read, for example {path}: {reason}"
+                raise OSError(msg)
+            dataset.image_filenames = kept
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Count the images of a batch, and those that are anomalous."""
+        del trainer, pl_module, batch, batch_idx, dataloader_idx
+        labels = getattr(outputs, "pred_label", None)
+        images, anomalous = self._counts
+        self._has_labels &= labels is not None
+        found = int(labels.sum()) if labels is not None else 0
+        self._counts = images + len(outputs.image), anomalous + found
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Add the images of all processes up."""
+        del trainer, pl_module
+        gathered = gather((*self._counts, self._has_labels))
+        self._counts = sum(images for images, *_ in gathered), sum(anomalous for _, anomalous, _ in gathered)
+        self._has_labels = all(has_labels for *_, has_labels in gathered)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Say what was skipped, and in the last line what was found and where the pictures are."""
+        if stage != "predict" or not trainer.is_global_zero:
+            return
+        folder = _pictures_of(trainer, pl_module)
+        if self._unreadable:
+            names = list(self._unreadable)
+            more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+            print(f"Skipped {len(names)} files that cannot be read: {', '.join(names[:_MOST_NAMES])}{more}")
+        images, anomalous = self._counts
+        threshold = getattr(getattr(pl_module, "post_processor", None), "image_threshold", None)
+        knows = self._has_labels and threshold is not None and not bool(threshold.isnan())
+        found = f"{anomalous} of them anomalous" if knows else "without labels, as the model has no thresholds"
+        pictures = f"the pictures are in {folder}" if folder else "no pictures, as the model has no visualizer"
+        print(f"Predicted {images} images, {found}; {pictures}")
+
+
+def _pictures_of(trainer: Trainer, pl_module: LightningModule) -> Path | None:
+    """Find the folder of the pictures."""
+    visualizer = getattr(pl_module, "visualizer", None)
+    if not isinstance(visualizer, ImageVisualizer):
+        return None
+    return Path(visualizer.output_dir or Path(trainer.default_root_dir) / "images")
