@@ -39,7 +39,7 @@ class CategoryVisualizer(ImageVisualizer):
         names = [dataset.image_filenames for dataset in datasets if dataset.image_filenames]
         if not names:
             return None
-        key = hash(tuple(map(id, names)))
+        key = hash(tuple((len(files), str(files[0])) for files in names))
         if self._root is None or self._root[0] != key:
             folders = {Path(name).absolute().parent for list_of_files in names for name in list_of_files}
             self._root = key, Path(os.path.commonpath(folders)).parent

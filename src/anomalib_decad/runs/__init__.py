@@ -3,6 +3,7 @@
 
 from anomalib_decad.runs.final_validation import FinalValidation
 from anomalib_decad.runs.folder import RunFolder
+from anomalib_decad.runs.last_state import LastState
 from anomalib_decad.runs.prediction import PredictionSummary
 
-__all__ = ["FinalValidation", "PredictionSummary", "RunFolder"]
+__all__ = ["FinalValidation", "LastState", "PredictionSummary", "RunFolder"]

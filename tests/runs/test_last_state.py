@@ -1,0 +1,192 @@
+import math
+import os
+import shlex
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+
+from anomalib_decad.runs import LastState
+from anomalib_decad.runs.resume_command import resume_command
+from conftest import ANOMALIB, ENCODER, IMAGE_SIZE, Losses, losses_of
+
+
+class Signal(Callback):
+    """Sends this process a signal in the middle of a step, or of a validation behind it."""
+
+    def __init__(self, number, step, validates=False):
+        self.number, self.step, self.validates = number, step, validates
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        if not self.validates and trainer.global_step == self.step - 1:
+            os.kill(os.getpid(), self.number)
+
+    def on_validation_batch_start(self, trainer, *args):
+        if self.validates and trainer.global_step == self.step:
+            os.kill(os.getpid(), self.number)
+
+
+class Fail(Callback):
+    """Fails in a step, with weights that are finite or not."""
+
+    def __init__(self, step, breaks=False):
+        self.step, self.breaks = step, breaks
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == self.step:
+            if self.breaks:
+                torch.nn.init.constant_(next(w for w in pl_module.parameters() if w.requires_grad), float("nan"))
+            raise RuntimeError("out of memory")
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 1), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_training_behind_the_step_and_leaves_its_state(
+    number, status, make_engine, make_model, make_data, capsys
+):
+    options = {"max_steps": 50, "check_val_every_n_epoch": None, "val_check_interval": 50}
+    losses, engine = Losses(), make_engine(Signal(number, 4), **options)
+    engine._cache.args["callbacks"].append(losses)
+    with pytest.raises(SystemExit) as exit_info:
+        engine.fit(make_model(), datamodule=make_data())
+    assert exit_info.value.code == status
+    assert len(losses.values) == 4
+    path = Path(engine.trainer.default_root_dir) / "weights" / "last.ckpt"
+    assert torch.load(path, weights_only=True)["global_step"] == 4
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        f"The state of step 4 is in {path}. Resume the training with: "
+        f"engine.fit(model, datamodule=datamodule, ckpt_path={str(path)!r})"
+    )
+    assert signal.getsignal(signal.SIGINT) in {signal.default_int_handler, signal.SIG_IGN}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    model = make_model()
+    losses = losses_of(make_engine, model, make_data(), max_steps=7, ckpt_path=path)
+    assert len(losses) == 3
+    assert math.isfinite(model.post_processor.image_threshold)
+
+
+def test_an_interrupt_of_a_validation_goes_on_behind_it(make_engine, make_model, make_data):
+    engine = make_engine(Signal(signal.SIGINT, 3, validates=True), max_steps=9)
+    with pytest.raises(SystemExit):
+        engine.fit(make_model(), datamodule=make_data())
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    path = Path(engine.trainer.default_root_dir) / "weights" / "last.ckpt"
+    model = make_model()
+    assert len(losses_of(make_engine, model, make_data(), max_steps=9, ckpt_path=path)) == 6
+    assert math.isfinite(model.post_processor.image_threshold)
+
+
+def test_an_interrupt_of_the_last_validation_needs_one_more_step(make_engine, make_model, make_data, capsys):
+    engine = make_engine(Signal(signal.SIGINT, 2, validates=True), max_steps=2)
+    with pytest.raises(SystemExit):
+        engine.fit(make_model(), datamodule=make_data())
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    assert "Engine(max_steps=3, ...).fit(model" in capsys.readouterr().out
+    path = Path(engine.trainer.default_root_dir) / "weights" / "last.ckpt"
+    model = make_model()
+    assert len(losses_of(make_engine, model, make_data(), max_steps=3, ckpt_path=path)) == 1
+    assert math.isfinite(model.post_processor.image_threshold)
+
+
+def test_an_error_leaves_the_state_of_sound_weights_only(make_engine, make_model, make_data, monkeypatch, capsys):
+    engine = make_engine(Fail(2), max_steps=9)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        engine.fit(make_model(), datamodule=make_data())
+    path = Path(engine.trainer.default_root_dir) / "weights" / "last.ckpt"
+    assert torch.load(path, weights_only=True)["global_step"] == 2
+    assert len(losses_of(make_engine, make_model(), make_data(), max_steps=4, ckpt_path=path)) == 2
+    monkeypatch.setattr(LastState, "interval", 0.0)
+    engine = make_engine(Fail(2, breaks=True), max_steps=9)
+    capsys.readouterr()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        engine.fit(make_model(), datamodule=make_data())
+    path = Path(engine.trainer.default_root_dir) / "weights" / "last.ckpt"
+    weights = torch.load(path, weights_only=True)["state_dict"]
+    assert all(weights[name].isfinite().all() for name, _ in make_model().named_parameters())
+    assert capsys.readouterr().out.splitlines()[-1].startswith("The state of step 2 is in ")
+
+
+def test_a_state_every_few_minutes_until_the_end(make_engine, make_model, make_data, monkeypatch):
+    monkeypatch.setattr(LastState, "interval", 0.0)
+    steps = []
+
+    class Look(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            path = Path(trainer.default_root_dir) / "weights" / "last.ckpt"
+            steps.append(torch.load(path, weights_only=True)["global_step"] if path.is_file() else 0)
+
+    engine = make_engine(Look(), max_steps=5)
+    engine.fit(make_model(), datamodule=make_data())
+    assert steps == [0, 1, 2, 3, 4]
+    folder = Path(engine.trainer.default_root_dir) / "weights"
+    assert [path.name for path in folder.iterdir()] == ["lightning"]
+
+
+def test_a_full_disk_does_not_end_the_training(make_engine, make_model, make_data, monkeypatch, caplog):
+    monkeypatch.setattr(LastState, "interval", 0.0)
+
+    class Full(Callback):
+        def on_train_start(self, trainer, pl_module):
+            (Path(trainer.default_root_dir) / "weights").write_text("in the way")
+
+    engine = make_engine(Full(), max_steps=2, fast_dev_run=False, limit_val_batches=0)
+    with pytest.raises(OSError, match="make room"):
+        # anomalib's own checkpoint has no place, either, but the steps before were done.
+        engine.fit(make_model(), datamodule=make_data())
+    assert engine.trainer.global_step == 2
+    assert "The state of the training is not saved: " in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "command"),
+    [
+        (["fit", "--config", "a b.yaml"], "anomalib fit --config 'a b.yaml' --ckpt_path last.ckpt"),
+        (["train", "--ckpt_path", "x", "--data", "train"], "anomalib fit --data train --ckpt_path last.ckpt"),
+    ],
+)
+def test_the_command(arguments, command):
+    assert resume_command(Path("last.ckpt"), arguments=arguments) == command
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_command_line_prints_the_command_that_resumes(number, tmp_path, encoder_weights, data_args):
+    arguments = [
+        "train", "--model", "DecAD", "--model.encoder", ENCODER, "--model.encoder_weights", encoder_weights,
+        "--model.layers", "[1,2]", "--model.image_size", f"[{IMAGE_SIZE},{IMAGE_SIZE}]", *data_args,
+        "--trainer.accelerator", "cpu", "--trainer.max_steps", 20_000, "--trainer.check_val_every_n_epoch", "null",
+        "--trainer.val_check_interval", 20_000, "--default_root_dir", tmp_path / "my results",
+        "--trainer.callbacks", "anomalib.callbacks.ModelCheckpoint", "--trainer.callbacks.dirpath", tmp_path / "steps",
+        "--trainer.callbacks.every_n_train_steps", 1,
+    ]  # fmt: skip
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [ANOMALIB, *map(str, arguments)], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    try:
+        for _ in range(900):
+            if process.poll() is not None or list(tmp_path.glob("steps/*.ckpt")):
+                break
+            time.sleep(0.1)
+        process.send_signal(number)
+        output, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == (1 if number == signal.SIGINT else 143), output
+    last = output.splitlines()[-1]
+    state, _, command = last.partition(". Resume the training with: ")
+    path = tmp_path / "my results" / "DecAD" / "factory" / "v0" / "weights" / "last.ckpt"
+    assert state.endswith(f" is in {path}")
+    step = torch.load(path, weights_only=True)["global_step"]
+    program, *rest = shlex.split(command)
+    assert program == "anomalib"
+    result = subprocess.run(
+        [ANOMALIB, *rest, "--trainer.max_steps", str(step + 2)], env=env, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert f"`max_steps={step + 2}` reached" in result.stderr + result.stdout
+    assert step + 2 in {torch.load(file, weights_only=False)["global_step"] for file in tmp_path.glob("steps/*.ckpt")}
