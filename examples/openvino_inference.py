@@ -6,11 +6,15 @@ usage: pip install openvino opencv-python-headless
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import cv2
 import numpy as np
 import openvino
+
+# How complete files end that begin so.
+ENDINGS = {b"\xff\xd8": b"\xff\xd9", b"\x89PNG": b"IEND"}
 
 
 def load(model: Path, device: str, precision: str):  # noqa: ANN201 - a function from a batch to named arrays
@@ -21,19 +25,25 @@ def load(model: Path, device: str, precision: str):  # noqa: ANN201 - a function
     return lambda batch: {next(iter(output.names)): value for output, value in compiled([batch]).items()}
 
 
-def read(path: Path) -> np.ndarray:
-    """Read an image, shape (H, W, 3), BGR, of as many bits as the file has."""
-    image = cv2.imread(str(path), cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH)
-    if image is None:
-        raise SystemExit(f"{path} is no image that OpenCV can read")
-    return image
+def read(path: Path) -> np.ndarray | None:
+    """Read an image, shape (H, W, 3), BGR, of as many bits as the file has; None if it is no whole image."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return None
+    # OpenCV makes up what is missing of a file.
+    ending = next((end for start, end in ENDINGS.items() if content.startswith(start)), b"")
+    if not content or ending not in content[-4096:]:
+        return None
+    return cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH)
 
 
 def find_white(paths: list[Path], bits: int | None) -> float:
     """Find the value of white in images of more than 8 bits: of all, as a dark image must stay dark."""
     if bits:
         return 2.0**bits - 1
-    largest = max((float(image.max()) for image in map(read, paths) if image.dtype != np.uint8), default=0)
+    images = (image for image in map(read, paths) if image is not None and image.dtype != np.uint8)
+    largest = max((float(image.max()) for image in images), default=0)
     return next((white for white in (255.0, 1023.0, 4095.0, 65535.0) if largest <= white), largest)
 
 
@@ -61,8 +71,12 @@ def main() -> None:
     predict = load(args.model, args.device, args.precision)
     args.output.mkdir(parents=True, exist_ok=True)
     white = find_white(args.images, args.bits)
+    skipped = []
     for path in args.images:
         image = read(path)
+        if image is None:
+            skipped.append(str(path))
+            continue
         image = (image.astype(np.float32) / (255 if image.dtype == np.uint8 else white)).clip(0, 1)
         batch = np.ascontiguousarray(image[:, :, ::-1].transpose(2, 0, 1)[None])
         result = {name: value[0].squeeze() for name, value in predict(batch).items()}
@@ -70,6 +84,10 @@ def main() -> None:
         cv2.imwrite(str(target), draw(image, result["anomaly_map"], result["pred_mask"]))
         verdict = "anomalous" if result["pred_label"] else "normal"
         print(f"{path}: score {float(result['pred_score']):.4f}, {verdict}, heatmap {target}")
+    if skipped:
+        print(f"Skipped {len(skipped)} files that are no images, or incomplete: {', '.join(skipped)}", file=sys.stderr)
+    if len(skipped) == len(args.images):
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

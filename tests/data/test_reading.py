@@ -272,3 +272,13 @@ def test_pictures_of_deep_images_show_them_as_the_model_sees_them(predict, make_
     original = cv2.imread(str(tmp_path / "data/bolts/test/good/000.png"), cv2.IMREAD_UNCHANGED)
     picture = cv2.imread(str(pictures[0]))[40:, :200]  # below the title of the first field, the image
     assert picture.mean() == pytest.approx((original / 4095 * 255).mean(), abs=12)
+
+
+@pytest.mark.parametrize("subset", ["train", "test"])
+def test_an_incomplete_file_is_named(subset, make_engine, make_model, tmp_path):
+    make_dataset(tmp_path / "shop", ("bolts",))
+    path = tmp_path / "shop" / "bolts" / subset / "good" / "001.png"
+    path.write_bytes(path.read_bytes()[:3000])
+    data = MultiCategory("MVTecAD", root=tmp_path / "shop", num_workers=0)
+    with pytest.raises((OSError, RuntimeError), match=rf"{path} cannot be read \(.*\): remove or replace the file"):
+        make_engine().train(make_model(), datamodule=data)

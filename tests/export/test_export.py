@@ -349,13 +349,25 @@ def test_examples_run_without_anomalib(script, kind, export, images, expected, t
 
 
 @pytest.mark.parametrize("script", ["onnx_inference.py", "openvino_inference.py"])
-def test_examples_name_what_is_no_image(script, export, tmp_path):
+def test_examples_skip_and_list_what_cannot_be_read(script, export, images, tmp_path):
     path = ROOT / "examples" / script
     model = export("onnx" if script.startswith("onnx") else "openvino")
-    command = [sys.executable, str(path), str(model), str(tmp_path / "none.png"), "--output", str(tmp_path / "out")]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert result.returncode == 1
-    assert result.stderr.strip().endswith("none.png is no image that OpenCV can read")
+    whole = cv2.imread(str(images[0]))
+    names = []
+    for ending in ("png", "jpg"):
+        cv2.imwrite(str(tmp_path / f"part.{ending}"), whole)
+        content = (tmp_path / f"part.{ending}").read_bytes()
+        (tmp_path / f"part.{ending}").write_bytes(content[: len(content) // 2])
+        names.append(str(tmp_path / f"part.{ending}"))
+    cv2.imwrite(str(tmp_path / "whole.jpg"), whole)
+    names.append(str(tmp_path / "none.png"))
+    for more, status in (([str(images[0]), str(tmp_path / "whole.jpg")], 0), ([], 1)):
+        command = [sys.executable, str(path), str(model), *names, *more, "--output", str(tmp_path / "out")]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        assert result.returncode == status, result.stderr
+        last = result.stderr.strip().splitlines()[-1]
+        assert last == f"Skipped 3 files that are no images, or incomplete: {', '.join(names)}"
+        assert [line.partition(": score ")[0] for line in result.stdout.splitlines()] == more
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,9 @@ from anomalib.data import AnomalibDataset
 from anomalib.data.errors import MisMatchError
 from anomalib.data.utils import LabelName
 from lightning.pytorch.utilities import rank_zero_only
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from anomalib_decad.data.reading import find_white, is_deep, read_values
+from anomalib_decad.data.reading import find_white, is_deep, naming, read_values
 
 __all__ = ["check_category", "look_at_subsets"]
 
@@ -76,31 +76,32 @@ def _sample(paths: list[str], count: int) -> list[str]:
 def _look_at_images(samples: pd.DataFrame) -> _Look:
     findings = []
     paths = _sample(sorted(map(str, samples.image_path)), _HEADERS)
-    try:
-        deep = [path for path in paths if is_deep(path)]
-        white = None
-        if deep:
-            white, kind = find_white(_sample(deep, _WHITES))
-            findings.append(f"images of more than 8 bits, in which {white:g} is white, as their values fit {kind}")
-            if kind == "an unknown kind":
-                findings[-1] += " (save them with 16 bits, or give MultiCategory their bit_depth)"
-            if len(deep) < len(paths):
-                findings.append("images of 8 bits beside those of more")
-        constant = [path for path in _sample(paths, _IMAGES) if _is_constant(path)]
-    except UnidentifiedImageError as error:
-        msg = f"{error}: remove or replace the file"
-        raise OSError(msg) from error
+    deep = []
+    for path in paths:
+        with naming(path):
+            if is_deep(path):
+                deep.append(path)
+    white = None
+    if deep:
+        white, kind = find_white(_sample(deep, _WHITES))
+        findings.append(f"images of more than 8 bits, in which {white:g} is white, as their values fit {kind}")
+        if kind == "an unknown kind":
+            findings[-1] += " (save them with 16 bits, or give MultiCategory their bit_depth)"
+        if len(deep) < len(paths):
+            findings.append("images of 8 bits beside those of more")
+    constant = [path for path in _sample(paths, _IMAGES) if _is_constant(path)]
     if constant:
         findings.append(f"{Path(constant[0]).name} has one value everywhere")
     return _Look(white, findings)
 
 
 def _is_constant(path: str) -> bool:
-    if is_deep(path):
-        values = read_values(path)
-    else:
-        with Image.open(path) as image:
-            values = np.asarray(image.convert("RGB"))
+    with naming(path):
+        if is_deep(path):
+            values = read_values(path)
+        else:
+            with Image.open(path) as image:
+                values = np.asarray(image.convert("RGB"))
     return bool((values == values[:1, :1]).all())
 
 
@@ -143,7 +144,7 @@ def _look_at_masks(samples: pd.DataFrame) -> list[str]:
     pairs = {str(paths[0]): str(image) for image, paths in zip(anomalous.image_path, masks, strict=True)}
     for path in _sample(list(pairs), _MASKS):
         name = Path(path).name
-        with Image.open(path) as mask, Image.open(pairs[path]) as image:
+        with naming(path), Image.open(path) as mask, Image.open(pairs[path]) as image:
             values = np.unique(np.asarray(mask.convert("L")))
             if mask.size != image.size:
                 findings.append(f"the mask {name} is of another size than its image")

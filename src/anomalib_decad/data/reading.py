@@ -3,8 +3,9 @@
 
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
 
@@ -15,7 +16,7 @@ from anomalib.data.utils import read_image as read_8_bit_image
 from PIL import Image as PillowImage
 from torchvision.tv_tensors import Image, Mask
 
-__all__ = ["FULL_WHITE", "find_unreadable", "find_white", "is_deep", "read_image", "read_mask", "read_values"]
+__all__ = ["FULL_WHITE", "find_unreadable", "find_white", "is_deep", "naming", "read_image", "read_mask", "read_values"]
 
 logger = logging.getLogger(__name__)
 
@@ -81,12 +82,17 @@ def find_white(paths: Iterable[str | Path]) -> tuple[float, str]:
     Returns:
         tuple[float, str]: The value, and what to call its kind.
     """
-    largest = max((float(np.nanmax(read_values(path))) for path in paths), default=FULL_WHITE)
+    largest = max(map(_largest, paths), default=FULL_WHITE)
     for white in _WHITES:
         # Fractions are either between 0 and 1, or of no known kind.
         if largest <= white and (largest > 1 or largest == 0):
             return float(white), f"{white.bit_length()} bits"
     return (1.0, "fractions") if 0 < largest <= 1 else (largest, "an unknown kind")
+
+
+def _largest(path: str | Path) -> float:
+    with naming(path):
+        return float(np.nanmax(read_values(path)))
 
 
 def read_image(path: str | Path, white: float = FULL_WHITE) -> torch.Tensor:
@@ -99,10 +105,14 @@ def read_image(path: str | Path, white: float = FULL_WHITE) -> torch.Tensor:
 
     Returns:
         torch.Tensor: float32 of shape (3, H, W), in [0, 1].
+
+    Raises:
+        OSError: If the file cannot be read.
     """
-    if not is_deep(path):
-        return cast("torch.Tensor", read_8_bit_image(path, as_tensor=True))
-    values = torch.from_numpy(read_values(path).astype(np.float32)).nan_to_num()
+    with naming(path):
+        if not is_deep(path):
+            return cast("torch.Tensor", read_8_bit_image(path, as_tensor=True))
+        values = torch.from_numpy(read_values(path).astype(np.float32)).nan_to_num()
     if values.max() > white and white not in _clipped:
         _clipped.add(white)
         logger.warning(
@@ -114,6 +124,26 @@ def read_image(path: str | Path, white: float = FULL_WHITE) -> torch.Tensor:
     values = (values / white).clamp(0, 1)
     values = values.permute(2, 0, 1) if values.ndim == 3 else values.expand(3, *values.shape)
     return Image(values.contiguous())
+
+
+@contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Name a file in whatever its reading raises: Pillow says that an image is truncated, but not which.
+
+    Args:
+        path (str | Path): The file.
+
+    Yields:
+        None: While it is read.
+
+    Raises:
+        OSError: If something was raised.
+    """
+    try:
+        yield
+    except Exception as error:  # Pillow's plug-ins raise of all kinds.
+        msg = f"{path} cannot be read ({error}): remove or replace the file"
+        raise OSError(msg) from error
 
 
 def find_unreadable(paths: Iterable[str | Path]) -> dict[str, str]:
@@ -134,7 +164,7 @@ def find_unreadable(paths: Iterable[str | Path]) -> dict[str, str]:
 def _reason_against(path: str | Path) -> str | None:
     try:
         read_values(path) if is_deep(path) else read_8_bit_image(path)
-    except Exception as error:  # Pillow's plug-ins raise of all kinds.
+    except Exception as error:
         return str(error) or type(error).__name__
     return None
 
@@ -150,8 +180,11 @@ def read_mask(path: str | Path) -> torch.Tensor:
 
     Returns:
         torch.Tensor: uint8 of shape (H, W), of 0 and 1.
+
+    Raises:
+        OSError: If the file cannot be read.
     """
-    with PillowImage.open(path) as image:
+    with naming(path), PillowImage.open(path) as image:
         is_noisy = image.format in {"JPEG", "MPO", "WEBP"}
         values = np.asarray(image.convert("L"))
     if not is_noisy:
