@@ -42,6 +42,7 @@ __all__ = [
     "set_root_folder",
     "set_training_steps",
     "shallow_copy",
+    "training_iterator",
     "update_augmentations",
 ]
 
@@ -150,6 +151,15 @@ PRIVATE_NAMES = (
         "self._data_source",
         "trainer.predict_dataloaders are there when the first image has been read already.",
         "See where the trainer keeps the dataloaders of a prediction, and mend predict_datasets.",
+    ),
+    PrivateName(
+        "lightning",
+        "lightning.pytorch.loops.fit_loop",
+        "_FitLoop",
+        "_data_fetcher",
+        "self._data_fetcher",
+        "A dataloader with state_dict() is asked for it, but Lightning makes another of it for several processes.",
+        "See where the trainer keeps its iterator over the training batches, and mend training_iterator.",
     ),
     PrivateName(
         "timm",
@@ -305,6 +315,12 @@ def shallow_copy(module: Module) -> Module:
     copied = copy.copy(module)
     copied._modules = dict(module._modules)
     return copied
+
+
+def training_iterator(trainer: Trainer) -> Iterator[Any]:
+    """Give the iterator that a training takes its batches from."""
+    fetcher: Any = trainer.fit_loop._data_fetcher
+    return fetcher.iterator
 
 
 def is_importing(name: str) -> bool:

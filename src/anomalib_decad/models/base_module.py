@@ -26,7 +26,7 @@ from anomalib_decad.data import DeepImagesMixin
 from anomalib_decad.export import ParityExportMixin, lacks_threshold
 from anomalib_decad.metrics import BoundedPostProcessor, CategoryEvaluator
 from anomalib_decad.models.checkpoint import CheckpointMixin
-from anomalib_decad.runs import FinalValidation, LastState, PredictionSummary, RunFolder
+from anomalib_decad.runs import DataOrder, FinalValidation, LastState, PredictionSummary, RunFolder
 
 __all__ = ["BaseModule"]
 
@@ -145,7 +145,7 @@ class BaseModule(DeepImagesMixin, _Base):
         callbacks = super().configure_callbacks()
         components = [callbacks] if isinstance(callbacks, Callback) else callbacks
         # Behind the post-processor, which gives labels. What is printed last comes last.
-        return [self._run_folder, *components, FinalValidation(), PredictionSummary(), LastState()]
+        return [self._run_folder, *components, DataOrder(), FinalValidation(), PredictionSummary(), LastState()]
 
     @property
     def learning_type(self) -> LearningType:

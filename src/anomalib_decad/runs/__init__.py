@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a run ends, what it leaves behind, and where."""
 
+from anomalib_decad.runs.data_order import DataOrder
 from anomalib_decad.runs.final_validation import FinalValidation
 from anomalib_decad.runs.folder import RunFolder
 from anomalib_decad.runs.last_state import LastState
 from anomalib_decad.runs.prediction import PredictionSummary
 
-__all__ = ["FinalValidation", "LastState", "PredictionSummary", "RunFolder"]
+__all__ = ["DataOrder", "FinalValidation", "LastState", "PredictionSummary", "RunFolder"]
