@@ -40,7 +40,8 @@ class DataOrder(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add where the epoch is, if it is not at its end."""
         del pl_module
-        seen = trainer.fit_loop.epoch_loop.batch_progress.current.processed
+        progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+        seen = progress.processed
         if self._beginning is not None and 0 < seen < trainer.num_training_batches:
             checkpoint[_KEY] = {"rng": self._beginning, "seen": seen}
 
@@ -59,7 +60,7 @@ class DataOrder(Callback):
         """Leave out what has been seen."""
         del pl_module
         self._first_epoch = trainer.current_epoch
-        if not self._num_seen:
+        if not self._num_seen or self._now is None:
             return
         logger.info("Resuming within an epoch: reading the %d batches again that it has had.", self._num_seen)
         # It is not so.
