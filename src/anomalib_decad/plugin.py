@@ -8,8 +8,9 @@ parsed, and ``get_model`` only imports from ``anomalib.models``. Two entry point
 - ``torch.backends`` is the trigger: ``import torch`` calls :func:`install`, and anomalib imports torch. :func:`install`
   waits until ``anomalib.models`` and ``anomalib.data`` have been imported and then adds each class of the registry.
 
-One more thing is put right on the way: anomalib 2.7 accepts ``--seed_everything N`` and forgets it. For the models of
-the registry, and only for these, the seed is set before the classes are instantiated, as the option's help has it.
+Two more things are put right on the way. anomalib 2.7 accepts ``--seed_everything N`` and forgets it: for the models of
+the registry, and only for these, the seed is set before the classes are instantiated, as the option's help has it. And
+commands with this package's own models are quiet, and say errors in one line: see :mod:`anomalib_decad.command_line`.
 
 This module uses the standard library only, and nothing that it does raises: a plug-in that cannot be imported is a
 warning, and anomalib goes on without it.
@@ -25,7 +26,9 @@ import warnings
 from importlib.machinery import ModuleSpec
 from typing import TYPE_CHECKING, Any
 
+from anomalib_decad import command_line
 from anomalib_decad.compat import is_importing, marks_as_imported
+from anomalib_decad.quiet import ignore_warnings, is_verbose
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -57,6 +60,8 @@ def install() -> None:
     try:
         if not any(isinstance(finder, _AnomalibFinder) for finder in sys.meta_path):
             sys.meta_path.insert(0, _AnomalibFinder())
+            if _is_our_command() and not is_verbose():
+                ignore_warnings()  # of anomalib's own imports
         for name in (*_TARGETS, _CLI):
             if is_importing(name):  # anomalib.models imports torch, and so calls this, in its first lines
                 sys.modules[name].__spec__.__class__ = _NotifyingSpec
@@ -105,6 +110,7 @@ def _extend(name: str) -> None:
         if name == _CLI:
             _load_pending()
             _honor_seed(sys.modules[name])
+            command_line.extend(sys.modules[name], _is_our_command)
         else:
             _attach(name)
     except Exception as error:
@@ -127,6 +133,13 @@ def _attach(group: str) -> None:
             _load_before(modules[0], name)
     else:
         _load_pending()
+
+
+def _is_our_command() -> bool:
+    """Tell whether the process is a command of anomalib's about one of this package's own models."""
+    package = __name__.partition(".")[0]
+    names = {entry.name for entry in _registered("anomalib.models") if entry.module.partition(".")[0] == package}
+    return command_line.names_model(sys.argv, names)
 
 
 def _is_importing_part_of(package: str) -> bool:

@@ -1,0 +1,156 @@
+"""What the real anomalib command prints."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from conftest import ENCODER, IMAGE_SIZE, anomalib
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def model_args(encoder_weights):
+    return [
+        "--model.encoder", ENCODER, "--model.encoder_weights", encoder_weights, "--model.layers", "[1,2,3]",
+        "--model.image_size", f"[{IMAGE_SIZE},{IMAGE_SIZE}]", "--model.invertible.hidden_dim", "8",
+        "--model.invertible.num_blocks", "1", "--model.decoupler.num_prototypes", "16",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--model.encoder", "vit_tiny"], "timm has no model 'vit_tiny'"),
+        (["--model.image_size", "[70,64]"], "64 x 64 would do"),
+        (["--model.layers", "[1,2,30]"], "layers"),
+        (["--model.decoupler.abnormal_fraction", 2], "abnormal_fraction"),
+        (["--data.categories", "[bolt]"], "no category 'bolt'; valid names are"),
+        (["--model.encoder_weights", "nowhere.pth"], "nowhere.pth"),
+        (["--model.encoder_weights", "null"], "encoder_weights"),
+    ],
+)
+def test_a_wrong_argument_is_one_line(args, message, tmp_path, model_args, data_args):
+    result = anomalib(
+        "train", "--model", "DecAD", *model_args, *data_args, *args, "--trainer.max_steps", 2,
+        "--default_root_dir", tmp_path, check=False,
+    )  # fmt: skip
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert message in line
+    assert result.returncode == 2
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("args", [["--data.categories", "[bolt]"], ["--model.encoder_weights", "null"]])
+def test_tracebacks_on_request(args, tmp_path, model_args, data_args):
+    result = anomalib(
+        "train", "--model", "DecAD", *model_args, *data_args, *args, "--trainer.max_steps", 2,
+        "--default_root_dir", tmp_path, check=False, ANOMALIB_DECAD_VERBOSE="1",
+    )  # fmt: skip
+    assert result.returncode == 1
+    assert "Traceback" in result.stderr
+
+
+def test_a_fault_keeps_its_traceback(tmp_path, model_args, data_args):
+    code = """
+import sys
+import anomalib_decad
+from anomalib.cli.cli import main
+def fault(self):
+    return {}["a fault"]
+for name in sys.argv.pop(1).split():
+    setattr(anomalib_decad.DecAD, name, fault)
+sys.argv[0] = "anomalib"
+main()
+"""
+    for method in ("prepare", "training_loader"):
+        result = subprocess.run(
+            [
+                sys.executable, "-c", code, method, "train", "--model", "DecAD", *map(str, model_args),
+                *map(str, data_args), "--trainer.max_steps", "2", "--default_root_dir", str(tmp_path),
+            ],
+            env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, timeout=200, check=False,
+        )  # fmt: skip
+        assert result.returncode == 1, result.stderr
+        assert "Traceback" in result.stderr
+        assert "KeyError: 'a fault'" in result.stderr
+        assert not list(tmp_path.iterdir())
+
+
+def test_other_models_behave_as_before(tmp_path, mvtec_root):
+    result = anomalib(
+        "train", "--model", "Padim", "--data", "MultiCategory", "--data.datamodule", "MVTecAD", "--data.root",
+        mvtec_root, "--data.categories", "[bolt]", "--default_root_dir", tmp_path, check=False,
+    )  # fmt: skip
+    assert result.returncode == 1
+    assert "Traceback" in result.stderr
+    assert "FutureWarning" in result.stderr
+    for output in (result.stdout, result.stderr):
+        assert "Initializing Padim model" in output
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, model_args, data_args):
+    root = tmp_path_factory.mktemp("trained")
+    result = anomalib(
+        "train", "--model", "DecAD", *model_args, *data_args, "--trainer.max_epochs", 3, "--trainer.accelerator", "cpu",
+        "--default_root_dir", root,
+    )  # fmt: skip
+    return result, root / "DecAD" / "factory"
+
+
+NOISE = (
+    "is deprecated", "module(s) in eval mode", "will override", "OpenVINO is possibly", "litlogger", "Overriding num_sanity",
+    "Found the dataset", "Initializing DecAD",
+)  # fmt: skip
+
+
+def test_a_training_prints_each_message_once(trained):
+    result, _ = trained
+    for text in NOISE:
+        assert text not in result.stdout + result.stderr
+    for text in ("factory: 12 train images", "`max_epochs=3` reached", "Training took"):
+        assert (result.stdout + result.stderr).count(text) == 1, text
+    assert not result.stderr
+
+
+def test_a_warning_is_said_once(tmp_path, model_args, mvtec_root):
+    shutil.copytree(mvtec_root / "bolts", tmp_path / "data" / "bolts")
+    shutil.rmtree(tmp_path / "data" / "bolts" / "test" / "square")
+    shutil.rmtree(tmp_path / "data" / "bolts" / "ground_truth")
+    result = anomalib(
+        "fit", "--model", "DecAD", *model_args, "--data", "MultiCategory", "--data.datamodule", "MVTecAD",
+        "--data.root", tmp_path / "data", "--data.num_workers", 0, "--trainer.max_epochs", 3, "--default_root_dir", tmp_path,
+    )  # fmt: skip
+    assert (result.stdout + result.stderr).count("The validation images have no anomaly") == 1
+
+
+def test_all_messages_on_request(tmp_path, model_args, data_args):
+    result = anomalib(
+        "fit", "--model", "DecAD", *model_args, *data_args, "--trainer.fast_dev_run", "true", "--default_root_dir",
+        tmp_path, ANOMALIB_DECAD_VERBOSE="1",
+    )  # fmt: skip
+    for output in (result.stdout, result.stderr):
+        assert "Initializing DecAD model" in output
+    assert "FutureWarning" in result.stderr
+
+
+@pytest.mark.parametrize(("kind", "suffix"), [("torch", "pt"), ("onnx", "onnx"), ("openvino", "xml")])
+def test_an_export_ends_with_its_file(kind, suffix, trained, tmp_path, model_args):
+    checkpoint = trained[1] / "latest" / "weights" / "lightning" / "model.ckpt"
+    result = anomalib(
+        "export", "--model", "DecAD", *model_args, "--ckpt_path", checkpoint, "--export_type", kind, "--export_root",
+        tmp_path,
+    )  # fmt: skip
+    lines = result.stdout.splitlines()
+    assert len(lines) < 20
+    assert lines[-1].endswith(f"{tmp_path}/weights/{kind}/model.{suffix}")
+    assert "Error" not in result.stderr
+
+
+def test_latest_can_be_moved(trained):
+    latest = trained[1] / "latest"
+    assert latest.readlink() == Path("v0")
