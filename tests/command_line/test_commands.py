@@ -1,8 +1,10 @@
 """What the real anomalib command prints."""
 
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -103,8 +105,8 @@ def trained(tmp_path_factory, model_args, data_args):
 
 
 NOISE = (
-    "is deprecated", "module(s) in eval mode", "will override", "OpenVINO is possibly", "litlogger", "Overriding num_sanity",
-    "Found the dataset", "Initializing DecAD",
+    "is deprecated", "module(s) in eval mode", "will override", "OpenVINO is possibly", "litlogger",
+    "Overriding num_sanity", "Found the dataset", "Initializing DecAD",
 )  # fmt: skip
 
 
@@ -123,7 +125,8 @@ def test_a_warning_is_said_once(tmp_path, model_args, mvtec_root):
     shutil.rmtree(tmp_path / "data" / "bolts" / "ground_truth")
     result = anomalib(
         "fit", "--model", "DecAD", *model_args, "--data", "MultiCategory", "--data.datamodule", "MVTecAD",
-        "--data.root", tmp_path / "data", "--data.num_workers", 0, "--trainer.max_epochs", 3, "--default_root_dir", tmp_path,
+        "--data.root", tmp_path / "data", "--data.num_workers", 0, "--trainer.max_epochs", 3,
+        "--default_root_dir", tmp_path,
     )  # fmt: skip
     assert (result.stdout + result.stderr).count("The validation images have no anomaly") == 1
 
