@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import re
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ __all__ = [
     "PrivateName",
     "antialiased_position_embeddings",
     "convert_checkpoint",
+    "count_epochs_from_one",
     "is_importing",
     "marks_as_imported",
     "predict_datasets",
@@ -162,6 +164,15 @@ PRIVATE_NAMES = (
         "See where the trainer keeps its iterator over the training batches, and mend training_iterator.",
     ),
     PrivateName(
+        "lightning",
+        "lightning.pytorch.callbacks.progress.rich_progress",
+        "RichProgressBar",
+        "_get_train_description",
+        None,
+        "A bar of one's own would take the place of the one that the user has chosen.",
+        "See what names an epoch beside the bar now, and mend count_epochs_from_one.",
+    ),
+    PrivateName(
         "timm",
         "timm.models.vision_transformer",
         "",
@@ -239,6 +250,23 @@ def convert_checkpoint(network: nn.Module, state: Mapping[str, Any]) -> Mapping[
     """
     convert = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
     return convert(state, network) if convert else state
+
+
+def count_epochs_from_one(progress_bar: Any) -> None:
+    """Have a progress bar of Lightning's name the epochs 1/4 to 4/4, not 0/3 to 3/3.
+
+    Args:
+        progress_bar (Any): The bar; others than the one of rich, and ``None``, stay as they are.
+    """
+    if not hasattr(progress_bar, "_get_train_description"):
+        return
+
+    def describe(current_epoch: int) -> str:
+        # By its class at that time: anomalib changes it when the training starts.
+        text = type(progress_bar)._get_train_description(progress_bar, current_epoch)
+        return re.sub(r"\d+", lambda match: str(int(match[0]) + 1), text, count=2)
+
+    progress_bar._get_train_description = describe
 
 
 def replace_threshold_metrics(post_processor: PostProcessor, image: Any, pixel: Any) -> None:

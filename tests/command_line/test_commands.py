@@ -157,3 +157,22 @@ def test_an_export_ends_with_its_file(kind, suffix, trained, tmp_path, model_arg
 def test_latest_can_be_moved(trained):
     latest = trained[1] / "latest"
     assert latest.readlink() == Path("v0")
+
+
+def test_the_preparation_is_told_in_a_file(trained):
+    lines = [line for line in trained[0].stdout.splitlines() if "anomalib_decad.progress" in line]
+    assert [line.partition("INFO - ")[2].partition(":")[0] for line in lines] == [
+        "Looking at training images", "Fitting to their patches",
+    ]  # fmt: skip
+    assert lines == [line for line in lines if "took" in line]
+
+
+def test_each_number_is_printed_once(trained):
+    output = trained[0].stdout
+    assert "FLOPs" not in output
+    assert "DataLoader 0" not in output
+    assert output.count("bolts") == 1
+
+
+def test_epochs_are_counted_from_one(trained):
+    assert "Epoch 3/3" in trained[0].stdout

@@ -2,10 +2,12 @@ import logging
 
 import pytest
 import torch
+from anomalib.models.components.cluster import KMeans
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anomalib_decad.components import ConditionalPrior
+from anomalib_decad.components.prior import _KMEANS_ITERATIONS, _cluster
 
 
 def make_components(count, noise=0.1):
@@ -92,3 +94,24 @@ def test_is_wide_under_automatic_mixed_precision():
 def test_numbers_are_checked(name, value):
     with pytest.raises(ValueError, match=name):
         ConditionalPrior(**{"num_normal": 2, "num_abnormal": 2, name: value})
+
+
+@pytest.mark.parametrize("hidden", [0, 8])
+def test_fit_tells_how_far_it_is(hidden):
+    parts = []
+    ConditionalPrior(6, 4, 32, hidden).fit(*make_components(500), report=parts.append)
+    assert len(parts) > 5
+    assert parts == sorted(parts)
+    assert 0 < parts[0] < 0.5
+    assert parts[-1] == 1
+
+
+@pytest.mark.parametrize("count", [1, 20])
+def test_clusters_are_those_of_anomalib(count):
+    rows = make_components(300)[0]
+    torch.manual_seed(1)
+    owners, centers = KMeans(count, _KMEANS_ITERATIONS).fit(rows)
+    torch.manual_seed(1)
+    ours = _cluster(rows, count, lambda _: None)
+    assert torch.equal(ours[0], owners)
+    assert torch.equal(ours[1], centers)

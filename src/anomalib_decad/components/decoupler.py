@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Decoupling: removal of the abnormal component of patch embeddings in the latent space."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
@@ -108,12 +109,18 @@ class Decoupler(nn.Module):
         if isinstance(self.network, InvertibleNetwork):
             self.network.initialize(x)
 
-    def fit_prior(self, x: torch.Tensor) -> None:
-        """Fit the prior, if it is not 0, to normal embeddings of shape (K, dim). The network has to be initialized."""
+    def fit_prior(self, x: torch.Tensor, report: Callable[[float], None] | None = None) -> None:
+        """Fit the prior, if it is not 0. The network has to be initialized.
+
+        Args:
+            x (torch.Tensor): Normal embeddings of shape (K, dim).
+            report (Callable[[float], None] | None): Is told now and then which part has been done, in [0, 1].
+                Defaults to ``None``: nobody is.
+        """
         if self.prior is not None:
             with torch.no_grad():
                 abnormal, normal = self._split(x)
-            self.prior.fit(normal, abnormal)
+            self.prior.fit(normal, abnormal, report=report)
             with torch.no_grad():
                 self.residual_variance.copy_((abnormal - self.prior(normal)).square().mean(0))
 

@@ -2,9 +2,9 @@
 """What the abnormal component of a normal patch is, given its normal component."""
 
 import logging
+from collections.abc import Callable
 
 import torch
-from anomalib.models.components.cluster import KMeans
 from torch import nn
 from torch.nn import functional
 from torch.optim import AdamW
@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 _SHARPNESS = 20.0
 
 _KMEANS_ITERATIONS = 6
+# Passes over all patches and prototypes beside those of k-means. Each takes about as long as an epoch.
+_OTHER_PASSES = 3
 _LEARNING_RATE, _WEIGHT_DECAY = 2e-3, 1e-2
 
 
@@ -102,7 +104,14 @@ class ConditionalPrior(nn.Module):
             similarity = linear_rows(2 * beta * at_least_float32(normal), self.keys, -beta * self.keys.square().sum(-1))
             return similarity.softmax(-1)
 
-    def fit(self, normal: torch.Tensor, abnormal: torch.Tensor, num_epochs: int = 16, batch_size: int = 2048) -> None:
+    def fit(
+        self,
+        normal: torch.Tensor,
+        abnormal: torch.Tensor,
+        num_epochs: int = 16,
+        batch_size: int = 2048,
+        report: Callable[[float], None] | None = None,
+    ) -> None:
         """Fit to the components of normal patches.
 
         Args:
@@ -112,9 +121,19 @@ class ConditionalPrior(nn.Module):
                 Defaults to ``16``: 256 steps for the 32,768 patches that DecAD samples.
             batch_size (int): Patches in a step.
                 Defaults to ``2048``.
+            report (Callable[[float], None] | None): Is told now and then which part has been done, in [0, 1].
+                Defaults to ``None``: nobody is.
         """
         normal, abnormal = normal.detach(), abnormal.detach()
-        self._fit_prototypes(normal, abnormal)
+        passes = _KMEANS_ITERATIONS + _OTHER_PASSES
+        total = passes + (num_epochs if self.residual is not None else 0)
+
+        def done(count: int) -> None:
+            if report is not None:
+                report(count / total)
+
+        self._fit_prototypes(normal, abnormal, done)
+        done(passes)
         if self.residual is None:
             return
         with torch.no_grad():
@@ -123,23 +142,24 @@ class ConditionalPrior(nn.Module):
         optimizer = AdamW(self.residual.parameters(), lr=_LEARNING_RATE, weight_decay=_WEIGHT_DECAY)
         scheduler = OneCycleLR(optimizer, _LEARNING_RATE, total_steps=num_epochs * num_batches)
         with torch.enable_grad(), torch.autocast(normal.device.type, enabled=False):
-            for _ in range(num_epochs):
+            for epoch in range(num_epochs):
                 for rows in torch.randperm(len(normal), device=normal.device).chunk(num_batches):
                     optimizer.zero_grad()
                     functional.mse_loss(self.residual(normal[rows]), rest[rows]).backward()
                     optimizer.step()
                     scheduler.step()
+                done(passes + epoch + 1)
         optimizer.zero_grad()
 
     @torch.no_grad()
-    def _fit_prototypes(self, normal: torch.Tensor, abnormal: torch.Tensor) -> None:
+    def _fit_prototypes(self, normal: torch.Tensor, abnormal: torch.Tensor, done: Callable[[int], None]) -> None:
         total, count = len(self.keys), min(len(self.keys), len(normal))
         if count < total:
             logger.warning(
                 "There are %d normal patches to choose prototypes from: %d of %d prototypes are used, and copied.",
                 len(normal), count, total,
             )  # fmt: skip
-        owners, centers = KMeans(count, _KMEANS_ITERATIONS).fit(normal)
+        owners, centers = _cluster(normal, count, done)
         # Centers that were drawn twice as a start have no members; other patches take their place.
         empty = torch.bincount(owners, minlength=count) == 0
         centers[empty] = normal[torch.randperm(len(normal), device=normal.device)[: int(empty.sum())]]
@@ -154,6 +174,31 @@ class ConditionalPrior(nn.Module):
         self.values.copy_(values[repeated].T)
         distance = torch.cdist(normal, centers).square().mean().clamp(min=1e-6)
         self.log_beta.copy_((_SHARPNESS / distance).log())
+
+
+def _cluster(rows: torch.Tensor, count: int, done: Callable[[int], None]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Find clusters as anomalib's KMeans does, which tells nobody how far it is.
+
+    Args:
+        rows (torch.Tensor): Shape (K, D).
+        count (int): Number of clusters.
+        done (Callable[[int], None]): Is told the number of iterations.
+
+    Returns:
+        tuple[torch.Tensor, torch.Tensor]: The cluster of each row, shape (K,), and the centers, shape (count, D).
+    """
+    centers = rows[torch.randint(0, len(rows), (count,))].clone()
+    owners = rows.new_full((len(rows),), -1, dtype=torch.int64)
+    for iteration in range(_KMEANS_ITERATIONS):
+        before, owners = owners, torch.cdist(rows, centers).argmin(1)
+        if torch.equal(owners, before):
+            return owners, centers
+        members = torch.bincount(owners, minlength=count)
+        sums = torch.zeros_like(centers).index_add_(0, owners, rows)
+        used = members > 0
+        centers[used] = sums[used] / members[used, None]
+        done(iteration + 1)
+    return torch.cdist(rows, centers).argmin(1), centers
 
 
 class _Network(nn.Module):

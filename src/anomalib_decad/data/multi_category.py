@@ -27,6 +27,9 @@ logger = logging.getLogger(__name__)
 
 _NAMED_ERRORS = (FileNotFoundError, ValueError, MisMatchError)
 
+#: Processes that read images, where there are as many cores.
+_MOST_WORKERS = 8
+
 _SUBSETS = ("train", "val", "test")
 
 
@@ -56,8 +59,8 @@ class MultiCategory(AnomalibDataModule):
             Defaults to ``16``.
         eval_batch_size (int): Images in a validation, test or prediction batch.
             Defaults to ``32``.
-        num_workers (int): Processes that read images.
-            Defaults to ``8``.
+        num_workers (int | None): Processes that read images.
+            Defaults to ``None``: one for each core, at most 8.
         train_augmentations (Transform | None): Augmentations of training images.
         val_augmentations (Transform | None): Augmentations of validation images.
         test_augmentations (Transform | None): Augmentations of test images.
@@ -92,7 +95,7 @@ class MultiCategory(AnomalibDataModule):
         sampling: Literal["auto", "natural", "balanced"] = "auto",
         train_batch_size: int = 16,
         eval_batch_size: int = 32,
-        num_workers: int = 8,
+        num_workers: int | None = None,
         train_augmentations: Transform | None = None,
         val_augmentations: Transform | None = None,
         test_augmentations: Transform | None = None,
@@ -108,7 +111,7 @@ class MultiCategory(AnomalibDataModule):
         super().__init__(
             train_batch_size=train_batch_size,
             eval_batch_size=eval_batch_size,
-            num_workers=num_workers,
+            num_workers=min(_num_cores(), _MOST_WORKERS) if num_workers is None else num_workers,
             train_augmentations=train_augmentations,
             val_augmentations=val_augmentations,
             test_augmentations=test_augmentations,
@@ -249,3 +252,8 @@ class MultiCategory(AnomalibDataModule):
     def test_dataloader(self) -> EVAL_DATALOADERS:
         """Create the test dataloader; nothing where there are no test images."""
         return super().test_dataloader() if len(getattr(self, "test_data", ())) else []
+
+
+def _num_cores() -> int:
+    """Count the cores that this process may use: a container may have fewer than its machine."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -27,6 +27,12 @@ class CategoryVisualizer(ImageVisualizer):
 
     _root: tuple[int, Path] | None = None
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.text_config.get("size") is None:
+            # anomalib's own size is too large for its longest title, "Image + Anomaly Map".
+            self.text_config["size"] = max(8, self.field_size[0] * 20 // 256)
+
     def _root_of(self, trainer: Trainer, path: str) -> Path | None:
         """Find what is above the folders of images to predict; equally named ones in there must stay apart."""
         if not trainer.predicting or not path:

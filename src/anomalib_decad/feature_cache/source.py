@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The images of a training dataset, and the encoder of their features."""
 
-import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -12,12 +11,12 @@ import torch
 from anomalib.models.components import AnomalibModule
 from anomalib.pre_processing import PreProcessor
 from lightning.pytorch import Trainer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from anomalib_decad.components.encoders import ViTEncoder
 from anomalib_decad.feature_cache.codec import FeatureCode
 from anomalib_decad.feature_cache.store import fingerprint
+from anomalib_decad.progress import showing_progress
 
 __all__ = ["FeatureSource"]
 
@@ -114,7 +113,7 @@ class FeatureSource:
             return torch.stack(self.encoder(batch), dim=1)
 
     def encode_into(self, target: np.ndarray, indices: Sequence[int], code: FeatureCode) -> None:
-        """Write the features of some images to their places in an array, behind a progress bar."""
+        """Write the features of some images to their places in an array, and show how far it is."""
         loader = DataLoader(
             cast("Dataset", Subset(self.dataset, indices)),
             batch_size=self.batch_size,
@@ -124,21 +123,13 @@ class FeatureSource:
         )
         device = self.module.device
         code = FeatureCode(code.offset.to(device), code.scale.to(device))
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[speed]:.1f} images/s"),
-            TimeRemainingColumn(),
-        )
-        done, start = 0, time.monotonic()
-        with Progress(*columns, disable=self.trainer is not None and not self.trainer.is_global_zero) as progress:
-            task = progress.add_task("Encoding images", total=len(indices), speed=0.0)
+        done = 0
+        with showing_progress("Encoding images", self.trainer is None or self.trainer.is_global_zero) as report:
             for images in loader:
                 codes = code.encode(self.encode(images)).cpu().numpy()
                 target[[indices[done + row] for row in range(len(codes))]] = codes
                 done += len(codes)
-                progress.update(task, completed=done, speed=done / (time.monotonic() - start))
+                report(done / len(indices))
 
 
 def _only_images(items: Sequence[Any]) -> list[torch.Tensor]:

@@ -14,6 +14,7 @@ from anomalib.data import Batch
 from anomalib.metrics import Evaluator
 from anomalib.post_processing import PostProcessor
 from lightning.pytorch import LightningModule, Trainer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -25,6 +26,9 @@ logger = logging.getLogger(__name__)
 
 #: Key of the mean of the seven mean metrics.
 MEAN_OF_SEVEN = "mean_of_seven"
+
+#: Columns of a file, where names of any length have room.
+_FILE_WIDTH = 400
 
 
 class CategoryEvaluator(Evaluator):
@@ -158,12 +162,17 @@ class CategoryEvaluator(Evaluator):
         lines = [(category, [*(row[name] for name in METRICS), seven[category]]) for category, row in rows.items()]
         lines.append((MEAN, [*(means[name] for name in METRICS), means[MEAN_OF_SEVEN]]))
 
-        table = Table(title="Metrics in %", title_justify="left")
+        table = Table(title="Metrics in %", title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
         for title in ("category", *METRICS, MEAN_OF_SEVEN):
-            table.add_column(title.replace("_", "\n", 1), justify="left" if title == "category" else "right")
+            if title == "category":
+                table.add_column(title, overflow="fold")  # a name that is too long goes on below
+            else:
+                table.add_column(title.replace("_", "\n"), justify="right", no_wrap=True)
         for name, values in lines:
             table.add_row(name, *map(_percent, values), end_section=name == lines[-2][0])
         console = Console()
+        if not console.is_terminal:
+            console.width = max(console.width, _FILE_WIDTH)
         console.print(table)
         for note in self._notes(rows):
             console.print(note)

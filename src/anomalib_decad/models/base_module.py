@@ -26,6 +26,7 @@ from anomalib_decad.data import DeepImagesMixin
 from anomalib_decad.export import ParityExportMixin, lacks_threshold
 from anomalib_decad.metrics import BoundedPostProcessor, CategoryEvaluator
 from anomalib_decad.models.checkpoint import CheckpointMixin
+from anomalib_decad.models.display import tidy_display
 from anomalib_decad.runs import DataOrder, FinalValidation, LastState, PredictionSummary, RunFolder
 
 __all__ = ["BaseModule"]
@@ -158,12 +159,13 @@ class BaseModule(DeepImagesMixin, _Base):
         return {"num_sanity_val_steps": 0}
 
     def setup(self, stage: str) -> None:
-        """Set the default number of training steps.
+        """Set the default number of training steps, and what is shown.
 
         Args:
             stage (str): ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``.
         """
         trainer = self.trainer
+        tidy_display(trainer, stage, self.evaluator)
         if stage == "fit" and trainer.max_steps == -1 and trainer.max_epochs == _LIGHTNING_MAX_EPOCHS:
             set_training_steps(trainer, self.max_steps)
             logger.info("Neither max_steps nor max_epochs is set: training for %d steps.", self.max_steps)

@@ -13,7 +13,6 @@ from anomalib.models.components import AnomalibModule
 from anomalib.pre_processing import PreProcessor
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -36,6 +35,7 @@ from anomalib_decad.models.decad.graphed_step import GraphedStep
 from anomalib_decad.models.decad.loss import DecADLoss
 from anomalib_decad.models.decad.torch_model import DecADModel
 from anomalib_decad.models.parameter_groups import parameter_groups
+from anomalib_decad.progress import showing_progress
 
 __all__ = ["DecAD"]
 
@@ -205,23 +205,19 @@ class DecAD(BaseModule, AnomalibModule):
 
     def prepare(self) -> None:
         """Initialize the model by a sample of training images."""
-        logger.info("Preparing the model with up to %d training images: a minute or two on a CPU.", _SAMPLE_IMAGES)
-        trainer = self.trainer
-        columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
-        with Progress(*columns, disable=not (trainer.is_global_zero and trainer.progress_bar_callback)) as progress:
-            task = progress.add_task("Looking at training images", total=_SAMPLE_IMAGES)
-            features = self._sample_features(lambda count: progress.update(task, completed=count))
-            progress.update(task, completed=_SAMPLE_IMAGES)  # also where there are fewer
-            # How far it is cannot be told.
-            progress.add_task("Fitting to their patches", total=None)
-            self.model.initialize(features)
+        logger.info("Preparing the model with up to %d training images: minutes on a CPU.", _SAMPLE_IMAGES)
+        is_shown = bool(self.trainer.is_global_zero and self.trainer.progress_bar_callback)
+        with showing_progress("Looking at training images", is_shown) as report:
+            features = self._sample_features(report)
+        with showing_progress("Fitting to their patches", is_shown) as report:
+            self.model.initialize(features, report)
 
     @torch.no_grad()
-    def _sample_features(self, report: Callable[[int], None]) -> list[torch.Tensor]:
+    def _sample_features(self, report: Callable[[float], None]) -> list[torch.Tensor]:
         """Encode a sample of patches of training images.
 
         Args:
-            report (Callable[[int], None]): Is told the number of images after each batch, at most ``_SAMPLE_IMAGES``.
+            report (Callable[[float], None]): Is told after each batch which part has been done.
 
         Returns:
             list[torch.Tensor]: Features of shape (K, dim), one for each layer.
@@ -239,7 +235,7 @@ class DecAD(BaseModule, AnomalibModule):
             patches = len(rows) * _SAMPLE_PATCHES // (_SAMPLE_IMAGES * features[0].shape[1]) + 1
             chosen.append(rows[torch.randperm(len(rows), device=rows.device)[:patches]])
             count += len(features[0])
-            report(min(count, _SAMPLE_IMAGES))
+            report(min(count / _SAMPLE_IMAGES, 1.0))
             if count >= _SAMPLE_IMAGES:
                 break
         return list(at_least_float32(torch.cat(chosen)).unbind(1))

@@ -2,7 +2,7 @@
 """DecAD as a torch module: encoder, decoupler, decoder, anomaly map."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,6 +20,10 @@ from anomalib_decad.components import (
 from anomalib_decad.models.decad.anomaly_map import AnomalyMapGenerator
 
 __all__ = ["DecADModel", "TrainingOutput"]
+
+#: How far the initialization is, by the time that it takes on a CPU: with the principal axes, with the invertible
+#: network, and with the prior.
+_FITTED = 0.15, 0.25, 0.8
 
 
 class TrainingOutput(NamedTuple):
@@ -146,12 +150,14 @@ class DecADModel(nn.Module):
         return InferenceBatch(pred_score=scores, anomaly_map=maps)
 
     @torch.no_grad()
-    def initialize(self, features: Sequence[torch.Tensor]) -> None:
+    def initialize(self, features: Sequence[torch.Tensor], report: Callable[[float], None] | None = None) -> None:
         """Set what depends on the data alone, from the principal axes to the decoder's linear maps.
 
         Args:
             features (Sequence[torch.Tensor]): Feature maps of normal patches from the encoder, each of shape
                 (..., dim): some ten thousand patches of all that is normal.
+            report (Callable[[float], None] | None): Is told now and then which part has been done, in [0, 1].
+                Defaults to ``None``: nobody is.
 
         Raises:
             RuntimeError: If the model is not in training mode.
@@ -166,13 +172,17 @@ class DecADModel(nn.Module):
         if not self.training:
             msg = "initialize needs a model in training mode: call train() first"
             raise RuntimeError(msg)
+        report = report or (lambda _: None)
         rows = [feature.flatten(0, -2) for feature in features]
         self.standardizer.initialize(rows)
         self.fusion.initialize(rows)
         x = self.fusion(rows)
+        report(_FITTED[0])
         if self.decoupler:
             self.decoupler.initialize(x)
-            self.decoupler.fit_prior(x)
+            first, last = _FITTED[1:]
+            report(first)
+            self.decoupler.fit_prior(x, lambda part: report(first + part * (last - first)))
             x = self.decoupler(x).x_clean
         self.decoder.initialize(x, self.standardizer(rows))
         self.initialized.fill_(True)
