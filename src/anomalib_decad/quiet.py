@@ -52,6 +52,10 @@ HARMLESS = (
         r"The '\w+_dataloader' does not have many workers",
         "the number of workers follows from the cores, or was asked for",
     ),
+    Harmless(
+        r"It is recommended to use `self\.log\('[^']*(AUROC|AP|F1Max|AUPRO|mean_of_seven)'",
+        "the metrics have been gathered, and are the same in all processes",
+    ),
     # Messages of loggers.
     Harmless("", "each step of torch's conversion to ONNX, thousands of them", "onnx_ir"),
     Harmless("", "each step of torch's conversion to ONNX", "onnxscript"),
@@ -104,6 +108,9 @@ class HarmlessFilter(logging.Filter):
         Returns:
             bool: Whether it is neither harmless nor a repetition.
         """
+        # Of several processes, the first says it.
+        if record.levelno <= logging.INFO and os.environ.get("LOCAL_RANK", "0") != "0":
+            return False
         message = record.getMessage()
         if any(_matches(entry, record, message) for entry in HARMLESS):
             return False
