@@ -7,6 +7,7 @@ import pytest
 import torch
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
+from lightning.pytorch.loggers import CSVLogger
 from torchvision.transforms.v2 import Resize
 
 from anomalib_decad import DecAD, DecoupledMambaAD, DecoupledReverseDistillation, DecoupledUniAD
@@ -172,3 +173,9 @@ def test_the_command_line_needs_no_argument(checkpoint, data_args, tmp_path):
         "--trainer.accelerator", "cpu",
     )  # fmt: skip
     assert "bolts" in result.stdout
+
+
+def test_loggers_get_plain_values(make_model, make_engine, make_data, tmp_path):
+    make_engine(logger=CSVLogger(tmp_path), limit_val_batches=0).fit(make_model(), datamodule=make_data())
+    text = (tmp_path / "lightning_logs" / "version_0" / "hparams.yaml").read_text()
+    assert "num_prototypes: 16" in text

@@ -101,10 +101,10 @@ class BaseModule(DeepImagesMixin, _Base):
         self.given_parts = frozenset(name for name, part in parts.items() if part is not True)
         self._run_folder = RunFolder()
         self._has_default_pre_processor = pre_processor is True
-        # Checkpoints hold plain values only.
-        for name, value in self.hparams.items():
-            if is_dataclass(value) and not isinstance(value, type):
-                self.hparams[name] = asdict(value)
+        # Checkpoints and loggers hold plain values only.
+        plain = {name: asdict(value) for name, value in self.hparams.items() if _is_group(value)}
+        if plain:
+            self.save_hyperparameters(plain)
         if not max_steps > 0:
             msg = f"max_steps must be positive, got {max_steps}"
             raise ValueError(msg)
@@ -284,3 +284,7 @@ class BaseModule(DeepImagesMixin, _Base):
             gradient_clip_val=self.gradient_clip_val if gradient_clip_val is None else gradient_clip_val,
             gradient_clip_algorithm=gradient_clip_algorithm or "norm",
         )
+
+
+def _is_group(value: Any) -> bool:
+    return is_dataclass(value) and not isinstance(value, type)
