@@ -17,20 +17,25 @@ def write(path: Path, image: np.ndarray) -> Path:
     return path
 
 
-def picture(number: int = 0) -> np.ndarray:
-    return np.random.default_rng(number).integers(60, 120, (*SIZE, 3), dtype=np.uint8)
-
-
 def mask(value: int = 255) -> np.ndarray:
     image = np.zeros(SIZE, np.uint8)
     image[4:12, 6:16] = value
     return image
 
 
+def picture(number: int = 0, defect: bool = False, both: bool = False) -> np.ndarray:
+    image = np.random.default_rng(number).integers(60, 120, (*SIZE, 3), dtype=np.uint8)
+    if defect:
+        image[mask() > 0] = 250
+    if both:
+        image[mask()[::-1] > 0] = 250
+    return image
+
+
 def _mvtec(root, category, suffix="png", good="good", mask_name="{}_mask", bad="hole"):
     for split, label, count in (("train", good, TRAIN), ("test", good, GOOD), ("test", bad, BAD)):
         for number in range(count):
-            write(root / category / split / label / f"{number:03}.{suffix}", picture(number))
+            write(root / category / split / label / f"{number:03}.{suffix}", picture(number, label == bad))
             if label == bad:
                 write(root / category / "ground_truth" / bad / f"{mask_name.format(f'{number:03}')}.png", mask())
 
@@ -55,7 +60,7 @@ def mvtec_2(root, names):
         for folder, count in (("train/good", TRAIN), ("validation/good", GOOD), ("test_public/good", GOOD),
                               ("test_public/bad", BAD), ("test_private", 3), ("test_private_mixed", 5)):  # fmt: skip
             for number in range(count):
-                write(root / name / folder / f"{number:03}_regular.png", picture(number))
+                write(root / name / folder / f"{number:03}_regular.png", picture(number, folder.endswith("bad")))
         for number in range(BAD):
             write(root / name / "test_public/ground_truth/bad" / f"{number:03}_regular_mask.png", mask())
 
@@ -65,7 +70,8 @@ def loco(root, names):
         for folder, count in (("train/good", TRAIN), ("validation/good", GOOD), ("test/good", GOOD),
                               ("test/structural_anomalies", 1), ("test/logical_anomalies", 1)):  # fmt: skip
             for number in range(count):
-                write(root / name / folder / f"{number:03}.png", picture(number))
+                image = picture(number, "anomalies" in folder, "logical" in folder)
+                write(root / name / folder / f"{number:03}.png", image)
         write(root / name / "ground_truth/structural_anomalies/000/000.png", mask())
         # Several masks of one image, whose values are kinds of defects.
         write(root / name / "ground_truth/logical_anomalies/000/000.png", mask(254))
@@ -79,7 +85,7 @@ def visa(root, names):
             path = write(root / name / "Data/Images/Normal" / f"{number:04}.JPG", picture(number))
             rows.append((name, "train" if number < TRAIN else "test", "normal", path.relative_to(root), ""))
         for number in range(BAD):
-            path = write(root / name / "Data/Images/Anomaly" / f"{number:03}.JPG", picture(number))
+            path = write(root / name / "Data/Images/Anomaly" / f"{number:03}.JPG", picture(number, defect=True))
             found = write(root / name / "Data/Masks/Anomaly" / f"{number:03}.png", mask(number + 1))
             rows.append((name, "test", "anomaly", path.relative_to(root), found.relative_to(root)))
     (root / "split_csv").mkdir()
@@ -100,7 +106,7 @@ def real_iad(root, names):
                 # Two views of an object.
                 sample, view = f"S{number // 2:04}", f"C{number % 2 + 1}"
                 place = Path(kind if kind == "OK" else f"NG/{kind}") / f"{split}{sample}"
-                image = write(root / "realiad_256" / name / place / f"{name}_{view}.jpg", picture(number))
+                image = write(root / "realiad_256" / name / place / f"{name}_{view}.jpg", picture(number, kind != "OK"))
                 row = {
                     "category": name,
                     "anomaly_class": kind,
@@ -125,7 +131,7 @@ def kaputt(root, names):
             for number in range(sum(counts)):
                 defect = number >= counts[0]
                 place = f"data/{split}/query-data/{{}}/{name}-{split}-{number}.{{}}"
-                write(root / "query-image" / place.format("image", "jpg"), picture(number))
+                write(root / "query-image" / place.format("image", "jpg"), picture(number, defect))
                 if defect:
                     write(root / "query-mask" / place.format("mask", "png"), mask())
                 rows.append(

@@ -19,6 +19,7 @@ from layouts import (
 )
 
 from anomalib_decad import MultiCategory
+from anomalib_decad.models.decad import AnomalyMapOptions
 
 OPTIONS = {"num_workers": 0, "train_batch_size": 20, "eval_batch_size": 20}
 FOLDER = {"normal_dir": "train/good", "normal_test_dir": "test/good", "abnormal_dir": "test/hole",
@@ -69,6 +70,20 @@ def test_images_labels_and_masks(layout, tmp_path, caplog):
     assert not lines, lines
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_training_and_test(layout, tmp_path, make_model, make_engine):
+    """Defects are found where the masks are, in every layout."""
+    name, write, categories, arguments, _ = layout
+    write(tmp_path / "data", categories)
+    datamodule = MultiCategory(name, root=tmp_path / "data", **arguments, **OPTIONS)
+    model = make_model(image_size=(96, 128), anomaly_map=AnomalyMapOptions(blur_sigma=2.0))
+    (results,) = make_engine(max_steps=2, limit_val_batches=0).train(model, datamodule=datamodule)
+    for category in categories:
+        assert results[f"{category}/pixel_AUROC"] > 0.9
+        assert results[f"{category}/image_AUROC"] == 1
+
+
 @pytest.mark.parametrize(("test_type", "count"), [("private", 3), ("private_mixed", 5)])
 def test_private_images_of_mvtec_ad_2(test_type, count, tmp_path):
     mvtec_2(tmp_path, ("can", "vial"))
@@ -87,7 +102,7 @@ def test_pictures_are_in_a_folder_of_their_category(layout, tmp_path, make_model
     datamodule = MultiCategory(name, root=tmp_path / "data", **arguments, **OPTIONS)
     engine = make_engine()
     engine.test(make_model(visualizer=True), datamodule=datamodule)
-    (folder,) = tmp_path.glob("DecAD/*/latest/images")
+    (folder,) = tmp_path.glob("DecAD/*/tests/v0/images")
     assert {entry.name for entry in folder.iterdir()} == set(categories)
     for category in categories:
         assert len(list((folder / category).rglob("*.*"))) == GOOD + BAD
