@@ -1,5 +1,5 @@
 # make demo: train on three textures and show what is found
-# make test: run all tests           make test-fast: those that take less than two minutes together
+# make test: run the tests           make test-fast: those that take minutes together    make test-all: also those much like others
 # make lint, make types: what CI checks beside the tests           make coverage: how much of the code the tests run
 # Each makes the virtual environment if it is missing. Override with VENV=..., PYTHON=..., JOBS=... (test processes).
 PYTHON ?= python3
@@ -7,14 +7,17 @@ VENV ?= .venv
 STEPS ?= 200
 JOBS ?= 2
 BIN := $(VENV)/bin
-PYTEST := $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
+PYTEST := $(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal
 
-.PHONY: demo test test-fast coverage lint types clean
+.PHONY: demo test test-all test-fast coverage lint types clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python demo/run.py --steps $(STEPS) $(if $(DATA),--data "$(DATA)") $(if $(CATEGORIES),--categories "$(CATEGORIES)")
 
 test: $(VENV)/.dev
+	$(PYTEST) -m "not exhaustive" $(TESTS)
+
+test-all: $(VENV)/.dev
 	$(PYTEST) $(TESTS)
 
 test-fast: $(VENV)/.dev

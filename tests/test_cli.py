@@ -114,7 +114,7 @@ def test_predict_a_folder(trained, tmp_path, model_args, mvtec_root, trainer_arg
     [
         ("torch", "pt", []),
         ("onnx", "onnx", ["--input_size", f"[{IMAGE_SIZE},{IMAGE_SIZE}]"]),
-        ("openvino", "xml", ["--compression_type", "FP16"]),
+        pytest.param("openvino", "xml", ["--compression_type", "FP16"], marks=pytest.mark.exhaustive),
         ("openvino", "xml", ["--compression_type", "INT8_PTQ", "--input_size", "[50,40]"]),
     ],
 )

@@ -141,7 +141,10 @@ def test_all_messages_on_request(tmp_path, model_args, data_args):
     assert "FutureWarning" in result.stderr
 
 
-@pytest.mark.parametrize(("kind", "suffix"), [("torch", "pt"), ("onnx", "onnx"), ("openvino", "xml")])
+@pytest.mark.parametrize(
+    ("kind", "suffix"),
+    [("torch", "pt"), ("onnx", "onnx"), pytest.param("openvino", "xml", marks=pytest.mark.exhaustive)],
+)
 def test_an_export_ends_with_its_file(kind, suffix, trained, tmp_path, model_args):
     checkpoint = trained[1] / "latest" / "weights" / "lightning" / "model.ckpt"
     result = anomalib(

@@ -185,7 +185,7 @@ def test_plain_runtimes_with_images_of_any_size(runtime, kind, export, images, e
 
 
 @pytest.mark.parametrize(("runtime", "kind"), [(onnx_session, "onnx"), (openvino_model, "openvino")])
-@pytest.mark.parametrize("index", [0, 1])
+@pytest.mark.parametrize("index", [pytest.param(0, marks=pytest.mark.exhaustive), 1])
 def test_exports_for_one_size_take_batches(runtime, kind, index, export, images, expected):
     image = array(read(images[index]))
     model = runtime(export(kind, input_size=image.shape[2:]))
@@ -220,8 +220,17 @@ def test_half_precision_arithmetic_keeps_the_resizing(export, images, expected):
         assert_resembles(model(array(read(image))), item)
 
 
-@pytest.mark.parametrize("compression", ["INT8", "INT8_PTQ", "INT8_ACQ"])
-@pytest.mark.parametrize("input_size", [None, (48, 64)])
+@pytest.mark.parametrize(
+    ("compression", "input_size"),
+    [
+        ("INT8", None),
+        ("INT8_PTQ", None),
+        ("INT8_ACQ", (48, 64)),
+        pytest.param("INT8", (48, 64), marks=pytest.mark.exhaustive),
+        pytest.param("INT8_PTQ", (48, 64), marks=pytest.mark.exhaustive),
+        pytest.param("INT8_ACQ", None, marks=pytest.mark.exhaustive),
+    ],
+)
 def test_integers(compression, input_size, export, images, expected):
     if input_size and compression == "INT8":
         pytest.skip("needs no images")

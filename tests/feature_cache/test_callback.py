@@ -262,7 +262,7 @@ def test_a_killed_run_leaves_nothing_that_passes_for_a_cache(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["ram", "disk"])
+@pytest.mark.parametrize("mode", ["ram", pytest.param("disk", marks=pytest.mark.exhaustive)])
 def test_two_processes_share_the_work(mode, encoder_weights, mvtec_root, tmp_path):
     script = tmp_path / "train.py"
     script.write_text(

@@ -12,8 +12,18 @@ from conftest import IMAGE_SIZE, anomalib
     ("model", "encoder", "args"),
     [
         ("DecoupledReverseDistillation", "resnet18", []),
-        ("DecoupledUniAD", "test_resnet", ["--model.neighbors", 3, "--model.hidden_dim", 16, "--model.num_layers", 1]),
-        ("DecoupledMambaAD", "resnet18", ["--model.depths", "[2,2,2,2]", "--model.num_directions", 2]),
+        pytest.param(
+            "DecoupledUniAD",
+            "test_resnet",
+            ["--model.neighbors", 3, "--model.hidden_dim", 16, "--model.num_layers", 1],
+            marks=pytest.mark.exhaustive,
+        ),
+        pytest.param(
+            "DecoupledMambaAD",
+            "resnet18",
+            ["--model.depths", "[2,2,2,2]", "--model.num_directions", 2],
+            marks=pytest.mark.exhaustive,
+        ),
     ],
 )
 def test_an_adapter_from_two_process_training_to_export(model, encoder, args, tmp_path, weights_of, data_args):

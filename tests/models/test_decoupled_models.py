@@ -127,7 +127,14 @@ def test_bf16_mixed(cls, make_method, make_engine, make_data):
 
 
 @pytest.mark.slow
-@every_method
+@pytest.mark.parametrize(
+    "cls",
+    [
+        DecoupledReverseDistillation,
+        DecoupledUniAD,
+        pytest.param(DecoupledMambaAD, marks=pytest.mark.exhaustive),
+    ],
+)
 def test_exports_give_the_checkpoints_predictions(cls, make_method, make_engine, make_data, mvtec_root, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     openvino = pytest.importorskip("openvino")

@@ -45,8 +45,11 @@ class Fail(Callback):
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 1), (signal.SIGTERM, 143)])
 def test_a_signal_ends_the_training_behind_the_step_and_leaves_its_state(
-    number, status, make_engine, make_model, make_data, capsys
+    number, status, make_engine, make_model, make_data, capsys, request
 ):
+    # Test processes beside each other ignore SIGINT.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, handler))
     options = {"max_steps": 50, "check_val_every_n_epoch": None, "val_check_interval": 50}
     losses, engine = Losses(), make_engine(Signal(number, 4), **options)
     engine._cache.args["callbacks"].append(losses)
@@ -181,7 +184,7 @@ def test_the_command(arguments, command):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.exhaustive)])
 def test_the_command_line_prints_the_command_that_resumes(number, tmp_path, encoder_weights, data_args):
     arguments = [
         "train", "--model", "DecAD", "--model.encoder", ENCODER, "--model.encoder_weights", encoder_weights,

@@ -90,4 +90,4 @@ def _point_latest_to(folder: Path) -> None:
     latest = folder.parent / "latest"
     if re.fullmatch(r"v\d+", folder.name) and latest.is_symlink() and not latest.exists():
         latest.unlink()
-        latest.symlink_to(folder, target_is_directory=True)
+        latest.symlink_to(folder.name, target_is_directory=True)
