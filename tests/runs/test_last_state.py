@@ -43,13 +43,18 @@ class Fail(Callback):
             raise RuntimeError("out of memory")
 
 
+@pytest.fixture(autouse=True)
+def _sigint():
+    """Test processes beside each other ignore SIGINT."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 1), (signal.SIGTERM, 143)])
 def test_a_signal_ends_the_training_behind_the_step_and_leaves_its_state(
-    number, status, make_engine, make_model, make_data, capsys, request
+    number, status, make_engine, make_model, make_data, capsys
 ):
-    # Test processes beside each other ignore SIGINT.
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
-    request.addfinalizer(lambda: signal.signal(signal.SIGINT, handler))
     options = {"max_steps": 50, "check_val_every_n_epoch": None, "val_check_interval": 50}
     losses, engine = Losses(), make_engine(Signal(number, 4), **options)
     engine._cache.args["callbacks"].append(losses)
