@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
+
     from anomalib_decad import MultiCategory
 
-__all__ = ["argument_parser", "ask_worker", "check_data", "cpu_name", "datamodule", "machine", "tell"]
+__all__ = ["argument_parser", "ask_worker", "check_data", "cpu_name", "datamodule", "device_of", "machine", "tell"]
 
 _MARK = "RESULT "
 
@@ -55,6 +57,13 @@ def datamodule(args: argparse.Namespace, **kwargs: Any) -> MultiCategory:
     sizes = {"train_batch_size": args.batch_size, "eval_batch_size": args.batch_size}
     options = {"root": args.data, "categories": args.categories, "num_workers": 0, **sizes}
     return MultiCategory("MVTecAD", **{**options, **kwargs})
+
+
+def device_of(args: argparse.Namespace) -> torch.device:
+    """Find the device of the command line's accelerator."""
+    import torch
+
+    return torch.device("cuda" if args.accelerator == "gpu" else args.accelerator)
 
 
 def ask_worker(script: str, arguments: Sequence[str]) -> dict[str, Any]:

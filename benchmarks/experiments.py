@@ -102,13 +102,8 @@ def create(args: argparse.Namespace, settings: dict[str, Any], **kwargs: Any) ->
 
 def load(args: argparse.Namespace, layers: Sequence[int]) -> dict[str, Split]:
     """Find the features of the encoder's layers, or compute them."""
-    model = create(args, {}, layers=layers).to(device_of(args))
+    model = create(args, {}, layers=layers).to(common.device_of(args))
     return features.load(model, args.data, args.categories, args.features, args.workers)
-
-
-def device_of(args: argparse.Namespace) -> torch.device:
-    """Find the device of the command line's accelerator."""
-    return torch.device("cuda" if args.accelerator == "gpu" else args.accelerator)
 
 
 class Progress(Callback):
@@ -181,7 +176,7 @@ def run(args: argparse.Namespace, splits: dict[str, Split], settings: dict[str, 
     """Train and score one model."""
     model, seconds, points = train(args, splits, settings, seed)
     # Lightning brings the model back to the CPU.
-    table = score(model.to(device_of(args)), splits["test"])
+    table = score(model.to(common.device_of(args)), splits["test"])
     return {
         "settings": settings,
         "seed": seed,
@@ -279,7 +274,7 @@ def main() -> None:
     args = parse()
     configurations = [{**args.settings, **setting} for setting in args.configurations]
     splits = load(args, sorted({layer for setting in configurations for layer in setting.get("layers", args.layers)}))
-    splits = {name: split.to(device_of(args)) for name, split in splits.items()}
+    splits = {name: split.to(common.device_of(args)) for name, split in splits.items()}
     facts = common.machine()
     results: list[tuple[dict[str, Any], list[dict[str, Any]]]] = []
     for settings in configurations:

@@ -51,14 +51,9 @@ class StepTimer(Callback):
             self.seconds = (time.perf_counter() - self.start) / (step - self.warm_up)
 
 
-def device_of(args: argparse.Namespace) -> torch.device:
-    """Find the device of the command line's accelerator."""
-    return torch.device("cuda" if args.accelerator == "gpu" else args.accelerator)
-
-
 def batches(args: argparse.Namespace, batch_size: int, features: tuple[int, int] | None) -> DataLoader:
     """Give a loader of random batches on the device, of images or of the features of (layers, channels)."""
-    device, size = device_of(args), args.image_size
+    device, size = common.device_of(args), args.image_size
     if features is None:
         images = torch.rand(batch_size, 3, size, size, device=device)
         batch: Any = ImageBatch(image=images, gt_label=torch.zeros(batch_size, dtype=torch.bool))
@@ -94,7 +89,7 @@ def memory(args: argparse.Namespace) -> dict[str, float]:
 
 def infer(args: argparse.Namespace, name: str, batch_size: int, precision: str, how: str) -> dict[str, float]:
     """Measure inference: the model as it is exported, compiled, or recorded as a CUDA graph."""
-    device, size = device_of(args), args.image_size
+    device, size = common.device_of(args), args.image_size
     net, adds = network(name, args.encoder, size, device)
     if args.accelerator == "gpu":
         torch.cuda.reset_peak_memory_stats()

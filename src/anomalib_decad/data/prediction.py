@@ -53,7 +53,7 @@ class DeepImagesMixin(_Base):
             checkpoint (dict[str, Any]): The checkpoint.
         """
         super().on_save_checkpoint(checkpoint)
-        self._whites = getattr(getattr(self._trainer, "datamodule", None), "whites", None) or self._whites
+        self._whites = self._known_whites()
         checkpoint[_KEY] = dict(self._whites)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -85,8 +85,11 @@ class DeepImagesMixin(_Base):
         """
         if category is None:
             return self._white[1] if self._white else FULL_WHITE
-        whites = getattr(getattr(self._trainer, "datamodule", None), "whites", None) or self._whites
-        return whites.get(category, FULL_WHITE)
+        return self._known_whites().get(category, FULL_WHITE)
+
+    def _known_whites(self) -> Mapping[str, float]:
+        """Give the values of white of the data at hand, or else of the training."""
+        return getattr(getattr(self._trainer, "datamodule", None), "whites", None) or self._whites
 
     def configure_callbacks(self) -> Sequence[Callback] | Callback:
         """Give the model's callbacks, behind one that reads images of more than 8 bits again.

@@ -3,7 +3,7 @@
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -25,7 +25,7 @@ from anomalib_decad.compat import set_training_steps
 from anomalib_decad.data import DeepImagesMixin
 from anomalib_decad.export import ParityExportMixin, lacks_threshold
 from anomalib_decad.metrics import BoundedPostProcessor, CategoryEvaluator
-from anomalib_decad.models.checkpoint import CheckpointMixin
+from anomalib_decad.models.checkpoint import CheckpointMixin, is_group
 from anomalib_decad.models.display import tidy_display
 from anomalib_decad.runs import DataOrder, FinalValidation, LastState, PredictionSummary, RunFolder
 
@@ -100,9 +100,8 @@ class BaseModule(DeepImagesMixin, _Base):
         }  # fmt: skip
         self.given_parts = frozenset(name for name, part in parts.items() if part is not True)
         self._run_folder = RunFolder()
-        self._has_default_pre_processor = pre_processor is True
         # Checkpoints and loggers hold plain values only.
-        plain = {name: asdict(value) for name, value in self.hparams.items() if _is_group(value)}
+        plain = {name: asdict(value) for name, value in self.hparams.items() if is_group(value)}
         if plain:
             self.save_hyperparameters(plain)
         if not max_steps > 0:
@@ -121,7 +120,7 @@ class BaseModule(DeepImagesMixin, _Base):
         Raises:
             ValueError: If there is an ``image_size``, but not the default pre-processor.
         """
-        if self._has_default_pre_processor:
+        if "pre_processor" not in self.given_parts:
             encoder = self.model.encoder
             resize = Resize(tuple(image_size or default), antialias=True)
             normalize = Normalize(mean=list(encoder.image_mean), std=list(encoder.image_std))
@@ -284,7 +283,3 @@ class BaseModule(DeepImagesMixin, _Base):
             gradient_clip_val=self.gradient_clip_val if gradient_clip_val is None else gradient_clip_val,
             gradient_clip_algorithm=gradient_clip_algorithm or "norm",
         )
-
-
-def _is_group(value: Any) -> bool:
-    return is_dataclass(value) and not isinstance(value, type)

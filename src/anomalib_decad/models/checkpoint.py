@@ -12,7 +12,7 @@ import torch
 from anomalib.models.components import AnomalibModule
 from typing_extensions import Self
 
-__all__ = ["TRAINING_ARGUMENTS", "CheckpointMixin"]
+__all__ = ["TRAINING_ARGUMENTS", "CheckpointMixin", "is_group"]
 
 #: Arguments that matter in training alone: a checkpoint can be used, and a training resumed, with others. All other
 #: arguments are what the model is.
@@ -192,13 +192,18 @@ def _leaves(arguments: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in arguments.items():
         if name in _FREE:
             continue
-        if is_dataclass(value) and not isinstance(value, type):
+        if is_group(value):
             value = asdict(value)
         fields = (
             {f"{name}.{key}": field for key, field in value.items()} if isinstance(value, Mapping) else {name: value}
         )
         leaves |= {key: _plain(field) for key, field in fields.items()}
     return leaves
+
+
+def is_group(value: Any) -> bool:
+    """Tell whether an argument is a group of others: an instance of a dataclass."""
+    return is_dataclass(value) and not isinstance(value, type)
 
 
 def _plain(value: Any) -> Any:

@@ -102,7 +102,7 @@ class DecoupledModule(BaseModule):
         Raises:
             ValueError: If the user's pre-processor does not resize to one size.
         """
-        if isinstance(self.pre_processor, PreProcessor) and not self._has_default_pre_processor:
+        if isinstance(self.pre_processor, PreProcessor) and "pre_processor" in self.given_parts:
             if self.input_size is None:
                 msg = f"{type(self).__name__} takes images of one size: have the pre_processor resize to it"
                 raise ValueError(msg)

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from anomalib_decad.components.invertible.dense_net import FusedDenseNet, dense
-from anomalib_decad.components.invertible.solver import fixed_point
+from anomalib_decad.components.invertible.dense_net import FusedDenseNet
+from anomalib_decad.components.invertible.solver import fixed_point, iterate
 from anomalib_decad.components.precision import at_least_float32
 
 __all__ = ["FusedNetwork", "FusedUnit"]
@@ -122,7 +122,7 @@ class FusedUnit(NamedTuple):
 
     def update(self, v: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
         """Iterate once; all shapes are (N, hidden_dim)."""
-        return start - functional.linear(dense(v, self.layers), self.update_weight)
+        return iterate(v, start, self.update_weight, self.layers)
 
     def solve(self, x: torch.Tensor, iterations: int, backward_iterations: int | None = None) -> torch.Tensor:
         """Compute D(v), shape (N, width of D), from ``x`` of shape (N, dim); its first channels are v."""

@@ -11,7 +11,7 @@ from torch.nn import functional
 from anomalib_decad.components.invertible.dense_net import dense
 from anomalib_decad.components.invertible.pila import Pila
 
-__all__ = ["fixed_point"]
+__all__ = ["fixed_point", "iterate"]
 
 
 def fixed_point(
@@ -45,10 +45,20 @@ def fixed_point(
     if torch.is_grad_enabled():
         parameters = (parameter for layer in layers for parameter in layer)
         return _FixedPoint.apply(start, update_weight, num_iterations, backward_iterations, *parameters)
-    return dense(_iterate(start, update_weight, layers, num_iterations), layers)
+    return dense(_iterate_from(start, update_weight, layers, num_iterations), layers)
 
 
-def _iterate(
+def iterate(
+    v: torch.Tensor,
+    start: torch.Tensor,
+    update_weight: torch.Tensor,
+    layers: Sequence[tuple[torch.Tensor, torch.Tensor]],
+) -> torch.Tensor:
+    """Iterate :func:`fixed_point` once, from ``v`` of shape (N, hidden_dim); the other arguments are those of it."""
+    return torch.addmm(start, dense(v, layers), update_weight.mT, alpha=-1)
+
+
+def _iterate_from(
     start: torch.Tensor,
     update_weight: torch.Tensor,
     layers: Sequence[tuple[torch.Tensor, torch.Tensor]],
@@ -56,7 +66,7 @@ def _iterate(
 ) -> torch.Tensor:
     v = start
     for _ in range(num_iterations + 1):
-        v = torch.addmm(start, dense(v, layers), update_weight.mT, alpha=-1)
+        v = iterate(v, start, update_weight, layers)
     return v
 
 
@@ -73,7 +83,7 @@ class _FixedPoint(torch.autograd.Function):
         *parameters: torch.Tensor,
     ) -> torch.Tensor:
         weights, biases = parameters[::2], parameters[1::2]
-        features = _iterate(start, update_weight, list(zip(weights, biases, strict=True)), num_iterations)
+        features = _iterate_from(start, update_weight, list(zip(weights, biases, strict=True)), num_iterations)
         # The backward pass goes back through D several times: the slopes are computed once.
         slopes = []
         for weight, bias in zip(weights, biases, strict=True):
