@@ -41,8 +41,8 @@ __all__ = [
     "predict_datasets",
     "rename_datamodule",
     "replace_setup",
-    "replace_threshold_metrics",
     "set_root_folder",
+    "set_thresholds",
     "set_training_steps",
     "shallow_copy",
     "training_iterator",
@@ -108,16 +108,10 @@ def count_epochs_from_one(progress_bar: Any) -> None:
     progress_bar._get_train_description = describe
 
 
-def replace_threshold_metrics(post_processor: PostProcessor, image: Any, pixel: Any) -> None:
-    """Give anomalib's post-processor other metrics to find its thresholds with.
-
-    Args:
-        post_processor (PostProcessor): The post-processor.
-        image (Any): Metric with ``update(batch)`` and ``compute()`` for the threshold of images.
-        pixel (Any): The same for that of pixels.
-    """
-    post_processor._image_threshold_metric = image
-    post_processor._pixel_threshold_metric = pixel
+def set_thresholds(post_processor: PostProcessor, image: float, pixel: float) -> None:
+    """Set the thresholds of anomalib's post-processor, in raw scores; NaN for one that is unknown."""
+    post_processor._image_threshold.fill_(image)
+    post_processor._pixel_threshold.fill_(pixel)
 
 
 def rename_datamodule(datamodule: AnomalibDataModule, name: str) -> None:

@@ -14,11 +14,14 @@ from anomalib_decad.components.options import (
     SynthesisOptions,
 )
 from anomalib_decad.components.prior import ConditionalPrior
+from anomalib_decad.components.recognition import CategoryPrediction, CategoryRecognizer
 from anomalib_decad.components.synthesis import AdversarialSynthesis
 from anomalib_decad.components.whitening import FeatureFusion, FeatureStandardizer
 
 __all__ = [
     "AdversarialSynthesis",
+    "CategoryPrediction",
+    "CategoryRecognizer",
     "ConditionalPrior",
     "Decoupler",
     "DecouplerOptions",

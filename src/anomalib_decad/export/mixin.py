@@ -18,6 +18,7 @@ from torchmetrics import Metric
 from typing_extensions import Self
 
 from anomalib_decad.compat import shallow_copy
+from anomalib_decad.decisions import CategoryPostProcessor
 from anomalib_decad.export.post_processor import lacks_threshold, without_unknown_range
 from anomalib_decad.export.pre_processor import for_export
 from anomalib_decad.export.quantization import compress, quantize, quantize_with_accuracy_control
@@ -175,7 +176,10 @@ class ParityExportMixin(_Base):
         core = openvino.Core()
         core.set_property({"ENABLE_MMAP": False})  # the file is replaced
         model = core.read_model(path)
-        float_parts = self.model.float_parts
+        float_parts = list(self.model.float_parts)
+        post_processor = self.post_processor
+        if isinstance(post_processor, CategoryPostProcessor) and post_processor.recognizes:
+            float_parts.append("recognizer")
         if compression == CompressionType.INT8:
             model = compress(model, float_parts)
         elif compression == CompressionType.INT8_PTQ:

@@ -115,13 +115,42 @@ class ScoreHistogram:
         best = int(f1[:-1].argmax())
         return float(f1[best]), float(_decode(np.array([int(thresholds[best]) << self.shift]))[0])
 
+    def totals(self) -> tuple[float, float]:
+        """Count the negatives and the positives."""
+        return float(self.counts[0].sum()), float(self.counts[1].sum())
+
+    def negatives(self) -> tuple[np.ndarray, np.ndarray]:
+        """Give the scores of the negatives, rounded up in their bins, in rising order, and how many each has."""
+        found = self.counts[0] > 0
+        return self._upper_edges(self.codes[found]), self.counts[0][found]
+
+    def below(self, score: float) -> float:
+        """Give a number between a score of the histogram and the next smaller one: halfway, or just below the smallest.
+
+        Args:
+            score (float): The smallest score of a bin.
+
+        Returns:
+            float: A number in float32 that is smaller than the score, and not smaller than the next one.
+        """
+        upper = np.float32(score)
+        lower = self._upper_edges(self.codes[_decode(self.codes << self.shift) < upper][-1:])
+        if not len(lower):
+            return float(np.nextafter(upper, np.float32(-np.inf)))
+        middle = np.float32((float(lower[0]) + float(upper)) / 2)
+        return float(middle if middle < upper else lower[0])
+
     def smallest(self) -> float:
         """Return the smallest score, rounded down to its bin."""
         return float(_decode(self.codes[:1] << self.shift)[0])
 
     def largest(self) -> float:
         """Return the largest score, rounded up to its bin's largest."""
-        return float(_decode(((self.codes[-1:] + 1) << self.shift) - 1)[0])
+        return float(self._upper_edges(self.codes[-1:])[0])
+
+    def _upper_edges(self, codes: np.ndarray) -> np.ndarray:
+        """Give the largest score of some bins."""
+        return _decode(((codes + 1) << self.shift) - 1)
 
     def _coarsen(self, bits: int) -> None:
         if bits:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from anomalib import LearningType
-from anomalib.data import Batch
+from anomalib.data import Batch, InferenceBatch
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
@@ -23,9 +23,11 @@ from torchvision.transforms.v2 import Compose, Normalize, Resize
 
 from anomalib_decad.compat import set_training_steps
 from anomalib_decad.data import DeepImagesMixin
+from anomalib_decad.decisions import CategoryPostProcessor
 from anomalib_decad.export import ParityExportMixin, lacks_threshold
-from anomalib_decad.metrics import BoundedPostProcessor, CategoryEvaluator
+from anomalib_decad.metrics import CategoryEvaluator
 from anomalib_decad.models.checkpoint import CheckpointMixin, is_group
+from anomalib_decad.models.describe_categories import category_names, describe_categories
 from anomalib_decad.models.display import tidy_display
 from anomalib_decad.runs import DataOrder, FinalValidation, LastState, PredictionSummary, RunFolder
 
@@ -53,8 +55,9 @@ _CHECK_EVERY = 10
 class BaseModule(DeepImagesMixin, _Base):
     """Base of the package's anomalib models, which also have ``AnomalibModule`` as a base, behind this one.
 
-    A subclass sets ``self.model``, a torch module with a frozen part ``encoder`` (with ``load_weights``), a method
-    what :class:`ParityExportMixin` asks for, and :attr:`is_prepared` and :meth:`prepare` of its own.
+    A subclass sets ``self.model``, a torch module with a frozen part ``encoder`` (with ``load_weights``), a part
+    ``recognizer``, and what :class:`ParityExportMixin` asks for; and :attr:`is_prepared` and :meth:`prepare` of its
+    own.
 
     Args:
         gradient_clip_val (float): Norm that gradients are clipped to; 0 for no clipping. The trainer's own
@@ -65,8 +68,8 @@ class BaseModule(DeepImagesMixin, _Base):
         pre_processor (PreProcessor | bool): Pre-processor, or whether to use the default one: resize to image_size
             and normalize as the encoder was trained.
             Defaults to ``True``.
-        post_processor (PostProcessor | bool): Post-processor, or whether to use the default one: anomalib's, in bounded
-            memory.
+        post_processor (PostProcessor | bool): Post-processor, or whether to use the default one: anomalib's, with
+            thresholds of each product (:class:`CategoryPostProcessor`).
             Defaults to ``True``.
         evaluator (Evaluator | bool): Evaluator, or whether to use the default one: the seven metrics for each category.
             Defaults to ``True``.
@@ -130,8 +133,8 @@ class BaseModule(DeepImagesMixin, _Base):
             raise ValueError(msg)
 
     def configure_post_processor(self) -> PostProcessor:
-        """Configure anomalib's post-processor, in bounded memory."""
-        return BoundedPostProcessor()
+        """Configure anomalib's post-processor, with thresholds of each product."""
+        return CategoryPostProcessor()
 
     @staticmethod
     def configure_evaluator() -> Evaluator:
@@ -188,20 +191,34 @@ class BaseModule(DeepImagesMixin, _Base):
         """
         # Not earlier: only now has Lightning loaded the checkpoint, if any.
         self.model.encoder.load_weights()
-        if self.is_prepared:
-            return
         # Lightning begins the first epoch here, whose random numbers are those of the training.
         self.trainer.fit_loop.setup_data()
         with isolate_rng():
             # How many have been used up by now depends on the number of workers.
             torch.manual_seed(torch.initial_seed())
-            self.model.train()
-            self.prepare()
-            if self.trainer.world_size > 1:
+            changed = self._learn_categories()
+            if not self.is_prepared:
+                self.model.train()
+                self.prepare()
+                changed = True
+            if changed and self.trainer.world_size > 1:
                 own = {
                     name: value for name, value in self.model.state_dict().items() if not name.startswith("encoder.")
                 }
                 self.model.load_state_dict(self.trainer.strategy.broadcast(own), strict=False)
+
+    def _learn_categories(self) -> bool:
+        """Learn to recognize the products, if they are not those that the model knows."""
+        dataset = getattr(getattr(self.trainer, "datamodule", None), "train_data", None)
+        names, recognizer = category_names(dataset), self.model.recognizer
+        if not names or names == recognizer.names:
+            return False
+        transform = getattr(self.pre_processor, "transform", None)
+        with self.trainer.precision_plugin.forward_context():
+            recognizer.learn(describe_categories(self.model.encoder, dataset, transform, self.device))
+        if isinstance(self.post_processor, CategoryPostProcessor) and self.post_processor.categories:
+            self.post_processor.follow(names)
+        return True
 
     def training_loader(self) -> Iterable[Any]:
         """Give a loader of training images for :meth:`prepare`, not that of the training, which has begun to read."""
@@ -251,6 +268,23 @@ class BaseModule(DeepImagesMixin, _Base):
         self.log_dict({f"train_{name}": value for name, value in terms.items()}, batch_size=batch_size)
         return loss
 
+    def forward(self, batch: torch.Tensor, *args: Any, **kwargs: Any) -> InferenceBatch:
+        """Predict images, as an export does.
+
+        Args:
+            batch (torch.Tensor): Images of shape (B, 3, H, W), of any size, in [0, 1].
+            *args (Any): Unused.
+            **kwargs (Any): Unused.
+
+        Returns:
+            InferenceBatch: Scores, maps, labels and masks. Without a post-processor, raw scores and maps.
+        """
+        del args, kwargs
+        prediction = self.model(self.pre_processor(batch) if self.pre_processor else batch)
+        if self.post_processor:
+            return self.post_processor(prediction)
+        return InferenceBatch(pred_score=prediction.pred_score, anomaly_map=prediction.anomaly_map)
+
     def validation_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         """Predict a batch, for the post-processor's thresholds.
 
@@ -263,7 +297,42 @@ class BaseModule(DeepImagesMixin, _Base):
             STEP_OUTPUT: The batch with ``pred_score`` and ``anomaly_map``.
         """
         del args, kwargs
-        return batch.update(**self.model(batch.image)._asdict())
+        return self._predict(batch)
+
+    def test_step(self, batch: Batch, batch_idx: int, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        """Predict a batch, for the metrics.
+
+        Args:
+            batch (Batch): Batch with images of shape (B, 3, H, W).
+            batch_idx (int): Unused.
+            *args (Any): Unused.
+            **kwargs (Any): Unused.
+
+        Returns:
+            STEP_OUTPUT: The batch with ``pred_score`` and ``anomaly_map``.
+        """
+        del batch_idx, args, kwargs
+        return self._predict(batch)
+
+    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> STEP_OUTPUT:
+        """Predict a batch.
+
+        Args:
+            batch (Batch): Batch with images of shape (B, 3, H, W).
+            batch_idx (int): Unused.
+            dataloader_idx (int): Unused.
+
+        Returns:
+            STEP_OUTPUT: The batch with ``pred_score`` and ``anomaly_map``.
+        """
+        del batch_idx, dataloader_idx
+        return self._predict(batch)
+
+    def _predict(self, batch: Batch) -> Any:
+        prediction = self.model(batch.image)
+        # Which product it is like. The category of a batch, if it has one, is what the data says.
+        batch.category_index = prediction.category  # type: ignore[attr-defined]
+        return batch.update(pred_score=prediction.pred_score, anomaly_map=prediction.anomaly_map)
 
     def configure_gradient_clipping(
         self,

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 from typing_extensions import Self
 
-from anomalib_decad.components import EmbeddingDecoupling
+from anomalib_decad.components import CategoryRecognizer, EmbeddingDecoupling
 
 __all__ = ["DecoupledModel"]
 
@@ -15,11 +15,12 @@ __all__ = ["DecoupledModel"]
 class DecoupledModel(nn.Module):
     """Base of the torch modules of methods with decoupling: a frozen encoder, and a copy for inference.
 
-    In training mode a subclass returns (features, reconstructions), lists of tensors, and in eval mode anomalib's
-    ``InferenceBatch``.
+    In training mode a subclass returns (features, reconstructions), lists of tensors, and in eval mode a
+    :class:`CategoryPrediction`.
     """
 
     encoder: Any  # a CNNEncoder or a ViTPyramid
+    recognizer: CategoryRecognizer
 
     @property
     def decoupling(self) -> EmbeddingDecoupling | None:

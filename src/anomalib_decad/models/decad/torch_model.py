@@ -6,11 +6,12 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from anomalib.data import InferenceBatch
 from torch import nn
 
 from anomalib_decad.components import (
     AdversarialSynthesis,
+    CategoryPrediction,
+    CategoryRecognizer,
     Decoupler,
     FeatureDecoder,
     FeatureFusion,
@@ -92,6 +93,7 @@ class DecADModel(nn.Module):
     ) -> None:
         super().__init__()
         self.encoder = encoder
+        self.recognizer = CategoryRecognizer()
         self.standardizer = FeatureStandardizer(encoder.dim, len(encoder.layers))
         self.fusion = FeatureFusion(encoder.dim)
         self.decoupler = decoupler
@@ -108,15 +110,15 @@ class DecADModel(nn.Module):
         del incompatible_keys
         module.is_initialized = bool(module.initialized)
 
-    def forward(self, images: torch.Tensor) -> TrainingOutput | InferenceBatch:
+    def forward(self, images: torch.Tensor) -> TrainingOutput | CategoryPrediction:
         """Run the model.
 
         Args:
             images (torch.Tensor): Normalized images of shape (B, 3, H, W); H and W are multiples of the patch.
 
         Returns:
-            TrainingOutput | InferenceBatch: In training mode the input of the loss; in eval mode ``pred_score`` of
-                shape (B,) and ``anomaly_map`` of shape (B, 1, H, W).
+            TrainingOutput | CategoryPrediction: In training mode the input of the loss; in eval mode ``pred_score`` of
+                shape (B,), ``anomaly_map`` of shape (B, 1, H, W) and ``category`` of shape (B,).
 
         Raises:
             ValueError: If the image size does not fit the encoder.
@@ -130,7 +132,7 @@ class DecADModel(nn.Module):
 
     def inference_output(
         self, features: Sequence[torch.Tensor], grid: tuple[int, int], image_size: tuple[int, int]
-    ) -> InferenceBatch:
+    ) -> CategoryPrediction:
         """Remove anomalies, reconstruct and compare.
 
         Args:
@@ -139,7 +141,8 @@ class DecADModel(nn.Module):
             image_size (tuple[int, int]): Height and width of the anomaly maps in pixels.
 
         Returns:
-            InferenceBatch: ``pred_score`` of shape (B,) and ``anomaly_map`` of shape (B, 1, H, W).
+            CategoryPrediction: ``pred_score`` of shape (B,), ``anomaly_map`` of shape (B, 1, H, W), and ``category`` of
+                shape (B,), the index of the category that each image resembles most.
         """
         x = self.fusion(features)
         x_clean, energy = self.decoupler(x)[:2] if self.decoupler else (x, x.new_ones(x.shape[:-1]))
@@ -147,7 +150,7 @@ class DecADModel(nn.Module):
         maps, scores = self.anomaly_map_generator(
             self.standardizer(features), reconstructions, grid, image_size, energy
         )
-        return InferenceBatch(pred_score=scores, anomaly_map=maps)
+        return CategoryPrediction(pred_score=scores, anomaly_map=maps, category=self.recognizer(features))
 
     @torch.no_grad()
     def initialize(self, features: Sequence[torch.Tensor], report: Callable[[float], None] | None = None) -> None:

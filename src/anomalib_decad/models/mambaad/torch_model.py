@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from anomalib.data import InferenceBatch
 from anomalib.models.image.reverse_distillation.anomaly_map import AnomalyMapGenerationMode, AnomalyMapGenerator
 from torch import nn
 
-from anomalib_decad.components import attach, create_encoder
+from anomalib_decad.components import CategoryPrediction, CategoryRecognizer, attach, create_encoder
 from anomalib_decad.models.decoupled_model import DecoupledModel
 from anomalib_decad.models.mambaad.bottleneck import HalfFPN
 from anomalib_decad.models.mambaad.decoder import MambaDecoder
@@ -72,6 +71,7 @@ class DecoupledMambaADModel(DecoupledModel):
             raise ValueError(msg)
         self.encoder = create_encoder(encoder, layers, encoder_weights, pretrained, _STAGES, _TRANSFORMER_CHANNELS)
         self.encoder.check(*image_size)
+        self.recognizer = CategoryRecognizer()
         self.bottleneck: nn.Module = HalfFPN(self.encoder.channels)
         dim = 2 * self.encoder.channels[-1]
         stride = _SCALES * self.encoder.finest_stride
@@ -81,20 +81,22 @@ class DecoupledMambaADModel(DecoupledModel):
         if decouple:
             attach(self, "bottleneck", dim, **kwargs)
 
-    def forward(self, images: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]] | InferenceBatch:
+    def forward(self, images: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]] | CategoryPrediction:
         """Run the model.
 
         Args:
             images (torch.Tensor): Normalized images of shape (B, 3, H, W), of the model's size.
 
         Returns:
-            tuple[list[torch.Tensor], list[torch.Tensor]] | InferenceBatch: In training mode the encoder's three maps
-                and their reconstructions; in eval mode ``pred_score`` of shape (B,) and ``anomaly_map`` of shape
-                (B, 1, H, W).
+            tuple[list[torch.Tensor], list[torch.Tensor]] | CategoryPrediction: In training mode the encoder's three
+                maps and their reconstructions; in eval mode ``pred_score`` of shape (B,), ``anomaly_map`` of shape
+                (B, 1, H, W) and ``category`` of shape (B,).
         """
         features = list(self.encoder(images).values())
         reconstructions = self.decoder(self.bottleneck(features))
         if self.training:
             return features, reconstructions
         anomaly_map = self.anomaly_map_generator(features, [maps.float() for maps in reconstructions])
-        return InferenceBatch(pred_score=anomaly_map.amax(dim=(1, 2, 3)), anomaly_map=anomaly_map)
+        return CategoryPrediction(
+            pred_score=anomaly_map.amax(dim=(1, 2, 3)), anomaly_map=anomaly_map, category=self.recognizer(features)
+        )

@@ -10,7 +10,7 @@ from anomalib.models.components.backbone import get_decoder
 from anomalib.models.image.reverse_distillation.anomaly_map import AnomalyMapGenerationMode
 from anomalib.models.image.reverse_distillation.torch_model import ReverseDistillationModel
 
-from anomalib_decad.components import attach, create_encoder
+from anomalib_decad.components import CategoryPrediction, CategoryRecognizer, attach, create_encoder
 from anomalib_decad.models.decoupled_model import DecoupledModel
 
 __all__ = ["DecoupledReverseDistillationModel"]
@@ -72,7 +72,30 @@ class DecoupledReverseDistillationModel(DecoupledModel, ReverseDistillationModel
         # Its own encoder is replaced, so that weights come lazily, from a file as well, or from the checkpoint.
         super().__init__(resnet, image_size, ["layer1", "layer2", "layer3"], anomaly_map_mode, pre_trained=False)
         self.encoder = frozen
+        self.recognizer = CategoryRecognizer()
         # Nothing uses them, and data-parallel training stops at parameters without a gradient.
         del self.bottleneck.conv4, self.bottleneck.bn4
         if decouple:
             attach(self, "bottleneck", 2 * frozen.channels[-1], **kwargs)
+
+    def forward(  # type: ignore[override]
+        self, images: torch.Tensor
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]] | CategoryPrediction:
+        """Run the model.
+
+        Args:
+            images (torch.Tensor): Normalized images of shape (B, 3, H, W), of the model's size.
+
+        Returns:
+            tuple[list[torch.Tensor], list[torch.Tensor]] | CategoryPrediction: In training mode the encoder's three
+                maps and their reconstructions; in eval mode ``pred_score`` of shape (B,), ``anomaly_map`` of shape
+                (B, 1, H, W) and ``category`` of shape (B,).
+        """
+        features = list(self.encoder(images).values())
+        reconstructions = self.decoder(self.bottleneck(features))
+        if self.training:
+            return features, reconstructions
+        anomaly_map = self.anomaly_map_generator(features, reconstructions)
+        return CategoryPrediction(
+            pred_score=anomaly_map.amax(dim=(1, 2, 3)), anomaly_map=anomaly_map, category=self.recognizer(features)
+        )

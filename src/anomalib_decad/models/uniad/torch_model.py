@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from anomalib.data import InferenceBatch
 from torch import nn
 from torch.nn import functional
 
-from anomalib_decad.components import attach, create_encoder
+from anomalib_decad.components import CategoryPrediction, CategoryRecognizer, attach, create_encoder
 from anomalib_decad.models.decoupled_model import DecoupledModel
 from anomalib_decad.models.uniad.transformer import PositionEmbedding, QueryDecoder, TransformerEncoder
 
@@ -74,6 +73,7 @@ class DecoupledUniADModel(DecoupledModel):
         self.jitter = jitter
         self.encoder = create_encoder(encoder, layers, encoder_weights, pretrained, _STAGES)
         self.encoder.check(*image_size)
+        self.recognizer = CategoryRecognizer()
         self.grid = (image_size[0] // self.encoder.strides[-1], image_size[1] // self.encoder.strides[-1])
         channels = sum(self.encoder.channels)
         self.positions = PositionEmbedding(self.grid, hidden_dim)
@@ -88,20 +88,21 @@ class DecoupledUniADModel(DecoupledModel):
         if decouple:
             attach(self, "transformer_encoder", hidden_dim, **kwargs)
 
-    def forward(self, images: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]] | InferenceBatch:
+    def forward(self, images: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]] | CategoryPrediction:
         """Run the model.
 
         Args:
             images (torch.Tensor): Normalized images of shape (B, 3, H, W), of the model's size.
 
         Returns:
-            tuple[list[torch.Tensor], list[torch.Tensor]] | InferenceBatch: In training mode the joined feature map
+            tuple[list[torch.Tensor], list[torch.Tensor]] | CategoryPrediction: In training mode the joined feature map
                 and its reconstruction, both of shape (B, channels, rows, columns); in eval mode ``pred_score`` of
-                shape (B,) and ``anomaly_map`` of shape (B, 1, H, W).
+                shape (B,), ``anomaly_map`` of shape (B, 1, H, W) and ``category`` of shape (B,).
         """
+        encoded = self.encoder(images)
         maps = [
             functional.interpolate(feature, size=self.grid, mode="bilinear", align_corners=True)
-            for feature in self.encoder(images).values()
+            for feature in encoded.values()
         ]
         features = torch.cat(maps, dim=1)
         tokens = features.flatten(2).mT
@@ -117,7 +118,9 @@ class DecoupledUniADModel(DecoupledModel):
         size = (images.shape[-2], images.shape[-1])
         anomaly_map = functional.interpolate(errors, size=size, mode="bilinear", align_corners=True)
         pooled = functional.avg_pool2d(anomaly_map, min(_POOLING, *size), stride=1)
-        return InferenceBatch(pred_score=pooled.amax(dim=(1, 2, 3)), anomaly_map=anomaly_map)
+        return CategoryPrediction(
+            pred_score=pooled.amax(dim=(1, 2, 3)), anomaly_map=anomaly_map, category=self.recognizer(encoded)
+        )
 
     def _with_jitter(self, tokens: torch.Tensor) -> torch.Tensor:
         """Add noise in proportion to each token's norm (UniAD, section 3.3)."""

@@ -1,0 +1,512 @@
+# SPDX-License-Identifier: Apache-2.0
+"""anomalib's post-processor with thresholds of each product."""
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from anomalib.data import Batch, InferenceBatch
+from anomalib.post_processing import PostProcessor
+from lightning.pytorch import LightningModule, Trainer
+from torch import nn
+
+from anomalib_decad.compat import set_thresholds
+from anomalib_decad.components.recognition import UNKNOWN, CategoryPrediction
+from anomalib_decad.decisions.policies import BestF1, FalseAlarmRate, FixedThreshold, ThresholdPolicy
+from anomalib_decad.metrics import ScoreHistogram, gather
+
+__all__ = ["CategoryPostProcessor", "Limits"]
+
+logger = logging.getLogger(__name__)
+
+
+class Limits(NamedTuple):
+    """What a product's scores are compared with, in raw scores.
+
+    Args:
+        image_threshold (Any): What scores higher is an anomalous image.
+        image_min (Any): Smallest score of a validation image.
+        image_max (Any): Largest score of a validation image.
+        pixel_threshold (Any): What scores higher is a defect.
+        pixel_min (Any): Smallest score of a pixel.
+        pixel_max (Any): Largest score of a pixel.
+    """
+
+    image_threshold: Any = math.nan
+    image_min: Any = math.nan
+    image_max: Any = math.nan
+    pixel_threshold: Any = math.nan
+    pixel_min: Any = math.nan
+    pixel_max: Any = math.nan
+
+
+_UNKNOWN_LIMITS = Limits()
+
+
+@dataclass
+class _Scores:
+    """Scores of images or pixels: those with labels counted, the range of all."""
+
+    histogram: ScoreHistogram = field(default_factory=ScoreHistogram)
+    smallest: float = math.inf
+    largest: float = -math.inf
+
+    def update(self, scores: torch.Tensor, labels: torch.Tensor | None) -> None:
+        self.smallest = min(self.smallest, float(scores.min()))
+        self.largest = max(self.largest, float(scores.max()))
+        if labels is not None:
+            self.histogram.update(scores, labels)
+
+    def merge(self, other: "_Scores") -> None:
+        self.smallest, self.largest = min(self.smallest, other.smallest), max(self.largest, other.largest)
+        self.histogram.merge(other.histogram)
+
+    def range(self) -> tuple[float, float]:
+        return (self.smallest, self.largest) if self.smallest <= self.largest else (math.nan, math.nan)
+
+
+@dataclass
+class _ProductScores:
+    """Scores of a product's images and of their pixels."""
+
+    image: _Scores = field(default_factory=_Scores)
+    pixel: _Scores = field(default_factory=_Scores)
+
+    def merge(self, other: "_ProductScores") -> None:
+        self.image.merge(other.image)
+        self.pixel.merge(other.pixel)
+
+
+class CategoryPostProcessor(PostProcessor):
+    """anomalib's post-processor, with a threshold and a range of scores for each category.
+
+    A validation finds them, in bounded memory: scores are counted in a histogram instead of kept. A score is
+    normalized with the limits of the image's category, so that 0.5 is that category's threshold, whatever its scores
+    are like. The category comes from the batch (``MultiCategory`` knows it), or else from ``category``, or else from
+    the model, if it recognizes categories as this package's models do. For images of no known category there are
+    limits of all together, which are anomalib's.
+
+    It works with every anomalib model: ``Patchcore(post_processor=CategoryPostProcessor())``.
+
+    Args:
+        image_policy (ThresholdPolicy): How thresholds of images are chosen: :class:`BestF1`, :class:`FalseAlarmRate` or
+            :class:`FixedThreshold`.
+            Defaults to :class:`BestF1`.
+        pixel_policy (ThresholdPolicy): The same for those of pixels.
+            Defaults to :class:`BestF1`, with a false alarm rate of 0.001 where there is no defect.
+        category (str | None): The category of all images whose batch does not say it; then nothing is recognized. For
+            example for the export of a model for one product.
+            Defaults to ``None``: it is recognized.
+        category_output (bool): Whether an export has a fifth output, ``category``: the index of the category, -1 for an
+            unknown one. Runtimes can have it; anomalib's inferencers for exported models fail with it.
+            Defaults to ``False``.
+        **kwargs (Any): Arguments of anomalib's ``PostProcessor``: ``enable_normalization``, ``enable_thresholding``,
+            ``enable_threshold_matching``, ``image_sensitivity``, ``pixel_sensitivity``.
+
+    Example:
+        >>> post_processor = CategoryPostProcessor(image_policy=FalseAlarmRate(0.001))
+    """
+
+    category_limits: torch.Tensor
+
+    def __init__(
+        self,
+        image_policy: ThresholdPolicy = BestF1(),
+        pixel_policy: ThresholdPolicy = BestF1(0.001),
+        category: str | None = None,
+        category_output: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.image_policy = image_policy
+        self.pixel_policy = pixel_policy
+        self.category = category
+        self.category_output = category_output
+        #: Names of the categories, by index.
+        self.categories: list[str] = []
+        self.register_buffer("category_limits", torch.empty(len(Limits._fields), 0))
+        self.register_load_state_dict_pre_hook(self._before_load)
+        self._scores: dict[str | None, _ProductScores] = {}
+        self._unknown: set[str] = set()
+
+    # Which product
+
+    @property
+    def recognizes(self) -> bool:
+        """Whether an image that nobody has labelled gets the limits of the category that it resembles."""
+        return bool(self.categories) and self.category is None
+
+    def index_of(self, name: str | None) -> int:
+        """Find the index of a category.
+
+        Args:
+            name (str | None): Its name.
+
+        Returns:
+            int: Its index in :attr:`categories`; -1 if it is not among them.
+        """
+        return self.categories.index(name) if name in self.categories else UNKNOWN
+
+    def categories_of(self, batch: Any) -> list[str | None]:
+        """Name the category of each image of a batch.
+
+        Args:
+            batch (Any): A batch, after the model has seen it.
+
+        Returns:
+            list[str | None]: The names; ``None`` for an image that is unlike every category, or if none is known.
+        """
+        if names := getattr(batch, "category", None):
+            return list(names)
+        index = self._indices(batch, len(batch.image))
+        return [self.categories[i] if i != UNKNOWN else None for i in index.tolist()]
+
+    def _indices(self, batch: Any, length: int) -> torch.Tensor:
+        """Find the index of each image's category, shape (B,)."""
+        device = self.category_limits.device
+        if (names := getattr(batch, "category", None)) is not None and not isinstance(names, torch.Tensor):
+            self._warn_of_unknown(names)
+            return torch.tensor([self.index_of(name) for name in names], device=device)
+        if self.category is not None:
+            index = self.index_of(self.category)
+            if index == UNKNOWN:
+                known = f"its categories are {', '.join(self.categories)}" if self.categories else "it knows none"
+                msg = f"the model has no thresholds of a category {self.category!r}: {known}"
+                raise ValueError(msg)
+            return torch.full((length,), index, device=device)
+        recognized = names if names is not None else getattr(batch, "category_index", None)
+        if recognized is None:
+            return torch.full((length,), UNKNOWN, device=device)
+        return recognized
+
+    def _warn_of_unknown(self, names: Sequence[str]) -> None:
+        unknown = sorted(set(names) - set(self.categories) - self._unknown)
+        # Before a validation there is a warning of its own.
+        if unknown and self.categories:
+            self._unknown.update(unknown)
+            logger.warning(
+                "The model has no thresholds of %s: their labels are by the thresholds of all products together, those "
+                "of %s.",
+                ", ".join(unknown),
+                ", ".join(self.categories),
+            )
+
+    # Limits
+
+    def limits(self, category: str | None = None) -> Limits:
+        """Give the limits of a category.
+
+        Args:
+            category (str | None): Its name.
+                Defaults to ``None``: the limits of all together.
+
+        Returns:
+            Limits: The limits, floats; NaN before a validation.
+
+        Raises:
+            ValueError: If the category is unknown.
+        """
+        index = self._known_index(category)
+        if index == UNKNOWN:
+            return Limits(*(float(getattr(self, name)) for name in Limits._fields))
+        return Limits(*self.category_limits[:, index].tolist())
+
+    def set_threshold(
+        self, category: str | None = None, image: float | None = None, pixel: float | None = None
+    ) -> None:
+        """Change the thresholds of a category; what is saved or exported afterwards has them.
+
+        Args:
+            category (str | None): Its name; ``None`` for the threshold of images of no known category.
+            image (float | None): The threshold of images, in raw scores; ``None``: as it is.
+            pixel (float | None): That of pixels.
+
+        Raises:
+            ValueError: If the category is unknown, or a threshold is not finite.
+        """
+        index = self._known_index(category)
+        chosen = {"image": image, "pixel": pixel}
+        values = {name: FixedThreshold(value).value for name, value in chosen.items() if value is not None}
+        if category is None:
+            now = self.limits()
+            set_thresholds(self, values.get("image", now.image_threshold), values.get("pixel", now.pixel_threshold))
+            return
+        for name, value in values.items():
+            self.category_limits[Limits._fields.index(f"{name}_threshold"), index] = value
+
+    def follow(self, names: Sequence[str]) -> None:
+        """Give the categories the order of a model that recognizes them; new ones have the limits of all together.
+
+        Args:
+            names (Sequence[str]): Names by index.
+        """
+        limits = [self.limits(name if name in self.categories else None) for name in names]
+        self._set_categories(names, limits)
+
+    def _set_categories(self, names: Sequence[str], limits: Sequence[Limits]) -> None:
+        self.categories = list(names)
+        values = torch.tensor(limits, device=self.category_limits.device)
+        self.category_limits = values.reshape(len(names), len(Limits._fields)).mT.contiguous()
+        self._unknown = set()
+
+    def _known_index(self, category: str | None) -> int:
+        index = self.index_of(category)
+        if category is not None and index == UNKNOWN:
+            known = f"there are {', '.join(self.categories)}" if self.categories else "the model was never validated"
+            msg = f"no category {category!r}: {known}"
+            raise ValueError(msg)
+        return index
+
+    def _table(self) -> torch.Tensor:
+        """Join the limits of all together and those of each category, shape (6, 1 + categories)."""
+        joint = torch.stack([getattr(self, name) for name in Limits._fields])
+        table = torch.cat([joint[:, None].to(self.category_limits), self.category_limits], dim=1)
+        # Without a threshold a score is compared with the middle of the range, as anomalib does.
+        limits = Limits(*table)
+        middles = {0: limits.image_min + limits.image_max, 3: limits.pixel_min + limits.pixel_max}
+        return torch.stack(
+            [torch.where(row.isnan(), middles[i] / 2, row) if i in middles else row for i, row in enumerate(table)]
+        )
+
+    # Validation
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget the scores of an earlier validation."""
+        del trainer, pl_module
+        self._scores = {}
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        """Count the scores of a batch."""
+        del trainer, pl_module, args, kwargs
+        names = getattr(outputs, "category", None) or [None] * len(outputs.image)
+        scores, maps = outputs.pred_score, outputs.anomaly_map
+        if scores is None and maps is not None:
+            scores = maps.flatten(1).amax(1)
+        for name in dict.fromkeys(names):
+            rows = [row for row, other in enumerate(names) if other == name]
+            found = self._scores.setdefault(name, _ProductScores())
+            if scores is not None:
+                found.image.update(scores[rows], None if outputs.gt_label is None else outputs.gt_label[rows])
+            if maps is not None:
+                chosen = maps.reshape(len(names), -1)[rows]
+                masks = None if outputs.gt_mask is None else outputs.gt_mask.reshape(len(names), -1)[rows]
+                found.pixel.update(chosen, masks)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the limits."""
+        del trainer
+        products: dict[str | None, _ProductScores] = {}
+        for scores in gather(self._scores):
+            for name, found in scores.items():
+                products.setdefault(name, _ProductScores()).merge(found)
+        self._scores = {}
+        if products:
+            recognizer = getattr(getattr(pl_module, "model", None), "recognizer", None)
+            self._find_limits(products, getattr(recognizer, "names", []))
+
+    def _find_limits(self, products: Mapping[str | None, _ProductScores], recognized: Sequence[str]) -> None:
+        joint = _ProductScores()
+        for product in products.values():
+            joint.merge(product)
+        self._set_joint(self._limits_of(joint))
+        names = [*recognized, *sorted(name for name in products if name is not None and name not in recognized)]
+        fallback, limits, extrapolated = self.limits(), [], []
+        for name in names:
+            if name not in products:
+                limits.append(fallback)  # no validation image
+                continue
+            limits.append(self._limits_of(products[name], fallback))
+            policy = self._policy_of(self.image_policy, products[name].image)
+            if isinstance(policy, FalseAlarmRate):
+                extrapolated += [name] if policy.is_extrapolated(products[name].image.histogram) else []
+        self._set_categories(names, limits)
+        self._say(products, extrapolated)
+
+    def _limits_of(self, product: _ProductScores, fallback: Limits = _UNKNOWN_LIMITS) -> Limits:
+        values: dict[str, float] = {}
+        for kind, scores, policy in (
+            ("image", product.image, self.image_policy),
+            ("pixel", product.pixel, self.pixel_policy),
+        ):
+            smallest, largest = scores.range()
+            threshold = math.nan
+            if self.enable_thresholding:
+                threshold = self._policy_of(policy, scores).choose(scores.histogram)
+                threshold = _only_defects(scores) if math.isnan(threshold) else threshold
+            values |= {f"{kind}_threshold": threshold, f"{kind}_min": smallest, f"{kind}_max": largest}
+        for kind, other in (("image", "pixel"), ("pixel", "image")):
+            if math.isnan(values[f"{kind}_threshold"]) and self.enable_threshold_matching:
+                values[f"{kind}_threshold"] = values[f"{other}_threshold"]
+        return Limits(**{name: getattr(fallback, name) if math.isnan(v) else v for name, v in values.items()})
+
+    @staticmethod
+    def _policy_of(policy: ThresholdPolicy, scores: _Scores) -> ThresholdPolicy:
+        """Give the policy for scores with or without defects."""
+        negatives, positives = scores.histogram.totals()
+        return policy.without_defects() if negatives and not positives else policy
+
+    def _set_joint(self, limits: Limits) -> None:
+        set_thresholds(self, limits.image_threshold, limits.pixel_threshold)
+        for name in ("image_min", "image_max", "pixel_min", "pixel_max"):
+            getattr(self, name).fill_(getattr(limits, name))
+
+    def _say(self, products: Mapping[str | None, _ProductScores], extrapolated: Sequence[str]) -> None:
+        """Say where a threshold could not be chosen as the policy has it."""
+        without, only = [], []
+        for name, product in products.items():
+            negatives, positives = product.image.histogram.totals()
+            if negatives and not positives and self.image_policy.without_defects() is not self.image_policy:
+                without.append(name or "the product")
+            if positives and not negatives:
+                only.append(name or "the product")
+        if without:
+            rate = self.image_policy.without_defects()
+            logger.warning(
+                "No defect among the validation images of %s: the threshold is what normal images exceed with a "
+                "probability of %g.",
+                ", ".join(without),
+                getattr(rate, "rate", math.nan),
+            )
+        if extrapolated:
+            logger.warning(
+                "Too few normal validation images of %s for such a rate: the threshold is estimated from their mean "
+                "and spread. More normal images, or a larger rate, make it surer.",
+                ", ".join(extrapolated),
+            )
+        if only:
+            logger.warning(
+                "Nothing normal among the validation images of %s: the threshold is their smallest score.",
+                ", ".join(only),
+            )
+
+    # Decisions
+
+    def forward(  # type: ignore[override]
+        self, predictions: InferenceBatch | CategoryPrediction
+    ) -> InferenceBatch | CategoryPrediction:
+        """Normalize scores and maps, and decide, also in an export.
+
+        Args:
+            predictions (InferenceBatch | CategoryPrediction): Raw predictions of a model.
+
+        Returns:
+            InferenceBatch | CategoryPrediction: Normalized ones with labels and masks; with the category if
+                ``category_output`` is set.
+
+        Raises:
+            ValueError: If there is neither a score nor a map, or ``category`` is unknown.
+        """
+        score, maps = predictions.pred_score, predictions.anomaly_map
+        if score is None:
+            if maps is None:
+                msg = "predictions have neither a pred_score nor an anomaly_map"
+                raise ValueError(msg)
+            score = torch.amax(maps, dim=(-2, -1))
+        if not self.categories and self.category is None:
+            plain = super().forward(InferenceBatch(pred_score=score, anomaly_map=maps))
+            index = torch.full_like(score.reshape(len(score), -1)[:, 0], UNKNOWN, dtype=torch.long)
+        else:
+            index = self._indices(predictions, len(score))
+            plain = self._decide(score, maps, index)
+        return CategoryPrediction(*plain, category=index) if self.category_output else plain
+
+    def post_process_batch(self, batch: Batch) -> None:
+        """Normalize scores and maps of a batch, and decide, in place.
+
+        Args:
+            batch (Batch): Batch with raw predictions.
+        """
+        if not self.categories and self.category is None:
+            super().post_process_batch(batch)
+            return
+        scores = batch.pred_score if batch.pred_score is not None else batch.anomaly_map
+        if scores is None:
+            return
+        decided = self._decide(batch.pred_score, batch.anomaly_map, self._indices(batch, len(scores)))
+        batch.anomaly_map, batch.pred_score = decided.anomaly_map, decided.pred_score
+        if batch.pred_label is None:
+            batch.pred_label = decided.pred_label
+        if batch.pred_mask is None:
+            batch.pred_mask = decided.pred_mask
+
+    def _decide(self, score: torch.Tensor | None, maps: torch.Tensor | None, index: torch.Tensor) -> InferenceBatch:
+        limits = Limits(*self._table()[:, index + 1])
+        normalized_score, label = self._compare(score, *limits[:3], self.image_sensitivity)
+        normalized_map, mask = self._compare(maps, *limits[3:], self.pixel_sensitivity)
+        return InferenceBatch(normalized_score, label, normalized_map, mask)
+
+    def _compare(
+        self,
+        scores: torch.Tensor | None,
+        threshold: torch.Tensor,
+        smallest: torch.Tensor,
+        largest: torch.Tensor,
+        sensitivity: float,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Normalize scores as anomalib does, but each image's by limits of its own, and compare them."""
+        if scores is None:
+            return None, None
+        shape = (-1, *(1 for _ in scores.shape[1:]))
+        threshold, smallest, largest = (value.to(scores).reshape(shape) for value in (threshold, smallest, largest))
+        span = largest - smallest
+        has_span = span > 0
+        normalized = ((scores - threshold) / torch.where(has_span, span, 1.0) + 0.5).clamp(0, 1)
+        one_value = torch.where(scores > threshold, 1.0, torch.where(scores < threshold, 0.0, 0.5)).to(scores.dtype)
+        normalized = torch.where(has_span, normalized, one_value)
+        # Of raw scores, too: anomalib compares these with 0.5, which they have nothing to do with.
+        decision = normalized > 1 - sensitivity if self.enable_thresholding else None
+        return normalized if self.enable_normalization else scores, decision
+
+    # Checkpoints
+
+    def checkpoint_config(self) -> dict[str, Any]:
+        """Give the settings to keep in a checkpoint, plain values."""
+        return {
+            **super().checkpoint_config(),
+            "image_policy": self.image_policy.to_config(),
+            "pixel_policy": self.pixel_policy.to_config(),
+            "category": self.category,
+            "category_output": self.category_output,
+        }
+
+    def load_checkpoint_config(self, config: dict[str, Any]) -> None:
+        """Take the settings from a checkpoint.
+
+        Args:
+            config (dict[str, Any]): What :meth:`checkpoint_config` gave.
+        """
+        super().load_checkpoint_config(config)
+        for name in ("image_policy", "pixel_policy"):
+            if name in config:
+                setattr(self, name, ThresholdPolicy.from_config(config[name]))
+        self.category = config.get("category")
+        self.category_output = config.get("category_output", False)
+
+    def get_extra_state(self) -> list[str]:
+        """Give the names of the categories, for a state dict."""
+        return list(self.categories)
+
+    def set_extra_state(self, state: list[str]) -> None:
+        """Take the names of the categories from a state dict."""
+        self.categories = list(state)
+
+    @staticmethod
+    def _before_load(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+        """Take the number of categories of a state dict; one from before has the limits of all together only."""
+        post_processor: Any = module
+        key = f"{prefix}category_limits"
+        if key not in state_dict:
+            state_dict[key] = post_processor.category_limits.new_empty(len(Limits._fields), 0)
+            state_dict[f"{prefix}_extra_state"] = []
+        post_processor.category_limits = post_processor.category_limits.new_empty(state_dict[key].shape)
+
+
+def _only_defects(scores: _Scores) -> float:
+    """Give the smallest score, if all that has labels is anomalous: then nothing of it is missed."""
+    negatives, positives = scores.histogram.totals()
+    return scores.histogram.below(scores.histogram.smallest()) if positives and not negatives else math.nan
