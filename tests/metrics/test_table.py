@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from anomalib_decad.metrics import CategoryEvaluator
+from anomalib_decad.metrics import DECISIONS, CategoryEvaluator
 from anomalib_decad.metrics.category_metrics import METRICS
 
 NAMES = ("toothbrush", "transistor", "a_product_of_21_signs")
@@ -13,7 +13,8 @@ NAMES = ("toothbrush", "transistor", "a_product_of_21_signs")
 def report(folder, capsys):
     evaluator = CategoryEvaluator()
     row = dict.fromkeys(METRICS, 1.0)
-    evaluator._report(dict.fromkeys(NAMES, row), {**row, "mean_of_seven": 1.0}, folder)
+    decisions = dict.fromkeys((*NAMES, "mean"), dict.fromkeys(DECISIONS, 1.0))
+    evaluator._report(dict.fromkeys(NAMES, row), {**row, "mean_of_seven": 1.0}, decisions, folder)
     return re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
 
 
@@ -27,7 +28,7 @@ def test_nothing_is_cut(columns, is_terminal, tmp_path, capsys, monkeypatch):
         monkeypatch.setenv("TERM", "xterm")
     output = report(tmp_path, capsys)
     assert "…" not in output
-    assert output.count("100.0") == 8 * (len(NAMES) + 1)
+    assert output.count("100.0") == 13 * (len(NAMES) + 1)
     for name in NAMES if columns != "60" or not is_terminal else ():
         assert name in output
     if is_terminal:

@@ -6,19 +6,22 @@ import io
 import json
 import logging
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from anomalib.data import Batch
 from anomalib.metrics import Evaluator
-from anomalib.post_processing import PostProcessor
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from anomalib_decad.metrics.callback_order import put_before_post_processor, put_last
 from anomalib_decad.metrics.category_metrics import MEAN, METRICS, CategoryMetrics
+from anomalib_decad.metrics.decision_metrics import DECISIONS, DecisionMetrics
+from anomalib_decad.metrics.raw_scores import score_of
 
 __all__ = ["CategoryEvaluator"]
 
@@ -39,8 +42,11 @@ class CategoryEvaluator(Evaluator):
     category as ``<category>/image_AUROC``, which ``ModelCheckpoint`` and ``EarlyStopping`` can monitor. After a test
     they are printed as a table and written to ``metrics.csv`` and ``metrics.json`` in the folder of the run.
 
-    It works with every anomalib model: ``Patchcore(evaluator=CategoryEvaluator())``. The predictions are taken before
-    the post-processor, whose normalization clips them and so ties scores that differ.
+    A test also measures what was decided: F1 score, recall, precision and false alarm rate of the labels and the F1
+    score of the masks, at the thresholds in use.
+
+    It works with every anomalib model: ``Patchcore(evaluator=CategoryEvaluator())``. The scores are taken before the
+    post-processor, whose normalization clips them and so ties scores that differ; labels and masks behind it.
 
     Args:
         max_fpr (float): Largest false positive rate of AUPRO, in (0, 1].
@@ -58,16 +64,13 @@ class CategoryEvaluator(Evaluator):
             msg = f"max_fpr must be in (0, 1], got {max_fpr}"
             raise ValueError(msg)
         self.metrics = CategoryMetrics(max_fpr, max_bins)
+        self._decisions = _DecisionCounter()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Step in front of the post-processor."""
         super().setup(trainer, pl_module, stage)
-        callbacks = [callback for callback in trainer.callbacks if callback is not self]  # type: ignore[attr-defined]
-        post = [index for index, callback in enumerate(callbacks) if isinstance(callback, PostProcessor)]
-        # A new list: Lightning is iterating over the old one.
-        trainer.callbacks = (  # type: ignore[attr-defined]
-            [*callbacks[: post[0]], self, *callbacks[post[0] :]] if post else [*callbacks, self]
-        )
+        put_before_post_processor(trainer, self)
+        put_last(trainer, self._decisions)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget the scores of an earlier evaluation."""
@@ -123,20 +126,16 @@ class CategoryEvaluator(Evaluator):
             logger.warning("The test images have no labels: there are no metrics.")
             return
         rows, means = self._log(trainer, pl_module, table)
+        self._decisions.metrics.synchronise()
+        decisions = self._decisions.metrics.compute()
         if trainer.is_global_zero:
-            self._report(rows, means, Path(trainer.default_root_dir))
+            self._report(rows, means, decisions, Path(trainer.default_root_dir))
 
     def _add(self, trainer: Trainer, batch: Batch) -> None:
         """Add the predictions of a batch with labels."""
-        if batch.gt_label is None:
-            return
-        categories = getattr(batch, "category", None) or [_category_of(trainer)] * len(batch.gt_label)
-        score = batch.pred_score
-        if score is None and batch.anomaly_map is not None:
-            score = batch.anomaly_map.flatten(1).amax(1)
-        if score is None:
-            return
-        self.metrics.update(categories, score, batch.gt_label, batch.anomaly_map, batch.gt_mask)
+        score = score_of(batch)
+        if batch.gt_label is not None and score is not None:
+            self.metrics.update(_categories_of(trainer, batch), score, batch.gt_label, batch.anomaly_map, batch.gt_mask)
 
     def _log(
         self, trainer: Trainer, pl_module: LightningModule, table: dict[str, dict[str, float]]
@@ -155,33 +154,39 @@ class CategoryEvaluator(Evaluator):
             pl_module.log_dict(logged, rank_zero_only=False, sync_dist=False)
         return rows, means
 
-    def _report(self, rows: dict[str, dict[str, float]], means: dict[str, float], folder: Path) -> None:
-        """Print the table and write it to ``folder``."""
+    def _report(
+        self,
+        rows: dict[str, dict[str, float]],
+        means: dict[str, float],
+        decisions: dict[str, dict[str, float]],
+        folder: Path,
+    ) -> None:
+        """Print the tables and write them to ``folder``."""
         folder.mkdir(parents=True, exist_ok=True)
         seven = {category: self.metrics.mean_of_seven(row) for category, row in rows.items()}
         lines = [(category, [*(row[name] for name in METRICS), seven[category]]) for category, row in rows.items()]
         lines.append((MEAN, [*(means[name] for name in METRICS), means[MEAN_OF_SEVEN]]))
+        decided = {name: [row[key] for key in DECISIONS] for name, row in decisions.items()}
 
-        table = Table(title="Metrics in %", title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
-        for title in ("category", *METRICS, MEAN_OF_SEVEN):
-            if title == "category":
-                table.add_column(title, overflow="fold")  # a name that is too long goes on below
-            else:
-                table.add_column(title.replace("_", "\n"), justify="right", no_wrap=True)
-        for name, values in lines:
-            table.add_row(name, *map(_percent, values), end_section=name == lines[-2][0])
         console = Console()
         if not console.is_terminal:
             console.width = max(console.width, _FILE_WIDTH)
-        console.print(table)
+        console.print(_table("Metrics in %", [*METRICS, MEAN_OF_SEVEN], lines))
+        if decided:
+            console.print(_table("Decisions in %, at the thresholds in use", DECISIONS, list(decided.items())))
         for note in self._notes(rows):
             console.print(note)
 
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerows([["category", *METRICS, MEAN_OF_SEVEN], *([name, *values] for name, values in lines)])
+        missing = [math.nan] * len(DECISIONS)
+        writer.writerow(["category", *METRICS, MEAN_OF_SEVEN, *DECISIONS])
+        writer.writerows([name, *values, *decided.get(name, missing)] for name, values in lines)
         _write(folder / "metrics.csv", text.getvalue())
-        content = {"categories": {c: {**row, MEAN_OF_SEVEN: seven[c]} for c, row in rows.items()}, MEAN: means}
+        content = {
+            "categories": {c: {**row, MEAN_OF_SEVEN: seven[c], **decisions.get(c, {})} for c, row in rows.items()},
+            MEAN: {**means, **decisions.get(MEAN, {})},
+        }
         _write(folder / "metrics.json", json.dumps(_without_nan(content), indent=2) + "\n")
         console.print(f"Written to {folder / 'metrics.csv'} and metrics.json", soft_wrap=True)
 
@@ -198,10 +203,54 @@ class CategoryEvaluator(Evaluator):
         return notes
 
 
-def _category_of(trainer: Trainer) -> str:
-    """Name the category of a datamodule of one category."""
+class _DecisionCounter(Callback):
+    """Counts what has been decided, behind the post-processor."""
+
+    def __init__(self) -> None:
+        self.metrics = DecisionMetrics()
+
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget the decisions of an earlier test."""
+        del trainer, pl_module
+        self.metrics.reset()
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Add the decisions on a batch."""
+        del outputs, batch_idx, dataloader_idx
+        post_processor = getattr(pl_module, "post_processor", None)
+        # Without thresholds, labels mean nothing.
+        threshold = getattr(post_processor, "image_threshold", None)
+        if batch.gt_label is None or batch.pred_label is None or (threshold is not None and bool(threshold.isnan())):
+            return
+        self.metrics.update(
+            _categories_of(trainer, batch), batch.pred_label, batch.gt_label, batch.pred_mask, batch.gt_mask
+        )
+
+
+def _categories_of(trainer: Trainer, batch: Batch) -> list[str]:
+    """Name the category of each image: the batch knows it, or the datamodule has one."""
     datamodule = getattr(trainer, "datamodule", None)
-    return getattr(datamodule, "category", None) or getattr(datamodule, "name", None) or "all"
+    only = getattr(datamodule, "category", None) or getattr(datamodule, "name", None) or "all"
+    return getattr(batch, "category", None) or [only] * len(batch.image)  # type: ignore[arg-type]
+
+
+def _table(title: str, columns: Sequence[str], lines: Sequence[tuple[str, Sequence[float]]]) -> Table:
+    """Make a table, one line for each category, of which the last is the mean."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
+    table.add_column("category", overflow="fold")  # a name that is too long goes on below
+    for column in columns:
+        table.add_column(column.replace("_", "\n"), justify="right", no_wrap=True)
+    for index, (name, values) in enumerate(lines):
+        table.add_row(name, *map(_percent, values), end_section=index == len(lines) - 2)
+    return table
 
 
 def _percent(value: float) -> str:
