@@ -76,7 +76,10 @@ def test_folders_on_the_command_line(tmp_path, encoder_weights, data_args, mvtec
         assert skipped.startswith("Skipped 2 files that cannot be read: ")
         assert str(photos / "a" / "today" / "000.png") in skipped
         assert last.startswith("Predicted 5 images, ")
-        assert last.endswith(f" of them anomalous; the pictures are in {folder}")
+        assert " of them anomalous" in last
+        assert last.endswith(
+            f"; a line for each is in {folder.parent / 'predictions.csv'}; the pictures are in {folder}"
+        )
         assert len(list(folder.rglob("*.png"))) == 5
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 

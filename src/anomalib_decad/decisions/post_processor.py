@@ -409,9 +409,10 @@ class CategoryPostProcessor(PostProcessor):
             score = torch.amax(maps, dim=(-2, -1))
         if not self.categories and self.category is None:
             plain = super().forward(InferenceBatch(pred_score=score, anomaly_map=maps))
-            index = torch.full_like(score.reshape(len(score), -1)[:, 0], UNKNOWN, dtype=torch.long)
+            index = torch.full_like(score.reshape(score.shape[0], -1)[:, 0], UNKNOWN, dtype=torch.long)
         else:
-            index = self._indices(predictions, len(score))
+            # Not len(), which would fix the number of images of an export.
+            index = self._indices(predictions, score.shape[0])
             plain = self._decide(score, maps, index)
         return CategoryPrediction(*plain, category=index) if self.category_output else plain
 

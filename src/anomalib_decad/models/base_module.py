@@ -4,7 +4,7 @@
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from anomalib import LearningType
@@ -29,7 +29,15 @@ from anomalib_decad.metrics import CategoryEvaluator
 from anomalib_decad.models.checkpoint import CheckpointMixin, is_group
 from anomalib_decad.models.describe_categories import category_names, describe_categories
 from anomalib_decad.models.display import tidy_display
-from anomalib_decad.runs import DataOrder, FinalValidation, LastState, PredictionSummary, RunFolder
+from anomalib_decad.runs import (
+    DataOrder,
+    FinalValidation,
+    LastState,
+    MapWriter,
+    PredictionSummary,
+    PredictionTable,
+    RunFolder,
+)
 
 __all__ = ["BaseModule"]
 
@@ -75,9 +83,12 @@ class BaseModule(DeepImagesMixin, _Base):
             Defaults to ``True``.
         visualizer (Visualizer | bool): Visualizer, or whether to use the default one: a folder for each category.
             Defaults to ``True``.
+        save_maps (Literal["off", "float16", "float32"]): Whether a test or a prediction writes the anomaly maps as TIFF
+            files of that type, as they are before the post-processor, where MVTec's evaluation looks for them.
+            Defaults to ``"off"``.
 
     Raises:
-        ValueError: If ``max_steps`` is not positive.
+        ValueError: If ``max_steps`` is not positive, or ``save_maps`` unknown.
     """
 
     model: Any
@@ -90,6 +101,7 @@ class BaseModule(DeepImagesMixin, _Base):
         post_processor: PostProcessor | bool = True,
         evaluator: Evaluator | bool = True,
         visualizer: Visualizer | bool = True,
+        save_maps: Literal["off", "float16", "float32"] = "off",
     ) -> None:
         super().__init__(
             pre_processor=pre_processor,
@@ -110,6 +122,10 @@ class BaseModule(DeepImagesMixin, _Base):
         if not max_steps > 0:
             msg = f"max_steps must be positive, got {max_steps}"
             raise ValueError(msg)
+        if save_maps not in {"off", "float16", "float32"}:
+            msg = f"save_maps must be 'off', 'float16' or 'float32', got {save_maps!r}"
+            raise ValueError(msg)
+        self.save_maps = save_maps
         self.max_steps = max_steps
         self.gradient_clip_val = gradient_clip_val
 
@@ -147,8 +163,12 @@ class BaseModule(DeepImagesMixin, _Base):
             self._run_folder.choose(self.trainer, self.name)
         callbacks = super().configure_callbacks()
         components = [callbacks] if isinstance(callbacks, Callback) else callbacks
+        writers: list[Callback] = [PredictionTable()]
+        if self.save_maps != "off":
+            writers.append(MapWriter(self.save_maps))
         # Behind the post-processor, which gives labels. What is printed last comes last.
-        return [self._run_folder, *components, DataOrder(), FinalValidation(), PredictionSummary(), LastState()]
+        ends = [DataOrder(), FinalValidation(), PredictionSummary(), LastState()]
+        return [self._run_folder, *components, *writers, *ends]
 
     @property
     def learning_type(self) -> LearningType:

@@ -14,13 +14,13 @@ from typing_extensions import Self
 
 __all__ = ["TRAINING_ARGUMENTS", "CheckpointMixin", "is_group"]
 
-#: Arguments that matter in training alone: a checkpoint can be used, and a training resumed, with others. All other
-#: arguments are what the model is.
+#: Arguments that matter in training alone, or for what a run writes: a checkpoint can be used, and a training resumed,
+#: with others. All other arguments are what the model is.
 TRAINING_ARGUMENTS = frozenset(
     {
         "cuda_graph", "decoupling_learning_rate", "delta", "encoder_weights", "feature_cache", "feature_cache_dir",
-        "feature_cache_limit", "gradient_clip_val", "jitter", "learning_rate", "loss", "max_steps", "synthesis",
-        "warmup_steps", "weight_decay",
+        "feature_cache_limit", "gradient_clip_val", "jitter", "learning_rate", "loss", "max_steps", "save_maps",
+        "synthesis", "warmup_steps", "weight_decay",
     }
 )  # fmt: skip
 

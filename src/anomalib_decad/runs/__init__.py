@@ -5,6 +5,16 @@ from anomalib_decad.runs.data_order import DataOrder
 from anomalib_decad.runs.final_validation import FinalValidation
 from anomalib_decad.runs.folder import RunFolder
 from anomalib_decad.runs.last_state import LastState
+from anomalib_decad.runs.map_writer import MapWriter
 from anomalib_decad.runs.prediction import PredictionSummary
+from anomalib_decad.runs.prediction_table import PredictionTable
 
-__all__ = ["DataOrder", "FinalValidation", "LastState", "PredictionSummary", "RunFolder"]
+__all__ = [
+    "DataOrder",
+    "FinalValidation",
+    "LastState",
+    "MapWriter",
+    "PredictionSummary",
+    "PredictionTable",
+    "RunFolder",
+]

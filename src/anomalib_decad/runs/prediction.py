@@ -26,7 +26,7 @@ class PredictionSummary(Callback):
 
     def __init__(self) -> None:
         self._unreadable: dict[str, str] = {}
-        self._counts = (0, 0)
+        self._counts = (0, 0, 0)
         self._has_labels = True
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -43,7 +43,7 @@ class PredictionSummary(Callback):
         del pl_module
         if stage != "predict":
             return
-        self._unreadable, self._counts, self._has_labels = {}, (0, 0), True
+        self._unreadable, self._counts, self._has_labels = {}, (0, 0, 0), True
         for dataset in predict_datasets(trainer):
             if not isinstance(dataset, PredictDataset):
                 continue
@@ -67,20 +67,23 @@ class PredictionSummary(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Count the images of a batch, and those that are anomalous."""
-        del trainer, pl_module, batch, batch_idx, dataloader_idx
+        """Count the images of a batch, those that are anomalous, and those that are unlike every product."""
+        del trainer, batch, batch_idx, dataloader_idx
         labels = getattr(outputs, "pred_label", None)
-        images, anomalous = self._counts
         self._has_labels &= labels is not None
-        found = int(labels.sum()) if labels is not None else 0
-        self._counts = images + len(outputs.image), anomalous + found
+        post_processor: Any = getattr(pl_module, "post_processor", None)
+        products = post_processor.categories_of(outputs) if getattr(post_processor, "recognizes", False) else []
+        found = len(outputs.image), int(labels.sum()) if labels is not None else 0, products.count(None)
+        images, anomalous, unlike = (old + new for old, new in zip(self._counts, found, strict=True))
+        self._counts = images, anomalous, unlike
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Add the images of all processes up."""
         del trainer, pl_module
-        gathered = gather((*self._counts, self._has_labels))
-        self._counts = sum(images for images, *_ in gathered), sum(anomalous for _, anomalous, _ in gathered)
-        self._has_labels = all(has_labels for *_, has_labels in gathered)
+        gathered = gather((self._counts, self._has_labels))
+        images, anomalous, unlike = (sum(counts) for counts in zip(*(counts for counts, _ in gathered), strict=True))
+        self._counts = images, anomalous, unlike
+        self._has_labels = all(has_labels for _, has_labels in gathered)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Say what was skipped, and in the last line what was found and where the pictures are."""
@@ -91,12 +94,15 @@ class PredictionSummary(Callback):
             names = list(self._unreadable)
             more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
             print(f"Skipped {len(names)} files that cannot be read: {', '.join(names[:_MOST_NAMES])}{more}")
-        images, anomalous = self._counts
+        images, anomalous, unlike = self._counts
         threshold = getattr(getattr(pl_module, "post_processor", None), "image_threshold", None)
         knows = self._has_labels and threshold is not None and not bool(threshold.isnan())
         found = f"{anomalous} of them anomalous" if knows else "without labels, as the model has no thresholds"
+        if unlike:
+            found += f", {unlike} unlike every product that the model knows"
         pictures = f"the pictures are in {folder}" if folder else "no pictures, as the model has no visualizer"
-        print(f"Predicted {images} images, {found}; {pictures}")
+        table = Path(trainer.default_root_dir) / "predictions.csv"
+        print(f"Predicted {images} images, {found}; a line for each is in {table}; {pictures}")
 
 
 def _pictures_of(trainer: Trainer, pl_module: LightningModule) -> Path | None:

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Anomaly maps in the files that MVTec's evaluation programs read."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import tifffile
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from PIL import Image
+from torch.nn import functional
+
+from anomalib_decad.metrics import put_before_post_processor
+
+__all__ = ["MapWriter"]
+
+
+class MapWriter(Callback):
+    """Writes the anomaly maps of a test and a prediction, as they are before the post-processor, as TIFF files.
+
+    They have the size of the image files, and are where MVTec's evaluation looks for them:
+    ``anomaly_maps/<category>/test/<kind of defect>/<name>.tiff``; those of a folder to predict are in its own folders.
+
+    Args:
+        dtype (Literal["float16", "float32"]): Type of the values. MVTec AD 2 asks for float16.
+    """
+
+    def __init__(self, dtype: Literal["float16", "float32"]) -> None:
+        self.dtype = dtype
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Step in front of the post-processor, which normalizes and clips the maps."""
+        del pl_module, stage
+        put_before_post_processor(trainer, self)
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Write the maps of a batch."""
+        del pl_module, outputs, batch_idx, dataloader_idx
+        self._write(trainer, batch)
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Write the maps of a batch."""
+        del pl_module, batch, batch_idx, dataloader_idx
+        self._write(trainer, outputs)
+
+    def _write(self, trainer: Trainer, batch: Any) -> None:
+        if batch.anomaly_map is None or not batch.image_path:
+            return
+        folder = Path(trainer.default_root_dir) / "anomaly_maps"
+        categories = getattr(batch, "category", None) or [None] * len(batch.image)
+        maps = batch.anomaly_map.detach().float().reshape(len(categories), 1, *batch.anomaly_map.shape[-2:])
+        for name, category, values in zip(batch.image_path, categories, maps, strict=True):
+            path = Path(name)
+            target = folder / _below(path, category).with_suffix(".tiff")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with Image.open(path) as image:
+                size = image.height, image.width
+            resized = functional.interpolate(values[None], size, mode="bilinear", align_corners=False)[0, 0]
+            partial = target.with_suffix(".partial")
+            tifffile.imwrite(partial, _as(resized, self.dtype))
+            partial.replace(target)
+
+
+def _below(path: Path, category: str | None) -> Path:
+    """Give the part of a path from its category on, or else its last two parts."""
+    parts = path.parts
+    if category in parts:
+        last = len(parts) - 1 - parts[::-1].index(category)
+        return Path(*parts[last:])
+    return Path(*([category] if category else []), *parts[-2:])
+
+
+def _as(values: torch.Tensor, dtype: str) -> np.ndarray:
+    limits = np.finfo(dtype)
+    return values.cpu().numpy().clip(limits.min, limits.max).astype(dtype)
