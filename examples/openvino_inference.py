@@ -3,9 +3,13 @@
 
 usage: pip install openvino opencv-python-headless
        python openvino_inference.py model.xml image.png [more.png ...] [--output heatmaps]
+
+Thresholds are read from model.thresholds.json beside the model, which may be edited: a higher one flags less. Those of
+single products need a model that was exported with the output "category", or --category.
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -47,6 +51,30 @@ def find_white(paths: list[Path], bits: int | None) -> float:
     return next((white for white in (255.0, 1023.0, 4095.0, 65535.0) if largest <= white), largest)
 
 
+def read_thresholds(model: Path) -> dict:
+    """Read the thresholds beside a model; 0.5 for all if there are none."""
+    path = model.with_suffix(".thresholds.json")
+    return json.loads(path.read_text()) if path.is_file() else {"image": 0.5, "pixel": 0.5, "categories": []}
+
+
+def choose(thresholds: dict, index: int | None, name: str | None) -> tuple[str, float, float]:
+    """Choose the product of an image, by its index or name, and its thresholds for scores and for maps."""
+    products = thresholds["categories"]
+    if name is not None:
+        found = [product for product in products if product["name"] == name]
+        if not found:
+            raise SystemExit(f"no thresholds of {name!r}: there are {', '.join(p['name'] for p in products) or 'none'}")
+        return name, found[0]["image"], found[0]["pixel"]
+    if index is not None and 0 <= index < len(products):
+        return products[index]["name"], products[index]["image"], products[index]["pixel"]
+    if index is None and any(p["image"] != thresholds["image"] or p["pixel"] != thresholds["pixel"] for p in products):
+        raise SystemExit(
+            "the thresholds of products differ, but the model does not say which product an image shows: export it "
+            "with the output category (see docs/decisions.md), or give --category"
+        )
+    return "unknown" if index is not None else "", thresholds["image"], thresholds["pixel"]
+
+
 def draw(image: np.ndarray, anomaly_map: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Lay the heatmap over the image, of values in [0, 1], with the outline of what is above the threshold."""
     image = (image * 255).round().astype(np.uint8)
@@ -66,9 +94,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("heatmaps"))
     parser.add_argument("--device", default="AUTO", help="CPU, GPU, NPU, or AUTO for the best there is")
     parser.add_argument("--precision", default="f32", help='f32, f16, bf16, or "" for the device\'s own choice')
+    parser.add_argument("--category", help="the product of all images; else the model says it, if it can")
     parser.add_argument("--bits", type=int, help="of images with more than 8; else by their largest value")
     args = parser.parse_args()
     predict = load(args.model, args.device, args.precision)
+    thresholds = read_thresholds(args.model)
     args.output.mkdir(parents=True, exist_ok=True)
     white = find_white(args.images, args.bits)
     skipped = []
@@ -81,9 +111,12 @@ def main() -> None:
         batch = np.ascontiguousarray(image[:, :, ::-1].transpose(2, 0, 1)[None])
         result = {name: value[0].squeeze() for name, value in predict(batch).items()}
         target = args.output / f"{path.stem}.png"
-        cv2.imwrite(str(target), draw(image, result["anomaly_map"], result["pred_mask"]))
-        verdict = "anomalous" if result["pred_label"] else "normal"
-        print(f"{path}: score {float(result['pred_score']):.4f}, {verdict}, heatmap {target}")
+        index = int(result["category"]) if "category" in result else None
+        product, image_threshold, pixel_threshold = choose(thresholds, index, args.category)
+        cv2.imwrite(str(target), draw(image, result["anomaly_map"], result["anomaly_map"] > pixel_threshold))
+        verdict = "anomalous" if result["pred_score"] > image_threshold else "normal"
+        what = f"{product}, " if product else ""
+        print(f"{path}: {what}score {float(result['pred_score']):.4f}, {verdict}, heatmap {target}")
     if skipped:
         print(f"Skipped {len(skipped)} files that are no images, or incomplete: {', '.join(skipped)}", file=sys.stderr)
     if len(skipped) == len(args.images):

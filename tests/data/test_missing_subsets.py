@@ -17,7 +17,7 @@ NONE = {"test_split_mode": "none", "val_split_mode": "none"}
     [
         (NONE, ["no normal test images, so there are no image metrics", "no validation images"]),
         ({**FOLDER, **NONE}, ["no test images, so there are no metrics", "no validation images"]),
-        (FOLDER, ["no anomalous test images, so there are no metrics", "no validation images"]),
+        (FOLDER, ["no anomalous test images, so there are no metrics", "of its training images are held out"]),
         ({"val_split_mode": "none"}, ["no validation images, so it has no part in the thresholds"]),
     ],
 )
@@ -41,6 +41,25 @@ def test_few_normal_images_are_enough(count, arguments, tmp_path):
     datamodule = MultiCategory(**FOLDER, root=tmp_path, num_workers=0, seed=0, **arguments)
     datamodule.setup()
     assert len(datamodule.train_data) >= max(1, 0.8 * count - 1)
+
+
+@pytest.mark.parametrize("count", [2, 8, 40])
+def test_training_images_stand_in_for_validation_images(count, tmp_path, caplog):
+    make_dataset(tmp_path, ("bolts",), num_train=count, num_test=0)
+    datamodule = MultiCategory(**FOLDER, root=tmp_path, num_workers=0, test_split_mode="none", seed=0)
+    datamodule.setup()
+    train, val = (set(data.samples.image_path) for data in (datamodule.train_data, datamodule.val_data))
+    assert len(val) == max(1, count // 10)
+    assert not train & val
+    assert len(train | val) == count
+    assert f"{len(val)} of its training images are held out for the thresholds" in caplog.text
+    item = datamodule.val_data[0]
+    assert not item.gt_label
+    assert item.category == "bolts"
+    wants_none = MultiCategory(**FOLDER, **NONE, root=tmp_path, num_workers=0)
+    wants_none.setup()
+    assert len(wants_none.train_data) == count
+    assert not hasattr(wants_none, "val_data") or not len(wants_none.val_data)
 
 
 def test_one_product_without_test_images_joins_others_that_have_some(tmp_path, caplog):

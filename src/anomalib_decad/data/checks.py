@@ -33,12 +33,14 @@ class _Look(NamedTuple):
     findings: list[str]
 
 
-def check_category(category: str, datasets: Mapping[str, AnomalibDataset]) -> float | None:
+def check_category(category: str, datasets: Mapping[str, AnomalibDataset], held_out: int = 0) -> float | None:
     """Look at a sample of a category's images and masks, and say in one line what is odd about them.
 
     Args:
         category (str): Name of the category.
         datasets (Mapping[str, AnomalibDataset]): Its datasets by subset: ``train``, ``val``, ``test``.
+        held_out (int): How many of its training images stand in for missing validation images.
+            Defaults to ``0``.
 
     Returns:
         float | None: The value of white in its images of more than 8 bits; ``None`` if the sample has none.
@@ -51,6 +53,8 @@ def check_category(category: str, datasets: Mapping[str, AnomalibDataset]) -> fl
     every = pd.concat(tables.values(), ignore_index=True)
     white, findings = _look_at_images(every)
     findings += look_at_subsets(tables)
+    if held_out:
+        findings.append(f"no validation images, so {held_out} of its training images are held out for the thresholds")
     for dataset in datasets.values():
         if len(dataset) and dataset.task != TaskType.CLASSIFICATION:
             findings += _look_at_masks(dataset.samples)

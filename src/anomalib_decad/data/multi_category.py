@@ -19,6 +19,7 @@ from anomalib_decad.compat import update_augmentations
 from anomalib_decad.data.categories import create_datamodules, describe_download, is_without_images
 from anomalib_decad.data.category_dataset import CategoryDataset
 from anomalib_decad.data.checks import check_category
+from anomalib_decad.data.hold_out import hold_out
 from anomalib_decad.data.layouts import list_by_name
 
 __all__ = ["MultiCategory"]
@@ -68,7 +69,8 @@ class MultiCategory(AnomalibDataModule):
         test_split_mode (TestSplitMode | str | None): Where test images come from.
             Defaults to ``None``: as the wrapped datamodule has it. So with the three that follow.
         test_split_ratio (float | None): Share of images for the test set.
-        val_split_mode (ValSplitMode | str | None): Where validation images come from.
+        val_split_mode (ValSplitMode | str | None): Where validation images come from. Without any, every tenth training
+            image of a category is held out as one, but not with ``"none"``.
         val_split_ratio (float | None): Share of images for the validation set.
         seed (int | None): Seed of random splits.
         datamodule_args (Mapping[str, Any] | None): Further arguments of the wrapped datamodule, for example
@@ -130,6 +132,7 @@ class MultiCategory(AnomalibDataModule):
             raise ValueError(msg)
         self.sampling = sampling
         self.bit_depth = bit_depth
+        self._given_val_split_mode = val_split_mode
         settings = {
             "root": root,
             "test_split_mode": test_split_mode,
@@ -194,7 +197,8 @@ class MultiCategory(AnomalibDataModule):
                     for subset in _SUBSETS
                     if hasattr(module, f"{subset}_data")
                 }
-                white = check_category(category, datasets)
+                held_out = 0 if self._wants_no_validation(module) else hold_out(datasets)
+                white = check_category(category, datasets, held_out)
             except (OSError, RuntimeError, ValueError, MisMatchError) as error:
                 msg = f"the category {category!r} cannot be read: {error}"
                 if "non-printable" in str(error):
@@ -224,6 +228,13 @@ class MultiCategory(AnomalibDataModule):
                 if hasattr(self, f"{subset}_data")
             ),
         )
+
+    def _wants_no_validation(self, module: AnomalibDataModule) -> bool:
+        """Tell whether it is the user who wants no validation images."""
+        if self._given_val_split_mode is not None:
+            return self._given_val_split_mode == ValSplitMode.NONE
+        # anomalib takes a validation set that is a part of the test set away together with that.
+        return module.val_split_mode == ValSplitMode.NONE and module.test_split_mode != TestSplitMode.NONE
 
     @property
     def _is_balanced(self) -> bool:

@@ -237,6 +237,17 @@ class CategoryPostProcessor(PostProcessor):
         for name, value in values.items():
             self.category_limits[Limits._fields.index(f"{name}_threshold"), index] = value
 
+    def exported_thresholds(self) -> dict[str, Any]:
+        """Give the thresholds that the scores and maps of an export are to be compared with.
+
+        Returns:
+            dict[str, Any]: ``image`` and ``pixel``, the thresholds of all images, and ``categories``, a list of
+                dictionaries with ``name``, ``image`` and ``pixel``, in the order of the output ``category``. They are
+                in the unit of normalized scores, where 0.5 is the threshold that the file has been exported with.
+        """
+        thresholds = {"image": 1 - self.image_sensitivity, "pixel": 1 - self.pixel_sensitivity}
+        return {**thresholds, "categories": [{"name": name, **thresholds} for name in self.categories]}
+
     def follow(self, names: Sequence[str]) -> None:
         """Give the categories the order of a model that recognizes them; new ones have the limits of all together.
 

@@ -2,6 +2,7 @@
 """Exports that predict what the checkpoint predicts."""
 
 import copy
+import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -65,6 +66,7 @@ class ParityExportMixin(_Base):
         """
         with _staging(export_root) as folder:
             path = super(ParityExportMixin, self._for_export(native=True)).to_torch(folder, model_file_name)
+            self._write_thresholds(path)
         return Path(export_root) / path.relative_to(folder)
 
     def to_onnx(  # type: ignore[override]
@@ -102,6 +104,7 @@ class ParityExportMixin(_Base):
         kwargs.setdefault("external_data", size >= _ONNX_LIMIT)
         with _staging(export_root) as folder:
             path = super(ParityExportMixin, module).to_onnx(folder, model_file_name, input_size, **kwargs)
+            self._write_thresholds(path)
         return Path(export_root) / path.relative_to(folder)
 
     def to_openvino(  # type: ignore[override]
@@ -160,6 +163,7 @@ class ParityExportMixin(_Base):
             path = super().to_openvino(folder, model_file_name, input_size, plain, **kwargs)
             if compression in _INTEGERS:
                 self._to_integers(path, compression, datamodule, metric, max_drop)
+            self._write_thresholds(path)
         return Path(export_root) / path.relative_to(folder)
 
     def _to_integers(
@@ -187,6 +191,12 @@ class ParityExportMixin(_Base):
         else:
             model = quantize_with_accuracy_control(model, float_parts, datamodule, metric, max_drop)
         openvino.save_model(model, path, compress_to_fp16=False)
+
+    def _write_thresholds(self, path: Path) -> None:
+        """Write the thresholds of an exported file beside it, where a change of them needs no new export."""
+        if isinstance(self.post_processor, CategoryPostProcessor):
+            content = json.dumps(self.post_processor.exported_thresholds(), indent=2)
+            path.with_name(f"{path.stem}.thresholds.json").write_text(content + "\n", encoding="utf-8")
 
     def _for_export(self, input_size: tuple[int, int] | None = None, native: bool = False) -> Self:
         """Copy the module without what only training needs, specialized for its image size."""

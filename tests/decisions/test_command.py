@@ -1,0 +1,109 @@
+"""Thresholds are changed in files, which stay whole."""
+
+import json
+
+import pytest
+import torch
+
+from anomalib_decad.decisions import CategoryPostProcessor
+from anomalib_decad.decisions.command import main
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    post_processor = CategoryPostProcessor()
+    for name in ("image_min", "image_max", "pixel_min", "pixel_max"):
+        getattr(post_processor, name).fill_(1.0)
+    post_processor.set_threshold(image=0.25, pixel=0.5)
+    post_processor.follow(["bolt", "nut"])
+    path = tmp_path / "model.ckpt"
+    state = {**post_processor.state_dict(prefix="post_processor."), "model.weight": torch.ones(2)}
+    torch.save({"state_dict": state, "epoch": 3}, path)
+    return path
+
+
+@pytest.fixture
+def exported(tmp_path):
+    path = tmp_path / "model.thresholds.json"
+    post_processor = CategoryPostProcessor(image_sensitivity=0.4)
+    post_processor.follow(["bolt", "nut"])
+    path.write_text(json.dumps(post_processor.exported_thresholds()))
+    return path
+
+
+def limits_of(path, name):
+    state = torch.load(path, weights_only=True)["state_dict"]
+    post_processor = CategoryPostProcessor()
+    own = {key.removeprefix("post_processor."): value for key, value in state.items() if key.startswith("post_")}
+    post_processor.load_state_dict(own)
+    return post_processor.limits(name)
+
+
+def test_a_checkpoint_is_shown_and_changed(checkpoint, capsys):
+    before = checkpoint.read_bytes()
+    main([str(checkpoint)])
+    output = capsys.readouterr().out
+    assert "raw scores" in output
+    assert output.count("0.25") == 3
+    assert checkpoint.read_bytes() == before
+    main([str(checkpoint), "--category", "nut", "--image", "0.75", "--pixel", "2"])
+    assert "0.75" in capsys.readouterr().out
+    assert limits_of(checkpoint, "nut")[::3] == (0.75, 2.0)
+    assert limits_of(checkpoint, "bolt")[::3] == (0.25, 0.5)
+    content = torch.load(checkpoint, weights_only=True)
+    assert content["epoch"] == 3
+    assert content["state_dict"]["model.weight"].tolist() == [1, 1]
+
+
+def test_the_change_can_go_elsewhere(checkpoint, tmp_path):
+    before = checkpoint.read_bytes()
+    main([str(checkpoint), "--image", "0.75", "--output", str(tmp_path / "other.ckpt")])
+    assert checkpoint.read_bytes() == before
+    assert limits_of(tmp_path / "other.ckpt", None).image_threshold == 0.75
+
+
+def test_an_export_is_shown_and_changed(exported, capsys):
+    main([str(exported), "--category", "bolt", "--image", "0.7"])
+    assert "normalized scores" in capsys.readouterr().out
+    content = json.loads(exported.read_text())
+    assert content["categories"] == [
+        {"name": "bolt", "image": 0.7, "pixel": 0.5},
+        {"name": "nut", "image": 0.6, "pixel": 0.5},
+    ]
+    assert content["image"] == 0.6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--category", "screw", "--image", "0.5"], "no category 'screw': there are bolt, nut"),
+        (["--category", "bolt"], "Give --image, --pixel or both"),
+        (["--image", "nan"], "a threshold"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["checkpoint", "exported"])
+def test_wrong_arguments_are_one_line_and_change_nothing(kind, arguments, message, request, capsys):
+    path = request.getfixturevalue(kind)
+    before = path.read_bytes()
+    with pytest.raises(SystemExit) as stop:
+        main([str(path), *arguments])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert path.read_bytes() == before
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint"])
+def test_a_file_that_is_no_checkpoint(content, tmp_path, capsys):
+    path = tmp_path / "model.ckpt"
+    for name in (path, tmp_path / "gone.ckpt"):
+        path.write_bytes(content)
+        with pytest.raises(SystemExit):
+            main([str(name)])
+        assert capsys.readouterr().err.count("\n") == 1
+    torch.save({"state_dict": {"post_processor._image_threshold": torch.tensor(1.0)}}, path)
+    with pytest.raises(SystemExit):
+        main([str(path)])
+    assert "without thresholds of each product" in capsys.readouterr().err

@@ -1,0 +1,170 @@
+"""A line for each image, with what it is, what was decided and where."""
+
+import csv
+from types import SimpleNamespace
+
+import cv2
+import numpy as np
+import pytest
+import tifffile
+import torch
+from anomalib.data import ImageBatch
+from anomalib.engine import Engine
+from anomalib.models import Padim
+from lightning.pytorch import Callback
+
+from anomalib_decad.metrics import CategoryEvaluator
+from anomalib_decad.runs import MapWriter, PredictionTable
+from anomalib_decad.runs.prediction_table import COLUMNS, _find_defect
+from conftest import anomalib
+
+
+def read(path):
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+class Keeper(Callback):
+    """Keeps the items of a test as they are in the end."""
+
+    def __init__(self):
+        self.items = []
+
+    def on_test_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0):
+        self.items += list(batch)
+
+
+def test_lines_say_what_the_batches_do(make_engine, make_model, make_data, tmp_path):
+    model, data, keeper = make_model(save_maps="float16"), make_data(), Keeper()
+    engine = make_engine(keeper)
+    engine.fit(model, datamodule=data)
+    engine.test(model, datamodule=data)
+    folder = next(tmp_path.rglob("predictions.csv")).parent
+    lines = {line["path"]: line for line in read(folder / "predictions.csv")}
+    assert len(lines) == len(data.test_data) == len(keeper.items)
+    # The callback of the user comes before the post-processor: its items are the same, changed in place, or not.
+    for index in range(len(data.test_data)):
+        item = data.test_data[index]
+        line = lines[item.image_path]
+        assert line["product"] == item.category
+        assert tuple(line) == COLUMNS
+        assert 0 <= float(line["score"]) <= 1
+        assert (line["label"] == "anomalous") == (float(line["score"]) > 0.5)
+        limits = model.post_processor.limits(item.category)
+        expected = (float(line["raw_score"]) - limits.image_threshold) / (limits.image_max - limits.image_min) + 0.5
+        assert float(line["score"]) == pytest.approx(np.clip(expected, 0, 1), abs=1e-4)
+        parts = item.image_path.split("/")[-4:]
+        values = tifffile.imread(folder / "anomaly_maps" / "/".join(parts).replace(".png", ".tiff"))
+        assert values.dtype == np.float16
+        assert values.shape == cv2.imread(item.image_path).shape[:2]
+        assert values.max() == pytest.approx(float(line["raw_score"]), rel=0.5)
+    assert not list(folder.rglob("*.partial"))
+
+
+def test_a_folder_says_which_product_it_shows(make_engine, make_model, make_data, mvtec_root, tmp_path):
+    model, data = make_model(), make_data()
+    make_engine().fit(model, datamodule=data)
+    engine = Engine(default_root_dir=tmp_path / "predicted", accelerator="cpu", logger=False)
+    engine.predict(model, data_path=mvtec_root / "cloth" / "train" / "good")
+    lines = read(next((tmp_path / "predicted").rglob("predictions.csv")))
+    assert [line["product"] for line in lines] == ["cloth"] * 6
+
+
+def test_other_models_have_it_too(make_data, tmp_path):
+    table = PredictionTable()
+    model = Padim(
+        backbone="resnet18", layers=["layer1"], pre_trained=False, n_features=20, evaluator=CategoryEvaluator()
+    )
+    model.visualizer = None
+    engine = Engine(default_root_dir=tmp_path, accelerator="cpu", callbacks=[table, MapWriter("float32")], logger=False)
+    data = make_data()
+    engine.fit(model, datamodule=data)
+    engine.test(model, datamodule=data)
+    lines = read(table.path)
+    assert len(lines) == len(data.test_data)
+    assert {line["product"] for line in lines} == {"bolts", "cloth"}
+    assert {line["label"] for line in lines} <= {"normal", "anomalous"}
+    # Padim's maps, whose largest value is its score, as they were before they were normalized.
+    by_path = {line["path"]: float(line["raw_score"]) for line in lines}
+    assert max(by_path.values()) > 1
+    for path in table.path.parent.rglob("*.tiff"):
+        (raw,) = [
+            score for name, score in by_path.items() if name.endswith(str(path.with_suffix(".png")).split("maps/")[1])
+        ]
+        assert tifffile.imread(path).max() <= raw * (1 + 1e-5)
+
+
+def test_the_box_is_that_of_the_largest_defect_in_the_file(tmp_path):
+    path = tmp_path / "image.png"
+    cv2.imwrite(str(path), np.zeros((200, 400), np.uint8))
+    mask = torch.zeros(1, 20, 20)
+    mask[0, 5:15, 2:6] = 1  # 10 x 4 pixels
+    mask[0, 18, 18] = 1
+    left, top, width, height, share = _find_defect(mask, str(path))
+    assert (left, top, width, height) == (40, 50, 80, 100)
+    assert share == pytest.approx(41 / 400)
+    # Of a file that is gone, in pixels of the map.
+    assert _find_defect(mask, str(tmp_path / "gone.png"))[:4] == [2, 5, 4, 10]
+    assert _find_defect(torch.zeros(4, 4), str(path)) == [None, None, None, None, 0.0]
+    assert _find_defect(None, str(path)) == [None] * 5
+
+
+def test_a_run_that_fails_leaves_no_part(tmp_path):
+    trainer = SimpleNamespace(default_root_dir=tmp_path, global_rank=0, is_global_zero=True)
+    table = PredictionTable()
+    table.on_predict_start(trainer, None)
+    batch = ImageBatch(image=torch.zeros(1, 3, 4, 4), pred_score=torch.tensor([0.5]), image_path=['a "b", c.png'])
+    table.on_predict_batch_end(trainer, SimpleNamespace(), batch, batch, 0)
+    assert list(tmp_path.iterdir())
+    table.on_exception(trainer, None, RuntimeError())
+    assert not list(tmp_path.iterdir())
+    table.on_predict_start(trainer, None)
+    table.on_predict_batch_end(trainer, SimpleNamespace(), batch, batch, 0)
+    table.on_predict_end(trainer, None)
+    assert [path.name for path in tmp_path.iterdir()] == ["predictions.csv"]
+    assert read(tmp_path / "predictions.csv")[0]["path"] == 'a "b", c.png'
+
+
+def test_parts_of_processes_are_joined(tmp_path, monkeypatch):
+    from anomalib_decad.runs import prediction_table
+
+    tables = []
+    for rank in (1, 0):
+        trainer = SimpleNamespace(default_root_dir=tmp_path, global_rank=rank, is_global_zero=rank == 0)
+        table = PredictionTable()
+        table.on_predict_start(trainer, None)
+        batch = ImageBatch(image=torch.zeros(1, 3, 4, 4), pred_score=torch.tensor([0.5]), image_path=[f"{rank}.png"])
+        table.on_predict_batch_end(trainer, SimpleNamespace(), batch, batch, 0)
+        tables.append((trainer, table))
+    names = [str(tmp_path / f"predictions.csv.{rank}.partial") for rank in (0, 1)]
+    monkeypatch.setattr(prediction_table, "gather", lambda _: names)
+    for trainer, table in tables:
+        table.on_predict_end(trainer, None)
+    assert [line["path"] for line in read(tmp_path / "predictions.csv")] == ["0.png", "1.png"]
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.slow
+def test_policies_on_the_command_line(encoder_weights, data_args, tmp_path):
+    """A policy is chosen, thresholds are shown and changed, and what comes next obeys."""
+    model = [
+        "--model", "DecAD", "--model.encoder", "test_vit", "--model.encoder_weights", encoder_weights,
+        "--model.image_size", "[64,64]", "--model.layers", "[1,2]", "--model.decoupler.num_prototypes", "16",
+        "--model.invertible.hidden_dim", "8",
+    ]  # fmt: skip
+    policy = [
+        "--model.post_processor", "CategoryPostProcessor", "--model.post_processor.image_policy", "FalseAlarmRate",
+        "--model.post_processor.image_policy.rate", "0.3",
+    ]  # fmt: skip
+    anomalib("fit", *model, *policy, *data_args, "--trainer.max_steps", "2", "--default_root_dir", tmp_path)
+    checkpoint = next(tmp_path.rglob("model.ckpt"))
+    state = torch.load(checkpoint, weights_only=True)
+    assert state["anomalib_post_processor_config"]["image_policy"] == {"name": "FalseAlarmRate", "rate": 0.3}
+
+    from anomalib_decad.decisions.command import main
+
+    main([str(checkpoint), "--category", "bolts", "--image", "1000"])
+    result = anomalib("test", "--model", "DecAD", *data_args, "--ckpt_path", checkpoint, "--default_root_dir", tmp_path)
+    assert "Decisions in %" in result.stdout
+    lines = read(next(path for path in tmp_path.rglob("predictions.csv") if "tests" in path.parts))
+    assert {line["label"] for line in lines if line["product"] == "bolts"} == {"normal"}
