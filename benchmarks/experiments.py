@@ -139,18 +139,28 @@ class Progress(Callback):
 
 
 def train(
-    args: argparse.Namespace, splits: dict[str, Split], settings: dict[str, Any], seed: int
+    args: argparse.Namespace,
+    splits: dict[str, Split],
+    settings: dict[str, Any],
+    seed: int,
+    rows: Sequence[int] | None = None,
 ) -> tuple[DecAD, float, list[dict[str, Any]]]:
-    """Train a model; give it, the seconds that it took and what was measured on the way."""
+    """Train a model, with some of the training images if rows are given.
+
+    Returns:
+        tuple[DecAD, float, list[dict[str, Any]]]: The model, the seconds that it took, what was measured on the way.
+    """
     seed_everything(seed, verbose=False)
     model = create(args, settings, evaluator=False)
     normal = splits["train"]
+    rows = range(len(normal.categories)) if rows is None else rows
+    categories = [normal.categories[row] for row in rows]
     weights = None
     if args.sampling == "balanced":
-        weights = [1 / normal.categories.count(category) for category in normal.categories]
-    count = len(normal.categories)
+        weights = [1 / categories.count(category) for category in categories]
+    count = len(rows)
     loader = DataLoader(
-        range(count),  # type: ignore[arg-type]
+        rows,  # type: ignore[arg-type]
         batch_size=args.batch_size,
         sampler=WeightedRandomSampler(weights or [1.0] * count, count, replacement=weights is not None),
         collate_fn=lambda indices: normal.batch(indices, model.model.encoder.layers),
@@ -305,9 +315,9 @@ def _setting(text: str) -> tuple[str, str]:
     return name, value
 
 
-def parse() -> argparse.Namespace:
+def parse(doc: str | None = __doc__) -> argparse.Namespace:
     """Read the command line."""
-    parser = common.argument_parser(__doc__)
+    parser = common.argument_parser(doc)
     parser.add_argument("--name", default="", help="noted in the log")
     parser.add_argument("--set", type=_setting, nargs="+", default=[], help="arguments of DecAD, as name=value")
     parser.add_argument("--vary", type=_setting, action="append", default=[], help="name=value,value,...")

@@ -5,7 +5,14 @@ import warnings
 
 import pytest
 
-from anomalib_decad.quiet import HARMLESS, HarmlessFilter, ignore_warnings, is_verbose
+from anomalib_decad.quiet import (
+    HARMLESS,
+    HarmlessFilter,
+    ignore_warnings,
+    is_verbose,
+    quieten_handlers,
+    quieten_trained,
+)
 
 
 def is_printed(message, logger="anomalib.data", level=logging.INFO, log_filter=None):
@@ -49,6 +56,38 @@ def test_python_warnings():
         warnings.warn("It is recommended to use `self.log('bolts/image_AUROC', ..., sync_dist=True)`", stacklevel=1)
         warnings.warn("It is recommended to use `self.log('train_loss', ..., sync_dist=True)`", stacklevel=1)
     assert len(caught) == 1
+
+
+def test_a_notebook_is_quiet_and_the_user_s_own_handlers_stay(monkeypatch):
+    own, theirs = logging.NullHandler(), logging.NullHandler()
+    logger = logging.getLogger("lightning.pytorch")
+    monkeypatch.setattr(logger, "handlers", [theirs])
+    monkeypatch.setattr(logging.getLogger(), "handlers", [own])
+    monkeypatch.setenv("ANOMALIB_DECAD_VERBOSE", "1")
+    quieten_handlers()
+    assert not theirs.filters
+    monkeypatch.delenv("ANOMALIB_DECAD_VERBOSE")
+    quieten_handlers()
+    quieten_handlers()
+    assert [type(known) for known in theirs.filters] == [HarmlessFilter]
+    assert not own.filters
+
+
+def test_what_has_been_trained_needs_no_checkpoint(caplog):
+    logger = logging.getLogger("anomalib.engine.engine")
+    filters = list(logger.filters)
+    try:
+        logger.filters.clear()
+        logger.warning("ckpt_path is not provided. Model weights will not be loaded.")
+        assert len(caplog.messages) == 1
+        quieten_trained()
+        quieten_trained()
+        assert len(logger.filters) == 1
+        logger.warning("ckpt_path is not provided. Model weights will not be loaded.")
+        logger.warning("another message")
+        assert caplog.messages[1:] == ["another message"]
+    finally:
+        logger.filters[:] = filters
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,16 @@ import re
 import warnings
 from dataclasses import dataclass
 
-__all__ = ["HARMLESS", "VERBOSE", "Harmless", "HarmlessFilter", "ignore_warnings", "is_verbose"]
+__all__ = [
+    "HARMLESS",
+    "VERBOSE",
+    "Harmless",
+    "HarmlessFilter",
+    "ignore_warnings",
+    "is_verbose",
+    "quieten_handlers",
+    "quieten_trained",
+]
 
 #: Environment variable that brings all messages and tracebacks back.
 VERBOSE = "ANOMALIB_DECAD_VERBOSE"
@@ -76,6 +85,10 @@ HARMLESS = (
 )
 
 
+# Lightning's loggers have handlers of their own outside anomalib's command line.
+_LOGGERS_WITH_HANDLERS = ("lightning", "lightning.pytorch", "lightning_fabric", "lightning.fabric", "pytorch_lightning")
+
+
 def is_verbose() -> bool:
     """Tell whether the user wants all messages and tracebacks.
 
@@ -90,6 +103,32 @@ def ignore_warnings() -> None:
     for entry in HARMLESS:
         if entry.logger is None:
             warnings.filterwarnings("ignore", message=entry.message)
+
+
+def quieten_handlers() -> None:
+    """Keep what is harmless from the handlers that the libraries' loggers have, as in a notebook.
+
+    The handlers of the root logger are the user's own, and stay as they are. Nothing changes if the user wants all
+    messages.
+    """
+    if is_verbose():
+        return
+    ignore_warnings()
+    for name in _LOGGERS_WITH_HANDLERS:
+        for handler in logging.getLogger(name).handlers:
+            if not any(isinstance(known, HarmlessFilter) for known in handler.filters):
+                handler.addFilter(HarmlessFilter())
+
+
+def quieten_trained() -> None:
+    """Drop anomalib's warning that no weights are loaded, in a process that has trained some."""
+    logger = logging.getLogger("anomalib.engine.engine")
+    if not is_verbose() and _drop_no_checkpoint not in logger.filters:
+        logger.addFilter(_drop_no_checkpoint)
+
+
+def _drop_no_checkpoint(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("ckpt_path is not provided")
 
 
 class HarmlessFilter(logging.Filter):

@@ -32,6 +32,8 @@ def model_args(encoder_weights):
         (["--data.categories", "[bolt]"], "no category 'bolt'; valid names are"),
         (["--model.encoder_weights", "nowhere.pth"], "nowhere.pth"),
         (["--model.encoder_weights", "null"], "encoder_weights"),
+        (["--ckpt_path", "nowhere.ckpt"], "nowhere.ckpt"),
+        (["--trainer.accelerator", "tpu"], "torch_xla"),
     ],
 )
 def test_a_wrong_argument_is_one_line(args, message, tmp_path, model_args, data_args):

@@ -56,6 +56,16 @@ def test_errors_of_others_keep_their_traceback():
     assert line_of(error_of("raise ValueError('why')", module="another_package.somewhere")) is None
 
 
+@pytest.mark.parametrize("package", ["lightning.pytorch.trainer", "anomalib.engine", "lightning_fabric.utilities"])
+def test_but_not_those_about_wrong_arguments(package):
+    assert line_of(error_of("raise FileNotFoundError('no such checkpoint')", module=package)) == "no such checkpoint"
+    code = "class MisconfigurationException(Exception): pass\nraise MisconfigurationException('no gpu')"
+    assert line_of(error_of(code, module=package)) == "no gpu"
+    assert line_of(error_of("raise ValueError('why')", module=package)) is None
+    # Python's own error in their lines is a fault.
+    assert line_of(error_of("open('/no/such/file')", module=package)) is None
+
+
 class Images(Dataset):
     def __init__(self, fault):
         self.fault = fault

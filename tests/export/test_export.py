@@ -1,6 +1,8 @@
 """Exports predict what the checkpoint predicts: every format, runtime and image size."""
 
+import json
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +20,7 @@ from torchvision.transforms.v2 import Compose, Normalize, Resize
 import textures
 from anomalib_decad import DecAD, MultiCategory
 from anomalib_decad.components import DecouplerOptions, InvertibleOptions
+from anomalib_decad.decisions import CategoryPostProcessor
 from anomalib_decad.export.pre_processor import MatrixResize, for_export
 from conftest import BENCHMARKS, ENCODER, ROOT
 
@@ -247,6 +250,7 @@ def test_integers(compression, input_size, export, images, expected):
 
 def never_validated(checkpoint):
     model = DecAD.load_from_checkpoint(checkpoint)
+    model.post_processor.follow([])
     for name, buffer in model.post_processor.named_buffers():
         if name.rsplit("_", 1)[-1] in {"min", "max", "threshold"}:
             buffer.fill_(torch.nan)
@@ -265,6 +269,76 @@ def test_a_model_that_was_never_validated(kind, compression, checkpoint, datamod
     run = {"torch": torch_model, "onnx": onnx_session, "openvino": openvino_model}[kind](path)
     for image, item in zip(images, items, strict=True):
         (assert_resembles if compression else assert_agrees)(run(array(read(image))), item)
+
+
+@pytest.mark.parametrize(("runtime", "kind"), [(onnx_session, "onnx"), (openvino_model, "openvino")])
+def test_the_product_is_an_output_on_request(runtime, kind, checkpoint, images, expected, tmp_path):
+    """Decisions are those of the recognized products, whose thresholds differ."""
+    model = DecAD.load_from_checkpoint(checkpoint, post_processor=CategoryPostProcessor(category_output=True))
+    assert model.post_processor.categories == ["brick", "gravel"]
+    thresholds = [model.post_processor.limits(name).image_threshold for name in ("brick", "gravel")]
+    assert abs(thresholds[0] - thresholds[1]) > 1e-3
+    path = Engine(logger=False, accelerator="cpu").export(model, kind, export_root=tmp_path)
+    run, indices = runtime(path), []
+    for image, item in zip(images, expected, strict=True):
+        outputs = run(array(read(image)))
+        indices.append(int(outputs["category"][0]))
+        assert_agrees(outputs, item)
+    assert {indices[0], indices[-1]} <= {0, 1, -1}
+    assert set(indices) - {-1}
+    content = json.loads(path.with_suffix(".thresholds.json").read_text())
+    assert [row["name"] for row in content["categories"]] == ["brick", "gravel"]
+
+    # The examples name the product, and obey a threshold of it that was changed.
+    script = ROOT / "examples" / f"{kind}_inference.py"
+    for threshold in (0.0, 1.0):
+        for row in content["categories"]:
+            row["image"] = threshold
+        path.with_suffix(".thresholds.json").write_text(json.dumps(content))
+        command = [sys.executable, str(script), str(path), *map(str, images), "--output", str(tmp_path / "out")]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        assert result.returncode == 0, result.stderr
+        for line, index in zip(result.stdout.splitlines(), indices, strict=True):
+            assert ["brick", "gravel", "unknown"][index] in line
+            if index != -1:
+                assert ("anomalous" in line) == (threshold == 0.0)
+
+
+def test_an_export_for_one_product(checkpoint, images, tmp_path):
+    model = DecAD.load_from_checkpoint(checkpoint, post_processor=CategoryPostProcessor(category="gravel"))
+    path = Engine(logger=False, accelerator="cpu").export(model, "onnx", export_root=tmp_path)
+    limits = model.post_processor.limits("gravel")
+    run = onnx_session(path)
+    raw = DecAD.load_from_checkpoint(checkpoint, post_processor=False)
+    for image, item in zip(images, predict(raw, images), strict=True):
+        score = (float(item.pred_score) - limits.image_threshold) / (limits.image_max - limits.image_min) + 0.5
+        assert float(run(array(read(image)))["pred_score"][0]) == pytest.approx(np.clip(score, 0, 1), abs=1e-4)
+    with pytest.raises(ValueError, match="no thresholds of a category 'screw': its categories are brick, gravel"):
+        DecAD.load_from_checkpoint(checkpoint, post_processor=CategoryPostProcessor(category="screw")).to_onnx(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["onnx", "openvino"])
+def test_examples_refuse_thresholds_that_they_cannot_apply(kind, export, images, tmp_path):
+    path = export(kind)
+    for file in path.parent.glob("model.*"):
+        shutil.copy(file, tmp_path)
+    content = json.loads((tmp_path / "model.thresholds.json").read_text())
+    content["categories"][0]["image"] = 0.9
+    (tmp_path / "model.thresholds.json").write_text(json.dumps(content))
+    script = ROOT / "examples" / f"{kind}_inference.py"
+    command = [
+        sys.executable,
+        str(script),
+        str(tmp_path / path.name),
+        str(images[0]),
+        "--output",
+        str(tmp_path / "out"),
+    ]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 1
+    assert "or give --category" in result.stderr
+    result = subprocess.run([*command, "--category", "brick"], capture_output=True, text=True, timeout=120, check=False)
+    assert ": brick, score" in result.stdout
 
 
 def test_integers_without_images_are_refused_at_once(checkpoint, tmp_path):
@@ -350,7 +424,7 @@ def test_examples_run_without_anomalib(script, kind, export, images, expected, t
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 0, result.stderr
     for line, image, item in zip(result.stdout.splitlines(), images, expected, strict=True):
-        name, _, rest = line.partition(": score ")
+        name, _, rest = line.partition(": score ")  # nobody says which product it is
         assert name == str(image)
         assert float(rest.split(",")[0]) == pytest.approx(float(item.pred_score), abs=2e-4)
         assert ("anomalous" in rest) == bool(item.pred_label)

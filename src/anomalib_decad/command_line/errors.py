@@ -17,6 +17,14 @@ _PACKAGE = __name__.partition(".")[0]
 #: What Python itself and careless code raise: never meant for the user.
 _FAULTS = (AssertionError, AttributeError, NameError, NotImplementedError)
 
+#: What Lightning and anomalib raise for arguments that are wrong, as a file that is not there or a device that is not.
+_WRONG_ARGUMENTS = frozenset(
+    {
+        "FileNotFoundError", "MisconfigurationException", "ModuleNotFoundError", "NotADirectoryError", "PermissionError",
+    }
+)  # fmt: skip
+_OTHER_PACKAGES = frozenset({"anomalib", "lightning", "lightning_fabric", "pytorch_lightning"})
+
 #: How torch passes an error on from a process that loads data: the traceback as text, which ends with the message.
 _IN_WORKER = re.compile(
     r"Caught \w+ in DataLoader worker process \d+\.\n.*\n  File \"([^\"\n]*)\", line \d+, in [^\n]*\n    raise ", re.S
@@ -24,7 +32,10 @@ _IN_WORKER = re.compile(
 
 
 def line_of(error: BaseException) -> str | None:
-    """Find what to say to the user where an error was raised on purpose by this package.
+    """Find what to say to the user where an error was raised on purpose.
+
+    That is every error that a ``raise`` of this package has raised, and those of Lightning and anomalib that say by
+    their class that an argument is wrong.
 
     Args:
         error (BaseException): The error.
@@ -42,14 +53,15 @@ def line_of(error: BaseException) -> str | None:
 
 
 def _is_deliberate(error: BaseException) -> bool:
-    """Tell whether a ``raise`` statement of this package raised an error."""
+    """Tell whether a ``raise`` statement of this package, or one about a wrong argument, raised an error."""
     traceback = error.__traceback__
     if traceback is None or isinstance(error, _FAULTS):
         return False
     while traceback.tb_next is not None:
         traceback = traceback.tb_next
-    module = traceback.tb_frame.f_globals.get("__name__", "")
-    return str(module).partition(".")[0] == _PACKAGE and _is_raise(traceback)
+    package = str(traceback.tb_frame.f_globals.get("__name__", "")).partition(".")[0]
+    is_theirs = package in _OTHER_PACKAGES and type(error).__name__ in _WRONG_ARGUMENTS
+    return (package == _PACKAGE or is_theirs) and _is_raise(traceback)
 
 
 def _is_raise(traceback: TracebackType) -> bool:

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Recognition of the product that an image shows, from the encoder's features."""
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-__all__ = ["UNKNOWN", "CategoryPrediction", "CategoryRecognizer"]
+__all__ = ["UNKNOWN", "CategoryPrediction", "CategoryRecognizer", "decode_names", "encode_names"]
 
 #: Index of an image that is unlike every category.
 UNKNOWN = -1
@@ -22,6 +23,10 @@ _ENOUGH = 8
 
 # Of the mean variance over the channels, so that a channel that hardly varies is not all that counts.
 _FLOOR = 1e-2
+
+# Relative error of features in bfloat16, which runtimes choose by themselves. Without it, a channel that is large and
+# hardly varies would make every image unlike all in that arithmetic.
+_ROUNDING = 2.0**-8
 
 # The spread of a product of which one image is known, over that between the products.
 _UNKNOWN_SPREAD = 0.1
@@ -67,6 +72,7 @@ class CategoryRecognizer(nn.Module):
     means: torch.Tensor
     precision: torch.Tensor
     limit: torch.Tensor
+    encoded_names: torch.Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -75,7 +81,8 @@ class CategoryRecognizer(nn.Module):
         self.register_buffer("means", torch.empty(0, 0))
         self.register_buffer("precision", torch.empty(0))
         self.register_buffer("limit", torch.tensor(float("inf")))
-        self.register_load_state_dict_pre_hook(self._before_load)
+        # A state dict of tensors alone: programs that average or copy weights expect nothing else.
+        self.register_buffer("encoded_names", encode_names([]))
 
     @staticmethod
     def describe(features: Sequence[torch.Tensor] | Mapping[Any, torch.Tensor]) -> torch.Tensor:
@@ -119,7 +126,8 @@ class CategoryRecognizer(nn.Module):
             variance = _UNKNOWN_SPREAD**2 * means.var(0)
         else:
             variance = torch.ones_like(means[0])
-        variance = variance + _FLOOR * variance.mean() + torch.finfo(torch.float32).tiny
+        variance = variance + _FLOOR * variance.mean() + (_ROUNDING * means).square().amax(0)
+        variance = variance + torch.finfo(torch.float32).tiny
         counts = torch.cat([torch.full((len(rows),), len(rows)) for rows in descriptors.values()]).to(variance)
         # A new image is further from the mean of some than these are themselves.
         distances = (residuals.square() / variance).mean(-1) * (counts + 1) / (counts - 1).clamp(min=1)
@@ -143,26 +151,42 @@ class CategoryRecognizer(nn.Module):
         smallest, index = distances.min(dim=1)
         return torch.where(smallest <= self.limit, index, UNKNOWN)
 
-    def get_extra_state(self) -> list[str]:
-        """Give the names of the categories, for a state dict."""
-        return list(self.names)
-
-    def set_extra_state(self, state: list[str]) -> None:
-        """Take the names of the categories from a state dict."""
-        self.names = list(state)
-
     def _become(self, names: list[str], means: torch.Tensor, precision: torch.Tensor, limit: float) -> None:
         device = self.means.device
         self.names = names
+        self.encoded_names = encode_names(names).to(device)
         self.means, self.precision = means.to(device), precision.to(device)
         self.limit.fill_(limit)
 
-    @staticmethod
-    def _before_load(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Take the shapes of a state dict; one from before there was a recognizer knows no category."""
-        recognizer: Any = module
         if f"{prefix}means" not in state_dict:
             state_dict |= {f"{prefix}{name}": value for name, value in CategoryRecognizer().state_dict().items()}
-        for name in ("means", "precision"):
-            buffer = getattr(recognizer, name)
-            setattr(recognizer, name, buffer.new_empty(state_dict[f"{prefix}{name}"].shape))
+        for name in ("means", "precision", "encoded_names"):
+            setattr(self, name, getattr(self, name).new_empty(state_dict[f"{prefix}{name}"].shape))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self.names = decode_names(self.encoded_names)
+
+
+def encode_names(names: Sequence[str]) -> torch.Tensor:
+    """Write names into a tensor.
+
+    Args:
+        names (Sequence[str]): The names.
+
+    Returns:
+        torch.Tensor: Bytes, uint8 of shape (K,).
+    """
+    return torch.tensor(list(json.dumps(list(names)).encode()), dtype=torch.uint8)
+
+
+def decode_names(encoded: torch.Tensor) -> list[str]:
+    """Read names from a tensor.
+
+    Args:
+        encoded (torch.Tensor): What :func:`encode_names` gave.
+
+    Returns:
+        list[str]: The names.
+    """
+    return json.loads(bytes(encoded.tolist()))

@@ -11,10 +11,9 @@ import torch
 from anomalib.data import Batch, InferenceBatch
 from anomalib.post_processing import PostProcessor
 from lightning.pytorch import LightningModule, Trainer
-from torch import nn
 
 from anomalib_decad.compat import set_thresholds
-from anomalib_decad.components.recognition import UNKNOWN, CategoryPrediction
+from anomalib_decad.components.recognition import UNKNOWN, CategoryPrediction, decode_names, encode_names
 from anomalib_decad.decisions.policies import BestF1, FalseAlarmRate, FixedThreshold, ThresholdPolicy
 from anomalib_decad.metrics import ScoreHistogram, gather
 
@@ -111,6 +110,7 @@ class CategoryPostProcessor(PostProcessor):
     """
 
     category_limits: torch.Tensor
+    encoded_names: torch.Tensor
 
     def __init__(
         self,
@@ -128,7 +128,8 @@ class CategoryPostProcessor(PostProcessor):
         #: Names of the categories, by index.
         self.categories: list[str] = []
         self.register_buffer("category_limits", torch.empty(len(Limits._fields), 0))
-        self.register_load_state_dict_pre_hook(self._before_load)
+        # A state dict of tensors alone: programs that average or copy weights expect nothing else.
+        self.register_buffer("encoded_names", encode_names([]))
         self._scores: dict[str | None, _ProductScores] = {}
         self._unknown: set[str] = set()
 
@@ -259,6 +260,7 @@ class CategoryPostProcessor(PostProcessor):
 
     def _set_categories(self, names: Sequence[str], limits: Sequence[Limits]) -> None:
         self.categories = list(names)
+        self.encoded_names = encode_names(self.categories).to(self.category_limits.device)
         values = torch.tensor(limits, device=self.category_limits.device)
         self.category_limits = values.reshape(len(names), len(Limits._fields)).mT.contiguous()
         self._unknown = set()
@@ -499,23 +501,15 @@ class CategoryPostProcessor(PostProcessor):
         self.category = config.get("category")
         self.category_output = config.get("category_output", False)
 
-    def get_extra_state(self) -> list[str]:
-        """Give the names of the categories, for a state dict."""
-        return list(self.categories)
-
-    def set_extra_state(self, state: list[str]) -> None:
-        """Take the names of the categories from a state dict."""
-        self.categories = list(state)
-
-    @staticmethod
-    def _before_load(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Take the number of categories of a state dict; one from before has the limits of all together only."""
-        post_processor: Any = module
-        key = f"{prefix}category_limits"
-        if key not in state_dict:
-            state_dict[key] = post_processor.category_limits.new_empty(len(Limits._fields), 0)
-            state_dict[f"{prefix}_extra_state"] = []
-        post_processor.category_limits = post_processor.category_limits.new_empty(state_dict[key].shape)
+        if f"{prefix}category_limits" not in state_dict:
+            state_dict[f"{prefix}category_limits"] = self.category_limits.new_empty(len(Limits._fields), 0)
+            state_dict[f"{prefix}encoded_names"] = encode_names([])
+        for name in ("category_limits", "encoded_names"):
+            setattr(self, name, getattr(self, name).new_empty(state_dict[f"{prefix}{name}"].shape))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self.categories = decode_names(self.encoded_names)
 
 
 def _only_defects(scores: _Scores) -> float:

@@ -180,10 +180,7 @@ class ParityExportMixin(_Base):
         core = openvino.Core()
         core.set_property({"ENABLE_MMAP": False})  # the file is replaced
         model = core.read_model(path)
-        float_parts = list(self.model.float_parts)
-        post_processor = self.post_processor
-        if isinstance(post_processor, CategoryPostProcessor) and post_processor.recognizes:
-            float_parts.append("recognizer")
+        float_parts = self.model.float_parts
         if compression == CompressionType.INT8:
             model = compress(model, float_parts)
         elif compression == CompressionType.INT8_PTQ:

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from anomalib_decad.compat import count_epochs_from_one
 from anomalib_decad.metrics import CategoryEvaluator
-from anomalib_decad.quiet import is_verbose
+from anomalib_decad.quiet import is_verbose, quieten_handlers, quieten_trained
 
 __all__ = ["tidy_display"]
 
@@ -31,7 +31,9 @@ def tidy_display(trainer: Trainer, stage: str, evaluator: Any) -> None:
     """
     if is_verbose():
         return
+    quieten_handlers()
     if stage == "fit":
+        quieten_trained()
         count_epochs_from_one(trainer.progress_bar_callback)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if type(callback) is RichModelSummary:
