@@ -73,9 +73,9 @@ def test_a_folder_says_which_product_it_shows(make_engine, make_model, make_data
 def test_other_models_have_it_too(make_data, tmp_path):
     table = PredictionTable()
     model = Padim(
-        backbone="resnet18", layers=["layer1"], pre_trained=False, n_features=20, evaluator=CategoryEvaluator()
-    )
-    model.visualizer = None
+        "resnet18", ["layer1"], pre_trained=False, n_features=20, evaluator=CategoryEvaluator(), visualizer=False,
+        post_processor=CategoryPostProcessor(),
+    )  # fmt: skip
     engine = Engine(default_root_dir=tmp_path, accelerator="cpu", callbacks=[table, MapWriter("float32")], logger=False)
     data = make_data()
     engine.fit(model, datamodule=data)
@@ -84,6 +84,10 @@ def test_other_models_have_it_too(make_data, tmp_path):
     assert len(lines) == len(data.test_data)
     assert {line["product"] for line in lines} == {"bolts", "cloth"}
     assert {line["label"] for line in lines} <= {"normal", "anomalous"}
+    assert model.post_processor.categories == ["bolts", "cloth"]
+    for line in lines:
+        limits = model.post_processor.limits(line["product"])
+        assert (float(line["raw_score"]) > limits.image_threshold) == (line["label"] == "anomalous")
     # Padim's maps, whose largest value is its score, as they were before they were normalized.
     by_path = {line["path"]: float(line["raw_score"]) for line in lines}
     assert max(by_path.values()) > 1

@@ -20,9 +20,13 @@ _FAULTS = (AssertionError, AttributeError, NameError, NotImplementedError)
 #: What Lightning and anomalib raise for arguments that are wrong, as a file that is not there or a device that is not.
 _WRONG_ARGUMENTS = frozenset(
     {
-        "FileNotFoundError", "MisconfigurationException", "ModuleNotFoundError", "NotADirectoryError", "PermissionError",
+        "FileNotFoundError",
+        "MisconfigurationException",
+        "ModuleNotFoundError",
+        "NotADirectoryError",
+        "PermissionError",
     }
-)  # fmt: skip
+)
 _OTHER_PACKAGES = frozenset({"anomalib", "lightning", "lightning_fabric", "pytorch_lightning"})
 
 #: How torch passes an error on from a process that loads data: the traceback as text, which ends with the message.
