@@ -13,6 +13,7 @@ from anomalib.engine import Engine
 from anomalib.models import Padim
 from lightning.pytorch import Callback
 
+from anomalib_decad.decisions import CategoryPostProcessor
 from anomalib_decad.metrics import CategoryEvaluator
 from anomalib_decad.runs import MapWriter, PredictionTable
 from anomalib_decad.runs.prediction_table import COLUMNS, _find_defect
