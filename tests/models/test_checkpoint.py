@@ -18,7 +18,7 @@ from anomalib_decad.models.decad import AnomalyMapOptions
 from anomalib_decad.models.decoupled_module import DecoupledModule
 from conftest import TINY, anomalib
 
-PARTS = {"pre_processor", "post_processor", "evaluator", "visualizer"}
+PARTS = {"pre_processor", "post_processor", "evaluator", "visualizer", "report"}
 #: Arguments that are what a model is, by model.
 MODEL_ARGUMENTS = {
     DecAD: {

@@ -2,21 +2,23 @@
 """The seven metrics of multi-class anomaly detection, for each category, in bounded memory."""
 
 from anomalib_decad.metrics.callback_order import put_before_post_processor, put_last
-from anomalib_decad.metrics.category_metrics import METRICS, CategoryMetrics, region_weights
+from anomalib_decad.metrics.category_metrics import MEAN, METRICS, CategoryMetrics, region_weights
 from anomalib_decad.metrics.decision_metrics import DECISIONS, DecisionMetrics
-from anomalib_decad.metrics.evaluator import CategoryEvaluator
+from anomalib_decad.metrics.evaluator import CategoryEvaluator, categories_of
 from anomalib_decad.metrics.gather import gather
 from anomalib_decad.metrics.raw_scores import RawScores, score_of, threshold_of
 from anomalib_decad.metrics.score_histogram import ScoreHistogram
 
 __all__ = [
     "DECISIONS",
+    "MEAN",
     "METRICS",
     "CategoryEvaluator",
     "CategoryMetrics",
     "DecisionMetrics",
     "RawScores",
     "ScoreHistogram",
+    "categories_of",
     "gather",
     "put_before_post_processor",
     "put_last",

@@ -23,7 +23,7 @@ from anomalib_decad.metrics.category_metrics import MEAN, METRICS, CategoryMetri
 from anomalib_decad.metrics.decision_metrics import DECISIONS, DecisionMetrics
 from anomalib_decad.metrics.raw_scores import score_of
 
-__all__ = ["CategoryEvaluator"]
+__all__ = ["CategoryEvaluator", "categories_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +54,11 @@ class CategoryEvaluator(Evaluator):
         max_bins (int): Largest number of bins that the scores of a category are counted in. See
             :class:`anomalib_decad.metrics.ScoreHistogram`.
 
+    Attributes:
+        results (dict[str, dict[str, float]]): The metrics of the last test, in [0, 1] or NaN, for each category and for
+            ``"mean"`` over the categories, with ``"mean_of_seven"`` in each. Empty before a test, and where the images
+            have no labels.
+
     Raises:
         ValueError: If an argument is out of its range.
     """
@@ -65,6 +70,7 @@ class CategoryEvaluator(Evaluator):
             raise ValueError(msg)
         self.metrics = CategoryMetrics(max_fpr, max_bins)
         self._decisions = _DecisionCounter()
+        self.results: dict[str, dict[str, float]] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Step in front of the post-processor."""
@@ -103,6 +109,7 @@ class CategoryEvaluator(Evaluator):
         """Forget the scores of an earlier evaluation."""
         del trainer, pl_module
         self.metrics.reset()
+        self.results = {}
 
     def on_test_batch_end(
         self,
@@ -128,6 +135,8 @@ class CategoryEvaluator(Evaluator):
         rows, means = self._log(trainer, pl_module, table)
         self._decisions.metrics.synchronise()
         decisions = self._decisions.metrics.compute()
+        seven = self.metrics.mean_of_seven
+        self.results = {c: {**row, MEAN_OF_SEVEN: seven(row)} for c, row in rows.items()} | {MEAN: means}
         if trainer.is_global_zero:
             self._report(rows, means, decisions, Path(trainer.default_root_dir))
 
@@ -135,7 +144,7 @@ class CategoryEvaluator(Evaluator):
         """Add the predictions of a batch with labels."""
         score = score_of(batch)
         if batch.gt_label is not None and score is not None:
-            self.metrics.update(_categories_of(trainer, batch), score, batch.gt_label, batch.anomaly_map, batch.gt_mask)
+            self.metrics.update(categories_of(trainer, batch), score, batch.gt_label, batch.anomaly_map, batch.gt_mask)
 
     def _log(
         self, trainer: Trainer, pl_module: LightningModule, table: dict[str, dict[str, float]]
@@ -231,15 +240,23 @@ class _DecisionCounter(Callback):
         if batch.gt_label is None or batch.pred_label is None or (threshold is not None and bool(threshold.isnan())):
             return
         self.metrics.update(
-            _categories_of(trainer, batch), batch.pred_label, batch.gt_label, batch.pred_mask, batch.gt_mask
+            categories_of(trainer, batch), batch.pred_label, batch.gt_label, batch.pred_mask, batch.gt_mask
         )
 
 
-def _categories_of(trainer: Trainer, batch: Batch) -> list[str]:
-    """Name the category of each image: the batch knows it, or the datamodule has one."""
+def categories_of(trainer: Trainer, batch: Any) -> list[str]:
+    """Name the category of each image: the batch knows it, or the datamodule has one.
+
+    Args:
+        trainer (Trainer): The trainer.
+        batch (Any): A batch of images.
+
+    Returns:
+        list[str]: The names, ``"all"`` where nothing is known.
+    """
     datamodule = getattr(trainer, "datamodule", None)
     only = getattr(datamodule, "category", None) or getattr(datamodule, "name", None) or "all"
-    return getattr(batch, "category", None) or [only] * len(batch.image)  # type: ignore[arg-type]
+    return getattr(batch, "category", None) or [only] * len(batch.image)
 
 
 def _table(title: str, columns: Sequence[str], lines: Sequence[tuple[str, Sequence[float]]]) -> Table:

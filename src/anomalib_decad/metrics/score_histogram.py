@@ -140,6 +140,10 @@ class ScoreHistogram:
         middle = np.float32((float(lower[0]) + float(upper)) / 2)
         return float(middle if middle < upper else lower[0])
 
+    def values(self) -> np.ndarray:
+        """Return the score of each bin, rounded down to its smallest, in rising order."""
+        return _decode(self.codes << self.shift).astype(np.float64)
+
     def smallest(self) -> float:
         """Return the smallest score, rounded down to its bin."""
         return float(_decode(self.codes[:1] << self.shift)[0])

@@ -29,6 +29,7 @@ from anomalib_decad.metrics import CategoryEvaluator
 from anomalib_decad.models.checkpoint import CheckpointMixin, is_group
 from anomalib_decad.models.describe_categories import category_names, describe_categories
 from anomalib_decad.models.display import tidy_display
+from anomalib_decad.report import Report
 from anomalib_decad.runs import (
     DataOrder,
     FinalValidation,
@@ -86,6 +87,9 @@ class BaseModule(DeepImagesMixin, _Base):
         save_maps (Literal["off", "float16", "float32"]): Whether a test or a prediction writes the anomaly maps as TIFF
             files of that type, as they are before the post-processor, where MVTec's evaluation looks for them.
             Defaults to ``"off"``.
+        report (bool): Whether a test writes ``report.html``: metrics, curves, and the images that are worth a look, in
+            one page.
+            Defaults to ``True``.
 
     Raises:
         ValueError: If ``max_steps`` is not positive, or ``save_maps`` unknown.
@@ -102,6 +106,7 @@ class BaseModule(DeepImagesMixin, _Base):
         evaluator: Evaluator | bool = True,
         visualizer: Visualizer | bool = True,
         save_maps: Literal["off", "float16", "float32"] = "off",
+        report: bool = True,
     ) -> None:
         super().__init__(
             pre_processor=pre_processor,
@@ -115,6 +120,7 @@ class BaseModule(DeepImagesMixin, _Base):
         }  # fmt: skip
         self.given_parts = frozenset(name for name, part in parts.items() if part is not True)
         self._run_folder = RunFolder()
+        self._report = Report() if report else None
         # Checkpoints and loggers hold plain values only.
         plain = {name: asdict(value) for name, value in self.hparams.items() if is_group(value)}
         if plain:
@@ -166,6 +172,11 @@ class BaseModule(DeepImagesMixin, _Base):
         writers: list[Callback] = [PredictionTable()]
         if self.save_maps != "off":
             writers.append(MapWriter(self.save_maps))
+        given = self._trainer.callbacks if self._trainer is not None else []  # type: ignore[attr-defined]
+        # The user's own takes its place; Lightning would keep the model's.
+        is_given = any(isinstance(callback, Report) and callback is not self._report for callback in given)
+        if self._report is not None and not is_given:
+            writers.append(self._report)
         # Behind the post-processor, which gives labels. What is printed last comes last.
         ends = [DataOrder(), FinalValidation(), PredictionSummary(), LastState()]
         return [self._run_folder, *components, *writers, *ends]

@@ -31,7 +31,8 @@ _PARTS = {
     "evaluator": None,
     "visualizer": None,
 }
-_FREE = TRAINING_ARGUMENTS | _PARTS.keys()
+#: Nothing of these is in a checkpoint but what they were set to.
+_FREE = TRAINING_ARGUMENTS | _PARTS.keys() | {"report"}
 _ENABLED_KEY = "anomalib_components_enabled"
 
 _RNG_KEY = "anomalib_decad_rng"
@@ -103,7 +104,7 @@ class CheckpointMixin(_Base):
             return
         arguments = {name: value for name, value in theirs.items() if name not in TRAINING_ARGUMENTS}
         kept = {name: value for name, value in self.hparams.items() if name in TRAINING_ARGUMENTS}
-        parts = {"encoder_weights": None, "evaluator": False, "visualizer": False}
+        parts = {"encoder_weights": None, "evaluator": False, "visualizer": False, "report": False}
         with torch.random.fork_rng(devices=[]):
             model = type(self)(**{**kept, **arguments, **parts})
         # Where it is given as the checkpoint's default, as an image of 280 pixels, nothing is contradicted.
