@@ -180,6 +180,9 @@ def test_two_process_data_parallel(tmp_path, model_args, data_args):
     )  # fmt: skip
     (metrics,) = tmp_path.glob("DecAD/**/metrics.json")
     assert json.loads(metrics.read_text())["mean"]["image_AUROC"] is not None
+    # One report, of the images of both.
+    (report,) = tmp_path.glob("DecAD/**/report.html")
+    assert report.read_text().count("6 of 6 shown") == 2
 
 
 def test_benchmark(tmp_path, mvtec_root, encoder_weights):

@@ -3,6 +3,7 @@
 
 import contextlib
 import logging
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -105,30 +106,17 @@ class Report(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Count the predictions of a batch, and keep the images that are worth a look."""
-        del batch_idx, dataloader_idx
+        del outputs, batch_idx, dataloader_idx
         if self._raw.scores is None:
             return
-        predictions = outputs if getattr(outputs, "pred_score", None) is not None else batch
-        self.add_batch(trainer, pl_module, predictions, self._raw.scores.tolist())
-
-    def add_batch(self, trainer: Trainer, pl_module: LightningModule, batch: Any, scores: list[float]) -> None:
-        """Count the predictions of a batch, and keep the images that are worth a look.
-
-        Args:
-            trainer (Trainer): The trainer.
-            pl_module (LightningModule): The model.
-            batch (Any): B images with their predictions, as they are behind the post-processor.
-            scores (list[float]): B scores, as they were before it.
-        """
+        scores = self._raw.scores.tolist()
         count = len(scores)
         post_processor = getattr(pl_module, "post_processor", None)
         categories = categories_of(trainer, batch)
         paths = [str(path or "") for path in getattr(batch, "image_path", None) or [""] * count]
         labels = _booleans(getattr(batch, "gt_label", None), count)
         flags = _booleans(getattr(batch, "pred_label", None), count)
-        if isinstance(post_processor, PostProcessor) and threshold_of(post_processor) is None:
-            # anomalib compares with a number that means nothing.
-            flags = [None] * count
+        thresholds = {category: threshold_of(post_processor, category) for category in set(categories)}
         ranges = _ranges(getattr(batch, "anomaly_map", None), count)
         for index, category in enumerate(categories):
             record = self._records.setdefault(category, ProductRecord(self.max_images))
@@ -137,13 +125,19 @@ class Report(Callback):
             if kind == "defect" and getattr(batch, "gt_mask", None) is None:
                 record.counts["without mask"] += 1
             record.widen(*ranges[index])
+            flagged, threshold = flags[index], thresholds[category]
+            if threshold is None and isinstance(post_processor, PostProcessor):
+                # anomalib has compared with a number that means nothing.
+                flagged = None
+            elif threshold is not None and flagged is None and math.isfinite(scores[index]):
+                flagged = scores[index] > threshold
 
-            def make(index: int = index, kind: Kind = kind) -> Example:
+            def make(index: int = index, kind: Kind = kind, flagged: bool | None = flagged) -> Example:
                 path = paths[index]
-                picture = self._draw(pl_module, batch, index, path, flags[index] is not None)
-                return Example(path, Path(path).parent.name if path else "", kind, flags[index], scores[index], picture)
+                picture = self._draw(pl_module, batch, index, path, flagged is not None)
+                return Example(path, Path(path).parent.name if path else "", kind, flagged, scores[index], picture)
 
-            record.add(kind, flags[index], scores[index], make)
+            record.add(kind, flagged, scores[index], make)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the report, and say where it is."""
@@ -257,8 +251,12 @@ def _as_seen(pl_module: LightningModule, image: torch.Tensor) -> torch.Tensor:
 
 def _steps_of(pl_module: LightningModule) -> list[Any]:
     """List the steps of the model's transform."""
-    transform = getattr(getattr(pl_module, "pre_processor", None), "transform", None)
-    return list(transform.modules()) if isinstance(transform, torch.nn.Module) else []
+    todo, steps = [getattr(getattr(pl_module, "pre_processor", None), "transform", None)], []
+    while todo:
+        step = todo.pop()
+        steps.append(step)
+        todo += getattr(step, "transforms", [])
+    return steps
 
 
 def _aspect_of(pl_module: LightningModule, path: str) -> float | None:

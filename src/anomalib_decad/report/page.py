@@ -132,7 +132,7 @@ def render(
                 _Card(
                     count, product.number, example, verdict, style, numbers[example.defect_type],
                     _relative(example.path, root), data_uri(example.picture.image),
-                    None if heat is None else data_uri(heat), f"{example.score:.4g}",
+                    None if heat is None else data_uri(heat), _number(example.score),
                 )
             )  # fmt: skip
             count += 1
@@ -160,7 +160,7 @@ def _product(number: int, name: str, record: ProductRecord, threshold: float | N
     """Write what is said of a product."""
     charts = [histogram_chart(record, threshold), roc_chart(record), precision_recall_chart(record)]
     product = _Product(
-        number, name, record, None if threshold is None else f"{threshold:.4g}",
+        number, name, record, None if threshold is None else _number(threshold),
         [chart for chart in charts if chart], _notes(record, threshold),
     )  # fmt: skip
     counts = record.counts
@@ -169,7 +169,7 @@ def _product(number: int, name: str, record: ProductRecord, threshold: float | N
     product.cells = [
         _Cell(f"{counts['normal']:,}", counts["normal"]),
         _Cell(f"{counts['defect']:,}", counts["defect"]),
-        _Cell(_MISSING, None) if threshold is None else _Cell(f"{threshold:.4g}", threshold),
+        _Cell(_MISSING, None) if threshold is None else _Cell(_number(threshold), threshold),
         _share(missed, counts["defect"]) if knows else _Cell(_MISSING, None),
         _share(alarms, counts["normal"]) if knows else _Cell(_MISSING, None),
     ]
@@ -229,6 +229,11 @@ def _totals(products: Sequence[_Product], metrics: Mapping[str, Mapping[str, flo
 def _row(name: str, row: Mapping[str, float], names: Sequence[str]) -> tuple[str, int | None, list[_Cell]]:
     """Give a row of the table of metrics, with the number of the product's part of the page."""
     return name, names.index(name) if name in names else None, [_percent(row[key]) for key in (*METRICS, _SEVEN)]
+
+
+def _number(value: float) -> str:
+    """Write a score with four digits."""
+    return f"{value:#.4g}".rstrip(".")
 
 
 def _percent(value: float) -> _Cell:

@@ -65,7 +65,7 @@ def draw(
             and width, which need not be those of the image.
         truth (torch.Tensor | None): Mask of the defects, in the same way.
         found (torch.Tensor | None): Predicted mask, in the same way.
-        size (int): The longer side in pixels; a smaller image is not enlarged beyond it.
+        size (int): Longer side in pixels; a smaller image is not enlarged.
         aspect (float | None): Width over height of the picture, if not that of the image.
 
     Returns:
@@ -73,16 +73,16 @@ def draw(
     """
     pixels = _pixels(image)
     height, width = pixels.shape[:2]
-    ratio = aspect or width / height
+    ratio, size = aspect or width / height, min(size, max(width, height))
     # A strip must not vanish.
     width, height = (size, max(round(size / ratio), 8)) if ratio >= 1 else (max(round(size * ratio), 8), size)
     shrinks = width * height < pixels.shape[0] * pixels.shape[1]
     pixels = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
     picture = Picture(width, height, _webp(pixels))
     if anomaly_map is not None:
-        values = anomaly_map.detach().cpu().float().reshape(anomaly_map.shape[-2:]).numpy()
+        values = anomaly_map.detach().cpu().double().reshape(anomaly_map.shape[-2:]).numpy()
         values = np.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
-        values = cv2.resize(values, (-(-width // 2), -(-height // 2)), interpolation=cv2.INTER_AREA)
+        values = cv2.resize(values, _heat_size(width, height), interpolation=cv2.INTER_AREA)
         picture.low, picture.high = float(values.min()), float(values.max())
         extent = picture.high - picture.low
         scaled = (values - picture.low) / extent if extent > 0 else np.zeros_like(values)
@@ -105,7 +105,7 @@ def heatmap(picture: Picture, low: float, high: float) -> bytes | None:
     """
     if picture.heat is None:
         return None
-    values = picture.low + picture.heat.astype(np.float32) / 255 * (picture.high - picture.low)
+    values = picture.low + picture.heat.astype(np.float64) / 255 * (picture.high - picture.low)
     scaled = np.clip((values - low) / (high - low), 0, 1) if high > low else np.zeros_like(values)
     colours = cv2.applyColorMap(np.round(scaled * 255).astype(np.uint8), cv2.COLORMAP_INFERNO)[..., ::-1]
     return _webp(np.ascontiguousarray(colours))
@@ -151,6 +151,12 @@ def data_uri(content: bytes, kind: str = "image/webp") -> str:
         str: The address.
     """
     return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"
+
+
+def _heat_size(width: int, height: int) -> tuple[int, int]:
+    """Choose the size of a heatmap: half of a large picture's, as it is smooth."""
+    factor = min(max(0.5, 64 / max(width, height)), 1.0)
+    return max(round(width * factor), 1), max(round(height * factor), 1)
 
 
 def _webp(pixels: np.ndarray) -> bytes:
