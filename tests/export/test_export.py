@@ -129,7 +129,8 @@ def assert_agrees(prediction, item, tolerance=1e-4, decisions=True):
 def assert_resembles(prediction, item):
     assert float(np.ravel(prediction["pred_score"])[0]) == pytest.approx(float(item.pred_score), abs=0.1)
     maps = np.ravel(prediction["anomaly_map"]), item.anomaly_map.numpy().ravel()
-    assert np.corrcoef(*maps)[0, 1] > 0.95
+    # Most of a map may be clipped to 1, which leaves little to correlate.
+    assert np.corrcoef(*maps)[0, 1] > 0.95 or np.abs(maps[0] - maps[1]).mean() < 0.02
 
 
 def assert_usual(items):
