@@ -59,7 +59,7 @@ def test_python_warnings():
 
 
 def test_a_notebook_is_quiet_and_the_user_s_own_handlers_stay(monkeypatch):
-    own, theirs = logging.NullHandler(), logging.NullHandler()
+    own, theirs = logging.StreamHandler(), logging.StreamHandler()
     logger = logging.getLogger("lightning.pytorch")
     monkeypatch.setattr(logger, "handlers", [theirs])
     monkeypatch.setattr(logging.getLogger(), "handlers", [own])

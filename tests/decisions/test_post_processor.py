@@ -138,6 +138,14 @@ def test_a_recognized_product_without_validation_images_has_them_too():
     assert post_processor.limits("nut") != post_processor.limits()
 
 
+def test_what_is_recognized_before_a_validation_has_no_name():
+    batch = make_batch(None, [0.5, 0.6], [False, True])
+    batch.category_index = torch.tensor([0, 1])
+    assert CategoryPostProcessor().categories_of(batch) == [None, None]
+    post_processor = validate(CategoryPostProcessor(), *two_products(), recognized=["bolt", "nut"])
+    assert post_processor.categories_of(batch) == ["bolt", "nut"]
+
+
 def test_a_category_can_be_given():
     batches = two_products()
     post_processor = validate(CategoryPostProcessor(category="nut"), *batches)

@@ -189,26 +189,37 @@ def test_the_command(arguments, command):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.exhaustive)])
-def test_the_command_line_prints_the_command_that_resumes(number, tmp_path, encoder_weights, data_args):
+@pytest.mark.parametrize(
+    ("number", "devices"),
+    [
+        (signal.SIGINT, 1),
+        pytest.param(signal.SIGTERM, 1, marks=pytest.mark.exhaustive),
+        pytest.param(signal.SIGINT, 2, marks=pytest.mark.exhaustive),
+    ],
+)
+def test_the_command_line_prints_the_command_that_resumes(number, devices, tmp_path, encoder_weights, data_args):
     arguments = [
         "train", "--model", "DecAD", "--model.encoder", ENCODER, "--model.encoder_weights", encoder_weights,
         "--model.layers", "[1,2]", "--model.image_size", f"[{IMAGE_SIZE},{IMAGE_SIZE}]", *data_args,
         "--trainer.accelerator", "cpu", "--trainer.max_steps", 20_000, "--trainer.check_val_every_n_epoch", "null",
         "--trainer.val_check_interval", 20_000, "--default_root_dir", tmp_path / "my results",
         "--trainer.callbacks", "anomalib.callbacks.ModelCheckpoint", "--trainer.callbacks.dirpath", tmp_path / "steps",
-        "--trainer.callbacks.every_n_train_steps", 1,
+        "--trainer.callbacks.every_n_train_steps", 1, "--trainer.devices", devices,
     ]  # fmt: skip
+    if devices > 1:
+        arguments += ["--trainer.strategy", "ddp"]
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        [ANOMALIB, *map(str, arguments)], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+        [ANOMALIB, *map(str, arguments)], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
+    )  # fmt: skip
     try:
         for _ in range(900):
             if process.poll() is not None or list(tmp_path.glob("steps/*.ckpt")):
                 break
             time.sleep(0.1)
-        process.send_signal(number)
+        # As a terminal does: to all processes.
+        os.killpg(process.pid, number)
         output, _ = process.communicate(timeout=60)
     finally:
         process.kill()

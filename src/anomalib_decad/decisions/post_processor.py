@@ -179,7 +179,7 @@ class CategoryPostProcessor(PostProcessor):
                 raise ValueError(msg)
             return torch.full((length,), index, device=device)
         recognized = names if names is not None else getattr(batch, "category_index", None)
-        if recognized is None:
+        if recognized is None or not self.categories:
             return torch.full((length,), UNKNOWN, device=device)
         return recognized
 

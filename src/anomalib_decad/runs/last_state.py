@@ -32,8 +32,9 @@ class LastState(Callback):
     """Saves the state of a training every few minutes, and when it is interrupted.
 
     It is in ``weights/last.ckpt`` of the run's folder. SIGINT (Ctrl-C) and SIGTERM end the training behind the step
-    that is being done, a second SIGINT at once. Behind the last step only the validation is left, which goes on. The
-    last line says how to resume. A training that ends as it should has its own checkpoints, and this one is removed.
+    that is being done, of several processes behind the same one, a second SIGINT at once. Behind the last step only the
+    validation is left, which goes on. The last line says how to resume. A training that ends as it should has its own
+    checkpoints, and this one is removed.
 
     Nothing is saved where the trainer saves no checkpoints.
     """
@@ -47,6 +48,7 @@ class LastState(Callback):
         self._path: Path | None = None
         self._is_stopping = False
         self._is_in_step = False
+        self._is_one_of_several = False
         self._handler: Callable[[int, FrameType | None], Any] | int | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -59,14 +61,18 @@ class LastState(Callback):
         del pl_module
         self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
         self._path, self._is_stopping, self._is_in_step = None, False, False
+        self._is_one_of_several = trainer.world_size > 1
         is_main = threading.current_thread() is threading.main_thread()
         # Another handler, as of a notebook or a cluster, knows better.
         if is_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             self._handler = signal.signal(signal.SIGINT, self._on_interrupt)
 
     def _on_interrupt(self, number: int, frame: FrameType | None) -> None:
-        """Let a step end; what waits for data or validates can be broken off."""
-        if self._is_in_step and not self._is_stopping:
+        """Let a step end; what waits for data or validates can be broken off.
+
+        One of several processes waits for the others at every step: all must end behind the same one.
+        """
+        if (self._is_in_step or self._is_one_of_several) and not self._is_stopping:
             self._is_stopping = True
             sys.stderr.write("\nInterrupted: the training ends behind this step. Once more to end it at once.\n")
         else:
