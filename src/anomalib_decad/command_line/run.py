@@ -101,7 +101,7 @@ def extend(cli_module: ModuleType, is_ours: Callable[[], bool]) -> None:
     """
     main, configure = cli_module.main, cli_module.configure_logger
     cli = cli_module.AnomalibCLI
-    prepare = cli.before_instantiate_classes
+    prepare, instantiate_engine = cli.before_instantiate_classes, cli.instantiate_engine
 
     @functools.wraps(main)
     def run_main() -> Any:
@@ -132,9 +132,24 @@ def extend(cli_module: ModuleType, is_ours: Callable[[], bool]) -> None:
             with suppress(Exception):
                 _prepare_run(_current, self)
 
+    @functools.wraps(instantiate_engine)
+    def instantiate_engine_and_extend(self: Any) -> None:
+        instantiate_engine(self)
+        if _current is not None and _current.is_ours:
+            self.engine.export = functools.partial(_export, self.engine.export)
+
+    cli.instantiate_engine = instantiate_engine_and_extend
     cli_module.main = run_main  # type: ignore[attr-defined]
     cli_module.configure_logger = configure_logger  # type: ignore[attr-defined]
     cli.before_instantiate_classes = before_instantiate_classes
+
+
+def _export(export: Callable[..., Any], model: Any, ckpt_path: Any = None, **kwargs: Any) -> Any:
+    """Export a checkpoint with the parts that the user gives: anomalib loads it into a model of its own."""
+    given = {name: getattr(model, name) or False for name in model.given_parts}
+    if ckpt_path and given:
+        model, ckpt_path = type(model).load_from_checkpoint(ckpt_path, **given), None
+    return export(model=model, ckpt_path=ckpt_path, **kwargs)
 
 
 def _prepare_run(run: _Run, cli: Any) -> None:

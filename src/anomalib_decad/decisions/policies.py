@@ -30,7 +30,7 @@ class ThresholdPolicy(ABC):
         """
 
     def without_defects(self) -> "ThresholdPolicy":
-        """Give the policy for a product whose validation images have no defect, or nothing normal."""
+        """Give the policy for a product whose validation images have no defect."""
         return self
 
     def to_config(self) -> dict[str, Any]:
