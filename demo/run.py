@@ -3,7 +3,8 @@
 
 usage: python demo/run.py [--data FOLDER --categories a,b,c] [--steps N] [--output FOLDER]
 
-Without --data, a data set of three textures is built. With it, FOLDER is any folder in MVTec AD's layout.
+Without --data, five products with defects of three strengths are drawn. With it, FOLDER is any folder in MVTec AD's
+layout.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from PIL import Image
 
 HERE = Path(__file__).resolve().parent
 # Pictures of defects from each category on the overview.
-_EXAMPLES = 2
+_EXAMPLES = 3
 
 
-def run_script(name: str, target: Path) -> None:
+def run_script(name: str, *arguments: Path) -> None:
     """Run another script of the demo."""
-    subprocess.run([sys.executable, str(HERE / name), str(target)], check=True)
+    subprocess.run([sys.executable, str(HERE / name), *map(str, arguments)], check=True)
 
 
 def train(data: Path, categories: str | None, weights: Path, steps: int, output: Path) -> int:
@@ -34,7 +35,7 @@ def train(data: Path, categories: str | None, weights: Path, steps: int, output:
         "--model", "DecAD",
         "--model.encoder", "vit_small_patch14_dinov2",
         "--model.encoder_weights", str(weights),
-        "--model.image_size", "[224,224]",
+        "--model.feature_cache", "ram",
         "--data", "MultiCategory",
         "--data.datamodule", "MVTecAD",
         "--data.root", str(data),
@@ -59,7 +60,9 @@ def overview(images: Path, path: Path) -> None:
     chosen: list[Path] = []
     for category in sorted(folder for folder in images.iterdir() if folder.is_dir()):
         defects = sorted(file for file in category.rglob("*.png") if "good" not in file.parts)
-        chosen += defects[:: max(len(defects) // _EXAMPLES, 1)][:_EXAMPLES]
+        # From the middle of each part, not its first: names are in order, and "faint" is before "strong".
+        places = {len(defects) * (2 * part + 1) // (2 * _EXAMPLES) for part in range(_EXAMPLES)}
+        chosen += [defects[place] for place in sorted(places) if defects]
     rows = [Image.open(file).convert("RGB") for file in chosen]
     if not rows:
         return
@@ -74,9 +77,9 @@ def overview(images: Path, path: Path) -> None:
 def main() -> int:
     """Run the demo; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="folder in MVTec AD's layout instead of the textures")
+    parser.add_argument("--data", type=Path, help="folder in MVTec AD's layout instead of the products")
     parser.add_argument("--categories", help="comma-separated names of the categories in --data; default: all")
-    parser.add_argument("--steps", type=int, default=200, help="training steps (default: 200)")
+    parser.add_argument("--steps", type=int, default=100, help="training steps (default: 100)")
     parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder of everything that is written")
     arguments = parser.parse_args()
     if arguments.data and not arguments.data.is_dir():
@@ -87,23 +90,28 @@ def main() -> int:
     output = arguments.output
     weights = output / "weights" / "dinov2_vits14.safetensors"
     run_script("dinov2_weights.py", weights)
-    data = arguments.data or output / "textures"
+    data = arguments.data or output / "products"
     if not arguments.data:
-        run_script("textures.py", data)
+        run_script("products.py", data)
     code = train(data, arguments.categories, weights, arguments.steps, output)
     if code:
         return code
     run = max(output.glob("results/DecAD/*/latest"), key=lambda folder: folder.stat().st_mtime)
     overview(run / "images", output / "heatmaps.png")
+    model = run / "weights" / "lightning" / "model.ckpt"
+    if not arguments.data:
+        run_script("strengths.py", model, data)
     print(f"\nDone in {time.monotonic() - start:.0f} s. What is where:")
     for what, where in (
         ("some defects", output / "heatmaps.png"),
         ("all heatmaps", run / "images"),
+        ("report", run / "report.html"),
         ("metrics", run / "metrics.csv"),
-        ("trained model", run / "weights" / "lightning" / "model.ckpt"),
+        ("trained model", model),
         ("configuration", run / "config.yaml"),
     ):
-        print(f"  {what:14} {where}")
+        if where.exists():
+            print(f"  {what:14} {where}")
     return 0
 
 

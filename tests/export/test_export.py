@@ -17,7 +17,7 @@ from anomalib.pre_processing import PreProcessor
 from torch.nn.utils import parametrize
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 
-import textures
+import products
 from anomalib_decad import DecAD, MultiCategory
 from anomalib_decad.components import DecouplerOptions, InvertibleOptions
 from anomalib_decad.decisions import CategoryPostProcessor
@@ -35,15 +35,15 @@ FLOAT32 = {"INFERENCE_PRECISION_HINT": "f32"}
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Photographs of textures, with and without defects."""
-    root = tmp_path_factory.mktemp("data") / "textures"
-    textures.build(root)
+    """Two products, with and without defects."""
+    root = tmp_path_factory.mktemp("data") / "products"
+    products.build(root, ["brick", "gear"], train=40, good=8, each=1, size=140)
     return root
 
 
 @pytest.fixture(scope="module")
 def datamodule(data):
-    return MultiCategory("MVTecAD", root=data, categories=["brick", "gravel"], num_workers=0, train_batch_size=8)
+    return MultiCategory("MVTecAD", root=data, categories=["brick", "gear"], num_workers=0, train_batch_size=8)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def images(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("images")
     # None as it was validated: a score that is the threshold itself may fall to either side of it.
     sizes = ((272, 288), (64, 80), (50, 60), (300, 111), (97, 210), (64, 80))
-    sources = sorted(data.glob("brick/test/perlin/*.png"))[:3] + sorted(data.glob("gravel/test/good/*.png"))[:3]
+    sources = sorted(data.glob("brick/test/crack_*/*.png"))[:3] + sorted(data.glob("gear/test/good/*.png"))[:3]
     for index, (source, (height, width)) in enumerate(zip(sources, sizes, strict=True)):
         image = cv2.resize(cv2.imread(str(source)), (width, height), interpolation=cv2.INTER_AREA)
         cv2.imwrite(str(folder / f"{index}.png"), image)
@@ -469,7 +469,7 @@ def test_benchmarks_of_exports(script, arguments, expected_text, checkpoint, dat
     if script == "inference.py":
         arguments = [*arguments, "--checkpoint", checkpoint, "--image-size", "64", "--folder", tmp_path]
     else:
-        arguments = [checkpoint, "--data", data, "--categories", "brick", "gravel", *arguments]
+        arguments = [checkpoint, "--data", data, "--categories", "brick", "gear", *arguments]
     path = BENCHMARKS / script
     result = subprocess.run(
         [sys.executable, str(path), *map(str, arguments)], capture_output=True, text=True, timeout=300, check=False
