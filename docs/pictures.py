@@ -25,7 +25,7 @@ STRIP = (
     ("gear", "missing_tooth", "medium", 51),
     ("cap", "scratch", "medium", 57),
     ("connector", "bent_pin", "strong", 53),
-    ("label", "stain", "medium", 55),
+    ("label", "loose_thread", "medium", 55),
 )
 _TILE, _GAP = 280, 6
 _INK, _GRAY, _BLUE, _ORANGE, _GREEN = "#1b2733", "#5b6b7a", "#dbe9f8", "#fde3cf", "#dff2df"
@@ -35,9 +35,9 @@ def strip(model_path: Path, target: Path) -> None:
     """Draw products above their heatmaps; the true defect has a white outline."""
     from anomalib.data import PredictDataset
     from anomalib.engine import Engine
-    from products import draw, write
 
     from anomalib_decad import DecAD
+    from products import draw, write
 
     model = DecAD.load_from_checkpoint(model_path, visualizer=False)
     columns = []
@@ -100,6 +100,7 @@ def architecture() -> str:
     """Draw the way of an image through the model, as SVG with a background of its own."""
     z_a, z_n = "z<tspan dy='4' font-size='10'>a</tspan>", "z<tspan dy='4' font-size='10'>n</tspan>"
     reset = "<tspan dy='-4'>&#8203;</tspan>"
+    energy = f"energy: distance of {z_a}{reset} from the prior"
     parts = [
         _box(20, 40, 100, ("image", "280 x 280"), "#ffffff"),
         _box(160, 40, 160, ("frozen encoder", "DINOv2, layers 3, 6, 9"), _BLUE),
@@ -124,7 +125,7 @@ def architecture() -> str:
         _arrow((370, 227), (320, 227)),
         _arrow((240, 114), (240, 190), label="the layers", at=(280, 156)),
         _arrow((240, 264), (240, 320)),
-        _arrow((940, 42), (970, 42), (970, 357), (320, 357), label="energy: distance from the prior", at=(640, 348)),
+        _arrow((940, 42), (970, 42), (970, 357), (320, 357), label=energy, at=(640, 348)),
         _arrow((940, 227), (970, 227)),
     ]
     style = (
