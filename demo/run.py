@@ -98,16 +98,17 @@ def main() -> int:
         return code
     run = max(output.glob("results/DecAD/*/latest"), key=lambda folder: folder.stat().st_mtime)
     overview(run / "images", output / "heatmaps.png")
-    model = run / "weights" / "lightning" / "model.ckpt"
-    if not arguments.data:
-        run_script("strengths.py", model, data)
+    predictions = run / "predictions.csv"
+    if not arguments.data and predictions.is_file():
+        run_script("strengths.py", predictions)
     print(f"\nDone in {time.monotonic() - start:.0f} s. What is where:")
     for what, where in (
         ("some defects", output / "heatmaps.png"),
         ("all heatmaps", run / "images"),
         ("report", run / "report.html"),
         ("metrics", run / "metrics.csv"),
-        ("trained model", model),
+        ("scores", predictions),
+        ("trained model", run / "weights" / "lightning" / "model.ckpt"),
         ("configuration", run / "config.yaml"),
     ):
         if where.exists():

@@ -4,6 +4,7 @@ import hashlib
 
 import cv2
 import numpy as np
+import pandas as pd
 import pytest
 from anomalib.data import MVTecAD
 
@@ -74,11 +75,14 @@ def test_the_layout_is_that_of_mvtec_ad(tmp_path):
 
 
 def test_the_figures_by_strength_are_means_over_products():
-    scores = {
-        "cap": {"good": [0.1, 0.3], "dent_faint": [0.2], "dent_strong": [0.9]},
-        "gear": {"good": [0.1], "dent_faint": [0.2], "scratch_faint": [0.3]},
-    }
-    assert strengths.by_strength(scores) == pytest.approx({"faint": 75.0, "strong": 100.0})
+    rows = [
+        ("cap/test/good/0.png", "cap", 0.1), ("cap/test/good/1.png", "cap", 0.3),
+        ("cap/test/dent_faint/0.png", "cap", 0.2), ("cap/test/dent_strong/0.png", "cap", 0.9),
+        ("gear/test/good/0.png", "gear", 0.1),
+        ("gear/test/dent_faint/0.png", "gear", 0.2), ("gear/test/scratch_faint/0.png", "gear", 0.3),
+    ]  # fmt: skip
+    table = pd.DataFrame(rows, columns=["path", "product", "raw_score"])
+    assert strengths.by_strength(table) == pytest.approx({"faint": 75.0, "strong": 100.0})
 
 
 def test_the_overview_has_defects_of_each_category(tmp_path):
