@@ -1,15 +1,16 @@
-# make demo: train on three textures and show what is found
+# make demo: train on five drawn products and show what is found
 # make test: run the tests           make test-fast: those that take minutes together    make test-all: also those much like others
 # make lint, make types: what CI checks beside the tests           make coverage: how much of the code the tests run
+# make docs: build the documents as a site in build/docs; a warning is an error
 # Each makes the virtual environment if it is missing. Override with VENV=..., PYTHON=..., JOBS=... (test processes).
 PYTHON ?= python3
 VENV ?= .venv
-STEPS ?= 200
+STEPS ?= 100
 JOBS ?= 2
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal
 
-.PHONY: demo test test-all test-fast coverage lint types clean
+.PHONY: demo test test-all test-fast coverage lint types docs clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python demo/run.py --steps $(STEPS) $(if $(DATA),--data "$(DATA)") $(if $(CATEGORIES),--categories "$(CATEGORIES)")
@@ -34,8 +35,11 @@ lint: $(VENV)/.dev
 types: $(VENV)/.dev
 	$(BIN)/mypy
 
+docs: $(VENV)/.dev
+	$(BIN)/python -m sphinx --builder html --fail-on-warning --keep-going --quiet docs build/docs
+
 clean:
-	rm -rf $(VENV) demo-output dist
+	rm -rf $(VENV) demo-output dist build docs/generated
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -35,7 +35,7 @@ class MatrixResize(nn.Module):
             images (torch.Tensor): Floating-point images of shape (..., H, W).
 
         Returns:
-            torch.Tensor: Images of shape (..., *size).
+            torch.Tensor: Images of shape ``(..., *size)``.
         """
         height, width = images.shape[-2:]
         # Exporters give symbols for sizes that stay open; comparing these would fix them.
