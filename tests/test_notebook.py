@@ -1,4 +1,4 @@
-"""The notebook runs from its first to its last cell, on the tiny encoder."""
+"""The notebook runs from its first to its last cell, on the tiny encoder, and has the outputs of a run."""
 
 import json
 import os
@@ -42,3 +42,16 @@ DATA, STEPS, MODEL, OUTPUT = Path({str(mvtec_root)!r}), 3, {arguments}, Path("ou
     for _, exported, own in scores:
         assert float(exported) == pytest.approx(float(own), abs=2e-4)
     assert (tmp_path / "output" / "results").is_dir()
+
+
+def test_the_notebook_has_its_outputs():
+    text = NOTEBOOK.read_text()
+    cells = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
+    # The first has only settings.
+    assert all(cell["execution_count"] for cell in cells)
+    outputs = [output for cell in cells for output in cell["outputs"]]
+    assert not [output for output in outputs if output["output_type"] == "error"]
+    assert any("image/jpeg" in output.get("data", {}) for output in outputs)
+    assert "AUPRO" in text
+    assert not re.findall(r"/(?:home|root|tmp|work|Users)/|[A-Z]:\\\\Users", text)
+    assert len(text) < 500_000
