@@ -276,8 +276,8 @@ def test_a_model_that_was_never_validated(kind, compression, checkpoint, datamod
 def test_the_product_is_an_output_on_request(runtime, kind, checkpoint, images, expected, tmp_path):
     """Decisions are those of the recognized products, whose thresholds differ."""
     model = DecAD.load_from_checkpoint(checkpoint, post_processor=CategoryPostProcessor(category_output=True))
-    assert model.post_processor.categories == ["brick", "gravel"]
-    thresholds = [model.post_processor.limits(name).image_threshold for name in ("brick", "gravel")]
+    assert model.post_processor.categories == ["brick", "gear"]
+    thresholds = [model.post_processor.limits(name).image_threshold for name in ("brick", "gear")]
     assert abs(thresholds[0] - thresholds[1]) > 1e-3
     path = Engine(logger=False, accelerator="cpu").export(model, kind, export_root=tmp_path)
     run, indices = runtime(path), []
@@ -288,7 +288,7 @@ def test_the_product_is_an_output_on_request(runtime, kind, checkpoint, images, 
     assert {indices[0], indices[-1]} <= {0, 1, -1}
     assert set(indices) - {-1}
     content = json.loads(path.with_suffix(".thresholds.json").read_text())
-    assert [row["name"] for row in content["categories"]] == ["brick", "gravel"]
+    assert [row["name"] for row in content["categories"]] == ["brick", "gear"]
 
     # The examples name the product, and obey a threshold of it that was changed.
     script = ROOT / "examples" / f"{kind}_inference.py"
@@ -300,21 +300,21 @@ def test_the_product_is_an_output_on_request(runtime, kind, checkpoint, images, 
         result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
         assert result.returncode == 0, result.stderr
         for line, index in zip(result.stdout.splitlines(), indices, strict=True):
-            assert ["brick", "gravel", "unknown"][index] in line
+            assert ["brick", "gear", "unknown"][index] in line
             if index != -1:
                 assert ("anomalous" in line) == (threshold == 0.0)
 
 
 def test_an_export_for_one_product(checkpoint, images, tmp_path):
-    model = DecAD.load_from_checkpoint(checkpoint, post_processor=CategoryPostProcessor(category="gravel"))
+    model = DecAD.load_from_checkpoint(checkpoint, post_processor=CategoryPostProcessor(category="gear"))
     path = Engine(logger=False, accelerator="cpu").export(model, "onnx", export_root=tmp_path)
-    limits = model.post_processor.limits("gravel")
+    limits = model.post_processor.limits("gear")
     run = onnx_session(path)
     raw = DecAD.load_from_checkpoint(checkpoint, post_processor=False)
     for image, item in zip(images, predict(raw, images), strict=True):
         score = (float(item.pred_score) - limits.image_threshold) / (limits.image_max - limits.image_min) + 0.5
         assert float(run(array(read(image)))["pred_score"][0]) == pytest.approx(np.clip(score, 0, 1), abs=1e-4)
-    with pytest.raises(ValueError, match="no thresholds of a category 'screw': its categories are brick, gravel"):
+    with pytest.raises(ValueError, match="no thresholds of a category 'screw': its categories are brick, gear"):
         DecAD.load_from_checkpoint(checkpoint, post_processor=CategoryPostProcessor(category="screw")).to_onnx(tmp_path)
 
 
