@@ -145,11 +145,7 @@ def train(
     seed: int,
     rows: Sequence[int] | None = None,
 ) -> tuple[DecAD, float, list[dict[str, Any]]]:
-    """Train a model, with some of the training images if rows are given.
-
-    Returns:
-        tuple[DecAD, float, list[dict[str, Any]]]: The model, the seconds that it took, what was measured on the way.
-    """
+    """Train a model; give it, the seconds that it took and what was measured on the way. Rows are training images."""
     seed_everything(seed, verbose=False)
     model = create(args, settings, evaluator=False)
     normal = splits["train"]

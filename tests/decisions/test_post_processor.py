@@ -17,6 +17,7 @@ from sklearn.metrics import f1_score
 from anomalib_decad.components import CategoryPrediction
 from anomalib_decad.data import CategoryBatch
 from anomalib_decad.decisions import BestF1, CategoryPostProcessor, FalseAlarmRate, FixedThreshold, Limits
+from anomalib_decad.decisions.validation_scores import ValidationScores
 
 SIZE = (8, 8)
 
@@ -236,7 +237,7 @@ def test_a_checkpoint_of_before_has_the_limits_of_all():
 
 def test_processes_find_what_one_finds(monkeypatch):
     """Any split of the images over processes gives the same limits."""
-    post = sys.modules[CategoryPostProcessor.__module__]
+    scores = sys.modules[ValidationScores.__module__]
     whole = validate(CategoryPostProcessor(), *two_products(count=40))
     parts = []
     for rank in range(3):
@@ -245,8 +246,8 @@ def test_processes_find_what_one_finds(monkeypatch):
             rows = range(rank, 40, 3)
             piece = make_batch([batch.category[r] for r in rows], batch.pred_score[rows], batch.gt_label[rows])
             part.on_validation_batch_end(None, None, piece, piece, 0)
-        parts.append(part._scores)
-    monkeypatch.setattr(post, "gather", lambda _: parts)
+        parts.append(part._scores.products)
+    monkeypatch.setattr(scores, "gather", lambda _: parts)
     gathered = validate(CategoryPostProcessor())
     for name in (None, "bolt", "nut"):
         assert gathered.limits(name) == whole.limits(name)
@@ -260,7 +261,7 @@ def test_memory_is_bounded():
         batch = make_batch(["nut"] * 4, maps.amax((1, 2)), [False, True] * 2, maps, maps > step + 0.9)
         batch.image = torch.zeros(4, 3, 64, 64)
         post_processor.on_validation_batch_end(None, None, batch, batch, 0)
-        sizes.append(post_processor._scores["nut"].pixel.histogram.codes.nbytes)
+        sizes.append(post_processor._scores.products["nut"].pixel.histogram.codes.nbytes)
     assert max(sizes) <= 2**17 * 8
 
 

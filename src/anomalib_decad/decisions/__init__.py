@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """From scores to decisions: thresholds of each product, and how they are chosen."""
 
+from anomalib_decad.decisions.limits import Limits
 from anomalib_decad.decisions.policies import BestF1, FalseAlarmRate, FixedThreshold, ThresholdPolicy
-from anomalib_decad.decisions.post_processor import CategoryPostProcessor, Limits
+from anomalib_decad.decisions.post_processor import CategoryPostProcessor
 
 __all__ = ["BestF1", "CategoryPostProcessor", "FalseAlarmRate", "FixedThreshold", "Limits", "ThresholdPolicy"]

@@ -21,7 +21,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from anomalib_decad.decisions.post_processor import CategoryPostProcessor, Limits
+from anomalib_decad.decisions.limits import Limits
+from anomalib_decad.decisions.post_processor import CategoryPostProcessor
 
 __all__ = ["main"]
 

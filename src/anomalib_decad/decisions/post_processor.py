@@ -2,10 +2,8 @@
 """anomalib's post-processor with thresholds of each product."""
 
 import logging
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from anomalib.data import Batch, InferenceBatch
@@ -14,69 +12,13 @@ from lightning.pytorch import LightningModule, Trainer
 
 from anomalib_decad.compat import set_thresholds
 from anomalib_decad.components.recognition import UNKNOWN, CategoryPrediction, decode_names, encode_names
-from anomalib_decad.decisions.policies import BestF1, FalseAlarmRate, FixedThreshold, ThresholdPolicy
-from anomalib_decad.metrics import ScoreHistogram, gather
+from anomalib_decad.decisions.limits import Limits, normalize
+from anomalib_decad.decisions.policies import BestF1, FixedThreshold, ThresholdPolicy
+from anomalib_decad.decisions.validation_scores import ValidationScores
 
-__all__ = ["CategoryPostProcessor", "Limits"]
+__all__ = ["CategoryPostProcessor"]
 
 logger = logging.getLogger(__name__)
-
-
-class Limits(NamedTuple):
-    """What a product's scores are compared with, in raw scores.
-
-    Args:
-        image_threshold (Any): What scores higher is an anomalous image.
-        image_min (Any): Smallest score of a validation image.
-        image_max (Any): Largest score of a validation image.
-        pixel_threshold (Any): What scores higher is a defect.
-        pixel_min (Any): Smallest score of a pixel.
-        pixel_max (Any): Largest score of a pixel.
-    """
-
-    image_threshold: Any = math.nan
-    image_min: Any = math.nan
-    image_max: Any = math.nan
-    pixel_threshold: Any = math.nan
-    pixel_min: Any = math.nan
-    pixel_max: Any = math.nan
-
-
-_UNKNOWN_LIMITS = Limits()
-
-
-@dataclass
-class _Scores:
-    """Scores of images or pixels: those with labels counted, the range of all."""
-
-    histogram: ScoreHistogram = field(default_factory=ScoreHistogram)
-    smallest: float = math.inf
-    largest: float = -math.inf
-
-    def update(self, scores: torch.Tensor, labels: torch.Tensor | None) -> None:
-        self.smallest = min(self.smallest, float(scores.min()))
-        self.largest = max(self.largest, float(scores.max()))
-        if labels is not None:
-            self.histogram.update(scores, labels)
-
-    def merge(self, other: "_Scores") -> None:
-        self.smallest, self.largest = min(self.smallest, other.smallest), max(self.largest, other.largest)
-        self.histogram.merge(other.histogram)
-
-    def range(self) -> tuple[float, float]:
-        return (self.smallest, self.largest) if self.smallest <= self.largest else (math.nan, math.nan)
-
-
-@dataclass
-class _ProductScores:
-    """Scores of a product's images and of their pixels."""
-
-    image: _Scores = field(default_factory=_Scores)
-    pixel: _Scores = field(default_factory=_Scores)
-
-    def merge(self, other: "_ProductScores") -> None:
-        self.image.merge(other.image)
-        self.pixel.merge(other.pixel)
 
 
 class CategoryPostProcessor(PostProcessor):
@@ -130,7 +72,7 @@ class CategoryPostProcessor(PostProcessor):
         self.register_buffer("category_limits", torch.empty(len(Limits._fields), 0))
         # A state dict of tensors alone: programs that average or copy weights expect nothing else.
         self.register_buffer("encoded_names", encode_names([]))
-        self._scores: dict[str | None, _ProductScores] = {}
+        self._scores = ValidationScores()
         self._unknown: set[str] = set()
 
     # Which product
@@ -140,15 +82,7 @@ class CategoryPostProcessor(PostProcessor):
         """Whether an image that nobody has labelled gets the limits of the category that it resembles."""
         return bool(self.categories) and self.category is None
 
-    def index_of(self, name: str | None) -> int:
-        """Find the index of a category.
-
-        Args:
-            name (str | None): Its name.
-
-        Returns:
-            int: Its index in :attr:`categories`; -1 if it is not among them.
-        """
+    def _index_of(self, name: str | None) -> int:
         return self.categories.index(name) if name in self.categories else UNKNOWN
 
     def categories_of(self, batch: Any) -> list[str | None]:
@@ -170,9 +104,9 @@ class CategoryPostProcessor(PostProcessor):
         device = self.category_limits.device
         if (names := getattr(batch, "category", None)) is not None and not isinstance(names, torch.Tensor):
             self._warn_of_unknown(names)
-            return torch.tensor([self.index_of(name) for name in names], device=device)
+            return torch.tensor([self._index_of(name) for name in names], device=device)
         if self.category is not None:
-            index = self.index_of(self.category)
+            index = self._index_of(self.category)
             if index == UNKNOWN:
                 known = f"its categories are {', '.join(self.categories)}" if self.categories else "it knows none"
                 msg = f"the model has no thresholds of a category {self.category!r}: {known}"
@@ -266,7 +200,7 @@ class CategoryPostProcessor(PostProcessor):
         self._unknown = set()
 
     def _known_index(self, category: str | None) -> int:
-        index = self.index_of(category)
+        index = self._index_of(category)
         if category is not None and index == UNKNOWN:
             known = f"there are {', '.join(self.categories)}" if self.categories else "the model was never validated"
             msg = f"no category {category!r}: {known}"
@@ -289,113 +223,32 @@ class CategoryPostProcessor(PostProcessor):
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget the scores of an earlier validation."""
         del trainer, pl_module
-        self._scores = {}
+        self._scores = ValidationScores()
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any, **kwargs: Any
     ) -> None:
         """Count the scores of a batch."""
         del trainer, pl_module, args, kwargs
-        names = getattr(outputs, "category", None) or [None] * len(outputs.image)
-        scores, maps = outputs.pred_score, outputs.anomaly_map
-        if scores is None and maps is not None:
-            scores = maps.flatten(1).amax(1)
-        for name in dict.fromkeys(names):
-            rows = [row for row, other in enumerate(names) if other == name]
-            found = self._scores.setdefault(name, _ProductScores())
-            if scores is not None:
-                found.image.update(scores[rows], None if outputs.gt_label is None else outputs.gt_label[rows])
-            if maps is not None:
-                chosen = maps.reshape(len(names), -1)[rows]
-                masks = None if outputs.gt_mask is None else outputs.gt_mask.reshape(len(names), -1)[rows]
-                found.pixel.update(chosen, masks)
+        self._scores.update(outputs)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the limits."""
         del trainer
-        products: dict[str | None, _ProductScores] = {}
-        for scores in gather(self._scores):
-            for name, found in scores.items():
-                products.setdefault(name, _ProductScores()).merge(found)
-        self._scores = {}
-        if products:
-            recognizer = getattr(getattr(pl_module, "model", None), "recognizer", None)
-            self._find_limits(products, getattr(recognizer, "names", []))
-
-    def _find_limits(self, products: Mapping[str | None, _ProductScores], recognized: Sequence[str]) -> None:
-        joint = _ProductScores()
-        for product in products.values():
-            joint.merge(product)
-        self._set_joint(self._limits_of(joint))
-        names = [*recognized, *sorted(name for name in products if name is not None and name not in recognized)]
-        fallback, limits, extrapolated = self.limits(), [], []
-        for name in names:
-            if name not in products:
-                limits.append(fallback)  # no validation image
-                continue
-            limits.append(self._limits_of(products[name], fallback))
-            policy = self._policy_of(self.image_policy, products[name].image)
-            if isinstance(policy, FalseAlarmRate):
-                extrapolated += [name] if policy.is_extrapolated(products[name].image.histogram) else []
-        self._set_categories(names, limits)
-        self._say(products, extrapolated)
-
-    def _limits_of(self, product: _ProductScores, fallback: Limits = _UNKNOWN_LIMITS) -> Limits:
-        values: dict[str, float] = {}
-        for kind, scores, policy in (
-            ("image", product.image, self.image_policy),
-            ("pixel", product.pixel, self.pixel_policy),
-        ):
-            smallest, largest = scores.range()
-            threshold = math.nan
-            if self.enable_thresholding:
-                threshold = self._policy_of(policy, scores).choose(scores.histogram)
-                threshold = _only_defects(scores) if math.isnan(threshold) else threshold
-            values |= {f"{kind}_threshold": threshold, f"{kind}_min": smallest, f"{kind}_max": largest}
-        for kind, other in (("image", "pixel"), ("pixel", "image")):
-            if math.isnan(values[f"{kind}_threshold"]) and self.enable_threshold_matching:
-                values[f"{kind}_threshold"] = values[f"{other}_threshold"]
-        return Limits(**{name: getattr(fallback, name) if math.isnan(v) else v for name, v in values.items()})
-
-    @staticmethod
-    def _policy_of(policy: ThresholdPolicy, scores: _Scores) -> ThresholdPolicy:
-        """Give the policy for scores with or without defects."""
-        negatives, positives = scores.histogram.totals()
-        return policy.without_defects() if negatives and not positives else policy
-
-    def _set_joint(self, limits: Limits) -> None:
-        set_thresholds(self, limits.image_threshold, limits.pixel_threshold)
+        scores, self._scores = self._scores, ValidationScores()
+        scores.synchronise()
+        if not scores.products:
+            return
+        joint, limits = scores.limits(self.image_policy, self.pixel_policy, self.enable_threshold_matching)
+        set_thresholds(self, joint.image_threshold, joint.pixel_threshold)
         for name in ("image_min", "image_max", "pixel_min", "pixel_max"):
-            getattr(self, name).fill_(getattr(limits, name))
-
-    def _say(self, products: Mapping[str | None, _ProductScores], extrapolated: Sequence[str]) -> None:
-        """Say where a threshold could not be chosen as the policy has it."""
-        without, only = [], []
-        for name, product in products.items():
-            negatives, positives = product.image.histogram.totals()
-            if negatives and not positives and self.image_policy.without_defects() is not self.image_policy:
-                without.append(name or "the product")
-            if positives and not negatives:
-                only.append(name or "the product")
-        if without:
-            rate = self.image_policy.without_defects()
-            logger.warning(
-                "No defect among the validation images of %s: the threshold is what normal images exceed with a "
-                "probability of %g.",
-                ", ".join(without),
-                getattr(rate, "rate", math.nan),
-            )
-        if extrapolated:
-            logger.warning(
-                "Too few normal validation images of %s for such a rate: the threshold is estimated from their mean "
-                "and spread. More normal images, or a larger rate, make it surer.",
-                ", ".join(extrapolated),
-            )
-        if only:
-            logger.warning(
-                "Nothing normal among the validation images of %s: the threshold is their smallest score.",
-                ", ".join(only),
-            )
+            getattr(self, name).fill_(getattr(joint, name))
+        # In the order of a model that recognizes them, some of which may have no validation image.
+        recognizer = getattr(getattr(pl_module, "model", None), "recognizer", None)
+        names = list(dict.fromkeys([*getattr(recognizer, "names", []), *sorted(limits)]))
+        self._set_categories(names, [limits.get(name, joint) for name in names])
+        if self.enable_thresholding:
+            scores.say_what_is_missing(self.image_policy)
 
     # Decisions
 
@@ -450,31 +303,16 @@ class CategoryPostProcessor(PostProcessor):
 
     def _decide(self, score: torch.Tensor | None, maps: torch.Tensor | None, index: torch.Tensor) -> InferenceBatch:
         limits = Limits(*self._table()[:, index + 1])
-        normalized_score, label = self._compare(score, *limits[:3], self.image_sensitivity)
-        normalized_map, mask = self._compare(maps, *limits[3:], self.pixel_sensitivity)
-        return InferenceBatch(normalized_score, label, normalized_map, mask)
-
-    def _compare(
-        self,
-        scores: torch.Tensor | None,
-        threshold: torch.Tensor,
-        smallest: torch.Tensor,
-        largest: torch.Tensor,
-        sensitivity: float,
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Normalize scores as anomalib does, but each image's by limits of its own, and compare them."""
-        if scores is None:
-            return None, None
-        shape = (-1, *(1 for _ in scores.shape[1:]))
-        threshold, smallest, largest = (value.to(scores).reshape(shape) for value in (threshold, smallest, largest))
-        span = largest - smallest
-        has_span = span > 0
-        normalized = ((scores - threshold) / torch.where(has_span, span, 1.0) + 0.5).clamp(0, 1)
-        one_value = torch.where(scores > threshold, 1.0, torch.where(scores < threshold, 0.0, 0.5)).to(scores.dtype)
-        normalized = torch.where(has_span, normalized, one_value)
-        # Of raw scores, too: anomalib compares these with 0.5, which they have nothing to do with.
-        decision = normalized > 1 - sensitivity if self.enable_thresholding else None
-        return normalized if self.enable_normalization else scores, decision
+        decided: list[torch.Tensor | None] = []
+        for raw, bounds, sensitivity in (
+            (score, limits[:3], self.image_sensitivity),
+            (maps, limits[3:], self.pixel_sensitivity),
+        ):
+            normalized = None if raw is None else normalize(raw, *bounds)
+            # Of raw scores, too: anomalib compares these with 0.5, which they have nothing to do with.
+            is_above = normalized > 1 - sensitivity if self.enable_thresholding and normalized is not None else None
+            decided += [normalized if self.enable_normalization else raw, is_above]
+        return InferenceBatch(*decided)
 
     # Checkpoints
 
@@ -510,9 +348,3 @@ class CategoryPostProcessor(PostProcessor):
             setattr(self, name, getattr(self, name).new_empty(state_dict[f"{prefix}{name}"].shape))
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.categories = decode_names(self.encoded_names)
-
-
-def _only_defects(scores: _Scores) -> float:
-    """Give the smallest score, if all that has labels is anomalous: then nothing of it is missed."""
-    negatives, positives = scores.histogram.totals()
-    return scores.histogram.below(scores.histogram.smallest()) if positives and not negatives else math.nan

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from anomalib import LearningType
-from anomalib.data import Batch, InferenceBatch
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
@@ -16,7 +15,6 @@ from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities.seed import isolate_rng
-from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import Compose, Normalize, Resize
@@ -24,11 +22,12 @@ from torchvision.transforms.v2 import Compose, Normalize, Resize
 from anomalib_decad.compat import set_training_steps
 from anomalib_decad.data import DeepImagesMixin
 from anomalib_decad.decisions import CategoryPostProcessor
-from anomalib_decad.export import ParityExportMixin, lacks_threshold
+from anomalib_decad.export import ParityExportMixin
 from anomalib_decad.metrics import CategoryEvaluator
 from anomalib_decad.models.checkpoint import CheckpointMixin, is_group
 from anomalib_decad.models.describe_categories import category_names, describe_categories
 from anomalib_decad.models.display import tidy_display
+from anomalib_decad.models.predicting import PredictingMixin
 from anomalib_decad.report import Report
 from anomalib_decad.runs import (
     DataOrder,
@@ -51,10 +50,10 @@ _LIGHTNING_MAX_EPOCHS = 1000
 # anomalib lists, and finds by name, the direct subclasses of its base class: this must not be one, but the models must.
 if TYPE_CHECKING:
 
-    class _Base(CheckpointMixin, ParityExportMixin, AnomalibModule): ...
+    class _Base(CheckpointMixin, PredictingMixin, ParityExportMixin, AnomalibModule): ...
 else:
 
-    class _Base(CheckpointMixin, ParityExportMixin): ...
+    class _Base(CheckpointMixin, PredictingMixin, ParityExportMixin): ...
 
 
 # Steps between checks of the loss on a device.
@@ -244,33 +243,29 @@ class BaseModule(DeepImagesMixin, _Base):
         names, recognizer = category_names(dataset), self.model.recognizer
         if not names or names == recognizer.names:
             return False
-        transform = getattr(self.pre_processor, "transform", None)
         with self.trainer.precision_plugin.forward_context():
-            recognizer.learn(describe_categories(self.model.encoder, dataset, transform, self.device))
+            recognizer.learn(describe_categories(dataset, self.encode))
         if isinstance(self.post_processor, CategoryPostProcessor) and self.post_processor.categories:
             self.post_processor.follow(names)
         return True
+
+    def encode(self, batch: Any) -> Any:
+        """Encode a batch of training images that a dataset has given.
+
+        Args:
+            batch (Any): The batch, not yet on the device.
+
+        Returns:
+            Any: Feature maps.
+        """
+        batch = self.trainer.strategy.batch_to_device(batch)
+        transform = getattr(self.pre_processor, "transform", None)
+        return self.model.encoder(transform(batch.image) if transform else batch.image)
 
     def training_loader(self) -> Iterable[Any]:
         """Give a loader of training images for :meth:`prepare`, not that of the training, which has begun to read."""
         datamodule = getattr(self.trainer, "datamodule", None)
         return datamodule.train_dataloader() if datamodule else cast("DataLoader", self.trainer.train_dataloader)
-
-    def on_test_start(self) -> None:
-        """Say so where labels mean nothing."""
-        self._warn_without_threshold()
-
-    def on_predict_start(self) -> None:
-        """Say so where labels mean nothing."""
-        self._warn_without_threshold()
-
-    def _warn_without_threshold(self) -> None:
-        if lacks_threshold(self.post_processor):
-            logger.warning(
-                "The model was never validated, so it has no thresholds: scores and maps are as they are, and labels "
-                "and masks mean nothing. Use a checkpoint that was saved after a validation "
-                "(--trainer.val_check_interval says when these are)."
-            )
 
     def log_losses(self, loss: torch.Tensor, terms: Mapping[str, torch.Tensor], batch_size: int) -> torch.Tensor:
         """Log the loss of a training step and its terms.
@@ -298,72 +293,6 @@ class BaseModule(DeepImagesMixin, _Base):
         self.log("train_loss", loss, on_step=True, on_epoch=True, prog_bar=True, batch_size=batch_size)
         self.log_dict({f"train_{name}": value for name, value in terms.items()}, batch_size=batch_size)
         return loss
-
-    def forward(self, batch: torch.Tensor, *args: Any, **kwargs: Any) -> InferenceBatch:
-        """Predict images, as an export does.
-
-        Args:
-            batch (torch.Tensor): Images of shape (B, 3, H, W), of any size, in [0, 1].
-            *args (Any): Unused.
-            **kwargs (Any): Unused.
-
-        Returns:
-            InferenceBatch: Scores, maps, labels and masks. Without a post-processor, raw scores and maps.
-        """
-        del args, kwargs
-        prediction = self.model(self.pre_processor(batch) if self.pre_processor else batch)
-        if self.post_processor:
-            return self.post_processor(prediction)
-        return InferenceBatch(pred_score=prediction.pred_score, anomaly_map=prediction.anomaly_map)
-
-    def validation_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
-        """Predict a batch, for the post-processor's thresholds.
-
-        Args:
-            batch (Batch): Batch with images of shape (B, 3, H, W).
-            *args (Any): Unused.
-            **kwargs (Any): Unused.
-
-        Returns:
-            STEP_OUTPUT: The batch with ``pred_score`` and ``anomaly_map``.
-        """
-        del args, kwargs
-        return self._predict(batch)
-
-    def test_step(self, batch: Batch, batch_idx: int, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
-        """Predict a batch, for the metrics.
-
-        Args:
-            batch (Batch): Batch with images of shape (B, 3, H, W).
-            batch_idx (int): Unused.
-            *args (Any): Unused.
-            **kwargs (Any): Unused.
-
-        Returns:
-            STEP_OUTPUT: The batch with ``pred_score`` and ``anomaly_map``.
-        """
-        del batch_idx, args, kwargs
-        return self._predict(batch)
-
-    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> STEP_OUTPUT:
-        """Predict a batch.
-
-        Args:
-            batch (Batch): Batch with images of shape (B, 3, H, W).
-            batch_idx (int): Unused.
-            dataloader_idx (int): Unused.
-
-        Returns:
-            STEP_OUTPUT: The batch with ``pred_score`` and ``anomaly_map``.
-        """
-        del batch_idx, dataloader_idx
-        return self._predict(batch)
-
-    def _predict(self, batch: Batch) -> Any:
-        prediction = self.model(batch.image)
-        # Which product it is like. The category of a batch, if it has one, is what the data says.
-        batch.category_index = prediction.category  # type: ignore[attr-defined]
-        return batch.update(pred_score=prediction.pred_score, anomaly_map=prediction.anomaly_map)
 
     def configure_gradient_clipping(
         self,

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What each product's images are like to an encoder."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,27 +32,22 @@ def category_names(dataset: Any) -> list[str]:
 
 
 @torch.no_grad()
-def describe_categories(encoder: Any, dataset: Any, transform: Any, device: torch.device) -> dict[str, torch.Tensor]:
+def describe_categories(dataset: Any, encode: Callable[[Any], Any]) -> dict[str, torch.Tensor]:
     """Describe some normal images of each product.
 
     Args:
-        encoder (Any): Frozen encoder, from images of shape (B, 3, H, W) to feature maps.
         dataset (Any): Training images, as in :func:`category_names`.
-        transform (Any): Transform of the images, or ``None``.
-        device (torch.device): Device of the encoder.
+        encode (Callable[[Any], Any]): From a batch of the dataset to the encoder's feature maps.
 
     Returns:
         dict[str, torch.Tensor]: Descriptors of shape (K, dim) for each product, K at most 16.
     """
-    images: CategoryDataset = getattr(dataset, "images", dataset)
     descriptors = {}
+    categories = dataset.samples.category.to_numpy()
     for name in category_names(dataset):
-        rows = images.samples.index[images.samples.category == name].tolist()
+        rows = (categories == name).nonzero()[0].tolist()
         count = min(_IMAGES, len(rows))
         chosen = [rows[number * len(rows) // count] for number in range(count)]
-        loader: DataLoader = DataLoader(Subset(images, chosen), _BATCH_SIZE, collate_fn=images.collate_fn)
-        batches = [batch.image.to(device) for batch in loader]
-        descriptors[name] = torch.cat(
-            [CategoryRecognizer.describe(encoder(transform(batch) if transform else batch)) for batch in batches]
-        )
+        loader: DataLoader = DataLoader(Subset(dataset, chosen), _BATCH_SIZE, collate_fn=dataset.collate_fn)
+        descriptors[name] = torch.cat([CategoryRecognizer.describe(encode(batch)) for batch in loader])
     return descriptors

@@ -222,15 +222,11 @@ class DecAD(BaseModule, AnomalibModule):
         Returns:
             list[torch.Tensor]: Features of shape (K, dim), one for each layer.
         """
-        trainer, transform = self.trainer, getattr(self.pre_processor, "transform", None)
         chosen: list[torch.Tensor] = []
         count = 0
         for batch in self.training_loader():
-            batch = trainer.strategy.batch_to_device(batch)
-            if transform and isinstance(batch, Batch):
-                batch = batch.update(image=transform(batch.image))
-            with trainer.precision_plugin.forward_context():
-                features, _ = self._features(batch)
+            with self.trainer.precision_plugin.forward_context():
+                features = self.encode(batch)
             rows = torch.stack(features, dim=2).flatten(0, 1)
             patches = len(rows) * _SAMPLE_PATCHES // (_SAMPLE_IMAGES * features[0].shape[1]) + 1
             chosen.append(rows[torch.randperm(len(rows), device=rows.device)[:patches]])
@@ -280,6 +276,21 @@ class DecAD(BaseModule, AnomalibModule):
         terms = self._graphed(features, grid) if self.cuda_graph else self._terms(features, grid)
         loss = terms.pop("loss")
         return self.log_losses(loss, terms, len(features[0]))
+
+    def encode(self, batch: Any) -> list[torch.Tensor]:
+        """Encode a batch of training images that a dataset has given, or find their features.
+
+        Args:
+            batch (Any): Images, or what the feature cache gives, not yet on the device.
+
+        Returns:
+            list[torch.Tensor]: Feature maps of shape (B, N, dim).
+        """
+        batch = self.trainer.strategy.batch_to_device(batch)
+        transform = getattr(self.pre_processor, "transform", None)
+        if transform and isinstance(batch, Batch):
+            batch = batch.update(image=transform(batch.image))
+        return self._features(batch)[0]
 
     def _features(self, batch: Batch | FeatureBatch | IndexBatch) -> tuple[list[torch.Tensor], tuple[int, int]]:
         """Encode a batch, or find its features; give the grid of its patches, too."""

@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scores of a validation, and the limits that follow from them."""
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from anomalib_decad.decisions.limits import Limits
+from anomalib_decad.decisions.policies import FalseAlarmRate, ThresholdPolicy
+from anomalib_decad.metrics import ScoreHistogram, gather, score_of
+
+__all__ = ["ValidationScores"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class _Scores:
+    """Scores of images or pixels: those with labels counted, the range of all."""
+
+    histogram: ScoreHistogram = field(default_factory=ScoreHistogram)
+    smallest: float = math.inf
+    largest: float = -math.inf
+
+    def update(self, scores: torch.Tensor, labels: torch.Tensor | None) -> None:
+        self.smallest = min(self.smallest, float(scores.min()))
+        self.largest = max(self.largest, float(scores.max()))
+        if labels is not None:
+            self.histogram.update(scores, labels)
+
+    def merge(self, other: "_Scores") -> None:
+        self.smallest, self.largest = min(self.smallest, other.smallest), max(self.largest, other.largest)
+        self.histogram.merge(other.histogram)
+
+    def range(self) -> tuple[float, float]:
+        return (self.smallest, self.largest) if self.smallest <= self.largest else (math.nan, math.nan)
+
+    def policy(self, policy: ThresholdPolicy) -> ThresholdPolicy:
+        """Give the policy for scores with or without defects."""
+        negatives, positives = self.histogram.totals()
+        return policy.without_defects() if negatives and not positives else policy
+
+    def threshold(self, policy: ThresholdPolicy) -> float:
+        """Choose the threshold; if all is anomalous, below the smallest score, so that nothing is missed."""
+        threshold = self.policy(policy).choose(self.histogram)
+        negatives, positives = self.histogram.totals()
+        if math.isnan(threshold) and positives and not negatives:
+            return self.histogram.below(self.histogram.smallest())
+        return threshold
+
+
+@dataclass
+class _ProductScores:
+    """Scores of a product's images and of their pixels."""
+
+    image: _Scores = field(default_factory=_Scores)
+    pixel: _Scores = field(default_factory=_Scores)
+
+    def merge(self, other: "_ProductScores") -> None:
+        self.image.merge(other.image)
+        self.pixel.merge(other.pixel)
+
+
+class ValidationScores:
+    """Counts the scores of each product's images and pixels, in bounded memory, and finds its limits.
+
+    Memory is that of two histograms for each product, at most 8 MiB.
+    """
+
+    def __init__(self) -> None:
+        #: Scores by product; ``None`` stands for images whose product nobody knows.
+        self.products: dict[str | None, _ProductScores] = {}
+
+    def update(self, batch: Any) -> None:
+        """Add the raw scores of a batch.
+
+        Args:
+            batch (Any): Predictions, with labels and masks where there are some.
+        """
+        names = getattr(batch, "category", None) or [None] * len(batch.image)
+        scores, maps = score_of(batch), batch.anomaly_map
+        for name in dict.fromkeys(names):
+            rows = [row for row, other in enumerate(names) if other == name]
+            found = self.products.setdefault(name, _ProductScores())
+            if scores is not None:
+                found.image.update(scores[rows], None if batch.gt_label is None else batch.gt_label[rows])
+            if maps is not None:
+                chosen = maps.reshape(len(names), -1)[rows]
+                masks = None if batch.gt_mask is None else batch.gt_mask.reshape(len(names), -1)[rows]
+                found.pixel.update(chosen, masks)
+
+    def synchronise(self) -> None:
+        """Gather the scores of all processes of a distributed run into each of them."""
+        gathered = gather(self.products)
+        self.products = {}
+        for products in gathered:
+            for name, found in products.items():
+                self.products.setdefault(name, _ProductScores()).merge(found)
+
+    def limits(
+        self, image_policy: ThresholdPolicy, pixel_policy: ThresholdPolicy, matches: bool
+    ) -> tuple[Limits, dict[str, Limits]]:
+        """Find the limits.
+
+        Args:
+            image_policy (ThresholdPolicy): How thresholds of images are chosen.
+            pixel_policy (ThresholdPolicy): How those of pixels are.
+            matches (bool): Whether a threshold that cannot be chosen is the other one.
+
+        Returns:
+            tuple[Limits, dict[str, Limits]]: Those of all products together, and of each. A product has those of all
+                together for what its images do not tell.
+        """
+        joint = _ProductScores()
+        for product in self.products.values():
+            joint.merge(product)
+        every = _limits_of(joint, image_policy, pixel_policy, matches)
+        limits = {
+            name: _filled(_limits_of(product, image_policy, pixel_policy, matches), every)
+            for name, product in self.products.items()
+            if name is not None
+        }
+        return every, limits
+
+    def say_what_is_missing(self, policy: ThresholdPolicy) -> None:
+        """Log where a threshold of images could not be chosen as the policy has it."""
+        without, few, only = [], [], []
+        for name, product in self.products.items():
+            negatives, positives = product.image.histogram.totals()
+            used = product.image.policy(policy)
+            if used is not policy:
+                without.append(name)
+            if isinstance(used, FalseAlarmRate) and negatives and used.is_extrapolated(product.image.histogram):
+                few.append(name)
+            if positives and not negatives:
+                only.append(name)
+        if without:
+            logger.warning(
+                "No defect among the validation images of %s: the threshold is what normal images exceed with a "
+                "probability of %g.",
+                _listed(without),
+                getattr(policy.without_defects(), "rate", math.nan),
+            )
+        if few:
+            logger.warning(
+                "Too few normal validation images of %s for such a rate: the threshold is estimated from their mean "
+                "and spread. More normal images, or a larger rate, make it surer.",
+                _listed(few),
+            )
+        if only:
+            logger.warning(
+                "Nothing normal among the validation images of %s: the threshold is their smallest score.",
+                _listed(only),
+            )
+
+
+def _limits_of(
+    product: _ProductScores, image_policy: ThresholdPolicy, pixel_policy: ThresholdPolicy, matches: bool
+) -> Limits:
+    image, pixel = product.image.threshold(image_policy), product.pixel.threshold(pixel_policy)
+    if matches:
+        image, pixel = pixel if math.isnan(image) else image, image if math.isnan(pixel) else pixel
+    return Limits(image, *product.image.range(), pixel, *product.pixel.range())
+
+
+def _filled(limits: Limits, fallback: Limits) -> Limits:
+    return Limits(*(other if math.isnan(value) else value for value, other in zip(limits, fallback, strict=True)))
+
+
+def _listed(names: Sequence[str | None]) -> str:
+    return ", ".join(name or "the product" for name in names)
