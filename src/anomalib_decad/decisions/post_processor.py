@@ -48,6 +48,7 @@ class CategoryPostProcessor(PostProcessor):
             ``enable_threshold_matching``, ``image_sensitivity``, ``pixel_sensitivity``.
 
     Example:
+        >>> from anomalib_decad.decisions import FalseAlarmRate
         >>> post_processor = CategoryPostProcessor(image_policy=FalseAlarmRate(0.001))
     """
 
@@ -74,8 +75,6 @@ class CategoryPostProcessor(PostProcessor):
         self.register_buffer("encoded_names", encode_names([]))
         self._scores = ValidationScores()
         self._unknown: set[str] = set()
-
-    # Which product
 
     @property
     def recognizes(self) -> bool:
@@ -128,8 +127,6 @@ class CategoryPostProcessor(PostProcessor):
                 ", ".join(unknown),
                 ", ".join(self.categories),
             )
-
-    # Limits
 
     def limits(self, category: str | None = None) -> Limits:
         """Give the limits of a category.
