@@ -33,7 +33,7 @@ def test_each_run_is_a_line_and_features_are_computed_once(encoder_weights, mvte
         last = line["progress"][-1]
         assert last["metrics"]["both"] == line["metrics"]
         assert all(0 <= value <= 1 for row in last["patch_auroc"].values() for value in row.values())
-        assert math.isfinite(last["losses"]["train_loss"])
+        assert math.isfinite(last["losses"]["train/loss"])
     # Without decoupling nothing is removed.
     rows = lines[-1]["progress"][-1]["patch_auroc"].values()
     assert all(row["error"] == row["kept"] for row in rows)

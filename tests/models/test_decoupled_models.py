@@ -45,8 +45,8 @@ every_method = pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__nam
 def test_training_gives_metrics_of_each_category(cls, decouple, make_method, make_engine, make_data):
     model, engine = make_method(cls, decouple=decouple), make_engine()
     engine.fit(model, datamodule=make_data())
-    assert "train_reconstruction" in engine.trainer.callback_metrics
-    assert ("train_normal_energy" in engine.trainer.callback_metrics) == decouple
+    assert "train/reconstruction" in engine.trainer.callback_metrics
+    assert ("train/normal_energy" in engine.trainer.callback_metrics) == decouple
     (scores,) = engine.test(model, datamodule=make_data())
     assert 0 <= scores["mean_of_seven"] <= 1
     assert "bolts/image_AUROC" in scores

@@ -202,7 +202,7 @@ def test_losses_are_bounded_and_have_both_ends(steps, limit):
 
 def test_a_number_that_is_not_finite_is_left_out():
     curves = LossCurves()
-    curves.add(1, {"train_loss": float("nan"), "train_a": 1.0, "train_b_step": 2.0})
+    curves.add(1, {"train/loss": float("nan"), "train/a": 1.0, "train_b_step": 2.0})
     assert curves.points == {"a": [(1, 1.0)], "b": [(1, 2.0)]}
 
 

@@ -290,8 +290,8 @@ class BaseModule(DeepImagesMixin, _Base):
                 "learning_rate, or train with --trainer.precision 32"
             )
             raise RuntimeError(msg)
-        self.log("train_loss", loss, on_step=True, on_epoch=True, prog_bar=True, batch_size=batch_size)
-        self.log_dict({f"train_{name}": value for name, value in terms.items()}, batch_size=batch_size)
+        self.log("train/loss", loss, on_step=True, on_epoch=True, prog_bar=True, batch_size=batch_size)
+        self.log_dict({f"train/{name}": value for name, value in terms.items()}, batch_size=batch_size)
         return loss
 
     def configure_gradient_clipping(

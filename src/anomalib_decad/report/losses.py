@@ -7,11 +7,12 @@ from collections.abc import Mapping
 
 __all__ = ["LossCurves"]
 
-_PREFIX = "train_"
+# This package's models log the first, which loggers group, anomalib's the second. They are of one length.
+_PREFIXES = ("train/", "train_")
 
 
 class LossCurves:
-    """Keeps what a training logs as ``train_*``, thinned out as it grows.
+    """Keeps what a training logs as ``train/*`` or ``train_*``, thinned out as it grows.
 
     Reading a value makes the processor wait for a GPU. So the first steps are read one by one, and later ones not more
     often than every fifth of a second.
@@ -27,7 +28,7 @@ class LossCurves:
 
     def __init__(self, max_points: int = 1000, first_steps: int = 50, interval: float = 0.2) -> None:
         self.max_points, self.first_steps, self.interval = max_points, first_steps, interval
-        #: Step and value of each curve, by name without ``train_``.
+        #: Step and value of each curve, by name without ``train/``.
         self.points: dict[str, list[tuple[int, float]]] = {}
         self._count = 0
         self._read_at = -math.inf
@@ -58,9 +59,9 @@ class LossCurves:
             logged (Mapping[str, object]): What has been logged, numbers or tensors of one value.
         """
         for name, value in logged.items():
-            if not name.startswith(_PREFIX) or name.endswith("_epoch"):
+            if not name.startswith(_PREFIXES) or name.endswith("_epoch"):
                 continue
-            short = name.removeprefix(_PREFIX)
+            short = name[len(_PREFIXES[0]) :]
             if short.endswith("_step"):
                 if name.removesuffix("_step") in logged:
                     continue

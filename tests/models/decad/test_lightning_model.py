@@ -48,7 +48,7 @@ def test_metrics_are_those_of_the_raw_predictions(make_engine, make_model, make_
 def test_the_terms_are_logged(make_engine, make_model, make_data):
     engine = make_engine()
     engine.fit(make_model(), datamodule=make_data())
-    assert {f"train_{term}" for term in TERMS} <= set(engine.trainer.callback_metrics)
+    assert {f"train/{term}" for term in TERMS} <= set(engine.trainer.callback_metrics)
 
 
 @pytest.mark.slow
