@@ -179,3 +179,28 @@ def test_loggers_get_plain_values(make_model, make_engine, make_data, tmp_path):
     make_engine(logger=CSVLogger(tmp_path), limit_val_batches=0).fit(make_model(), datamodule=make_data())
     text = (tmp_path / "lightning_logs" / "version_0" / "hparams.yaml").read_text()
     assert "num_prototypes: 16" in text
+
+
+def test_a_checkpoint_from_before_products_had_thresholds(
+    checkpoint, make_engine, make_data, encoder_weights, tmp_path
+):
+    """It decides by the thresholds of all products; one more step brings those of each."""
+    _, path = checkpoint
+    content = torch.load(path, weights_only=True)
+    state = content["state_dict"]
+    for name in list(state):
+        if name.startswith("model.recognizer.") or name.endswith((".category_limits", ".encoded_names")):
+            del state[name]
+    content["callbacks"] = {key: value for key, value in content["callbacks"].items() if "PostProcessor" not in key}
+    older = tmp_path / "older.ckpt"
+    torch.save(content, older)
+
+    model = DecAD.load_from_checkpoint(older)
+    assert model.post_processor.categories == model.model.recognizer.names == []
+    assert not math.isnan(model.post_processor.limits().image_threshold)
+    assert model.eval()(torch.rand(2, 3, 60, 50)).pred_label.dtype == torch.bool
+
+    resumed = DecAD(visualizer=False, encoder_weights=encoder_weights)
+    make_engine(max_steps=4).fit(resumed, datamodule=make_data(), ckpt_path=older)
+    assert resumed.post_processor.categories == resumed.model.recognizer.names == ["bolts", "cloth"]
+    assert resumed.post_processor.limits("bolts") != resumed.post_processor.limits("cloth")
