@@ -65,6 +65,8 @@ def choose(thresholds: dict, index: int | None, name: str | None) -> tuple[str, 
         if not found:
             raise SystemExit(f"no thresholds of {name!r}: there are {', '.join(p['name'] for p in products) or 'none'}")
         return name, found[0]["image"], found[0]["pixel"]
+    if index is None and len(products) == 1:
+        index = 0  # a model of one product
     if index is not None and 0 <= index < len(products):
         return products[index]["name"], products[index]["image"], products[index]["pixel"]
     if index is None and any(p["image"] != thresholds["image"] or p["pixel"] != thresholds["pixel"] for p in products):

@@ -49,7 +49,7 @@ def test_training_images_stand_in_for_validation_images(count, tmp_path, caplog)
     datamodule = MultiCategory(**FOLDER, root=tmp_path, num_workers=0, test_split_mode="none", seed=0)
     datamodule.setup()
     train, val = (set(data.samples.image_path) for data in (datamodule.train_data, datamodule.val_data))
-    assert len(val) == max(1, count // 10)
+    assert len(val) == {2: 1, 8: 2, 40: 6}[count]
     assert not train & val
     assert len(train | val) == count
     assert f"{len(val)} of its training images are held out for the thresholds" in caplog.text

@@ -107,3 +107,37 @@ def test_a_file_that_is_no_checkpoint(content, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main([str(path)])
     assert "without thresholds of each product" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "{}", '{"image": 0.5, "pixel": 0.5}', '{"image": "0.5", "pixel": 0.5, "categories": []}', "{"]
+)
+def test_an_edited_file_that_is_wrong(content, tmp_path, capsys):
+    path = tmp_path / "model.thresholds.json"
+    path.write_text(content)
+    with pytest.raises(SystemExit):
+        main([str(path), "--image", "0.4"])
+    assert "no thresholds of an export" in " ".join(capsys.readouterr().err.split())
+    assert path.read_text() == content
+
+
+def test_odd_names_links_and_modes(tmp_path, capsys):
+    names = ["[/x]", "[red]nut", "Größe ü", "a/b.c"]
+    post_processor = CategoryPostProcessor()
+    post_processor.follow(names)
+    path, link = tmp_path / "model.thresholds.json", tmp_path / "link.json"
+    path.write_text(json.dumps(post_processor.exported_thresholds()))
+    path.chmod(0o640)
+    link.symlink_to(path)
+    for name in names:
+        main([str(link), "--category", name, "--image", "0.75"])
+        assert name in capsys.readouterr().out
+    assert link.is_symlink()
+    assert path.stat().st_mode & 0o777 == 0o640
+    assert [row["image"] for row in json.loads(path.read_text())["categories"]] == [0.75] * 4
+
+
+def test_an_output_without_a_change_is_an_error(checkpoint, capsys):
+    with pytest.raises(SystemExit):
+        main([str(checkpoint), "--output", str(checkpoint.with_name("other.ckpt"))])
+    assert "--output is for a change" in capsys.readouterr().err

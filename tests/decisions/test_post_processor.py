@@ -18,6 +18,7 @@ from anomalib_decad.components import CategoryPrediction
 from anomalib_decad.data import CategoryBatch
 from anomalib_decad.decisions import BestF1, CategoryPostProcessor, FalseAlarmRate, FixedThreshold, Limits
 from anomalib_decad.decisions.validation_scores import ValidationScores
+from anomalib_decad.metrics import threshold_of
 
 SIZE = (8, 8)
 
@@ -270,7 +271,7 @@ def test_images_of_no_category_are_anomalibs():
     (first, _) = two_products()
     post_processor = validate(CategoryPostProcessor(), make_batch(None, first.pred_score, first.gt_label))
     assert post_processor.categories == []
-    assert not post_processor.recognizes
+    assert not post_processor.names_products_of(make_batch(None, [0.5], [False]))
     assert not math.isnan(post_processor.image_threshold)
 
 
@@ -300,3 +301,42 @@ def test_a_model_that_learned_other_products_keeps_the_limits_of_those_it_has():
     assert post_processor.limits("washer") == post_processor.limits()
     assert Limits._fields[0] == "image_threshold"
     assert np.isfinite(post_processor.category_limits.numpy()).all()
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_a_few_normal_images_give_a_threshold_that_defects_exceed(count):
+    scores = 0.3 + 0.1 * torch.arange(count) / (count - 1)
+    limits = validate(CategoryPostProcessor(), make_batch(["nut"] * count, scores, [False] * count)).limits("nut")
+    assert scores.max() < limits.image_threshold < 1
+
+
+def test_a_product_without_validation_images_is_said(caplog):
+    validate(CategoryPostProcessor(), *two_products(), recognized=["bolt", "nut", "washer"])
+    assert "No validation image of washer: the thresholds are those of all products together" in caplog.text
+
+
+def test_some_images_may_have_no_product():
+    post_processor = validate(CategoryPostProcessor(), *two_products())
+    joint = post_processor.limits().image_threshold
+    batch = decided(post_processor, make_batch(["nut", None, "screw"], [0.9, joint, joint], [False] * 3))
+    assert batch.pred_score[1:].tolist() == pytest.approx([0.5, 0.5], abs=1e-5)
+
+
+def test_half_precision_decides_as_single_does():
+    post_processor = validate(CategoryPostProcessor(), *two_products())
+    threshold = post_processor.limits("nut").image_threshold
+    scores = torch.tensor([threshold - 0.01, threshold + 0.01]).half()
+    assert post_processor._decide(scores, None, torch.tensor([1, 1])).pred_label.tolist() == [False, True]
+
+
+def test_scores_that_are_not_finite_are_refused():
+    batch = make_batch(["nut"], [math.inf], [False])
+    batch.gt_label = None
+    with pytest.raises(ValueError, match="scores must be finite"):
+        validate(CategoryPostProcessor(), batch)
+
+
+def test_an_export_for_one_product_has_its_thresholds_alone():
+    post_processor = validate(CategoryPostProcessor(category="nut"), *two_products())
+    assert [row["name"] for row in post_processor.exported_thresholds()["categories"]] == ["nut"]
+    assert threshold_of(post_processor) == pytest.approx(post_processor.limits("nut").image_threshold)

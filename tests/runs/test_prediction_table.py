@@ -149,6 +149,50 @@ def test_parts_of_processes_are_joined(tmp_path, monkeypatch):
     assert len(list(tmp_path.iterdir())) == 1
 
 
+def test_maps_of_equally_named_images_stay_apart(tmp_path):
+    paths = []
+    for name in ("bottle/test/good/0.png", "brush/test/good/0.png", "brush/test/good/0.jpg"):
+        path = tmp_path / "images" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(path), np.zeros((8, 8, 3), np.uint8))
+        paths.append(str(path))
+    loader = SimpleNamespace(dataset=SimpleNamespace(image_filenames=paths))
+    trainer = SimpleNamespace(default_root_dir=tmp_path / "run", predicting=True, predict_dataloaders=loader)
+    batch = ImageBatch(image=torch.zeros(3, 3, 8, 8), anomaly_map=torch.rand(3, 8, 8), image_path=paths)
+    MapWriter("float32").on_predict_batch_end(trainer, None, batch, batch, 0)
+    files = sorted(str(path.relative_to(tmp_path / "run")) for path in (tmp_path / "run").rglob("*.tiff"))
+    good = "anomaly_maps/images/{}/test/good/{}"
+    assert files == [
+        good.format("bottle", "0.tiff"), good.format("brush", "0.jpg.tiff"), good.format("brush", "0.tiff"),
+    ]  # fmt: skip
+
+
+def test_a_name_that_is_no_text_is_kept(tmp_path):
+    trainer = SimpleNamespace(default_root_dir=tmp_path, global_rank=0, is_global_zero=True)
+    table = PredictionTable()
+    table.on_predict_start(trainer, None)
+    batch = ImageBatch(image=torch.zeros(1, 3, 4, 4), pred_score=torch.tensor([0.5]), image_path=["\udc80.png"])
+    table.on_predict_batch_end(trainer, SimpleNamespace(), batch, batch, 0)
+    table.on_predict_end(trainer, None)
+    assert b"\x80.png" in (tmp_path / "predictions.csv").read_bytes()
+
+
+def test_without_recognition_nothing_is_called_unknown(tmp_path):
+    trainer = SimpleNamespace(default_root_dir=tmp_path, global_rank=0, is_global_zero=True)
+    post_processor = CategoryPostProcessor()
+    module = SimpleNamespace(post_processor=post_processor)
+    table = PredictionTable()
+    table.on_predict_start(trainer, None)
+    batch = ImageBatch(image=torch.zeros(1, 3, 4, 4), pred_score=torch.tensor([0.5]), image_path=["0.png"])
+    table.on_predict_batch_end(trainer, module, batch, batch, 0)
+    post_processor.follow(["bolt"])
+    table.on_predict_batch_end(trainer, module, batch, batch, 0)
+    batch.category_index = torch.tensor([-1])
+    table.on_predict_batch_end(trainer, module, batch, batch, 0)
+    table.on_predict_end(trainer, None)
+    assert [line["product"] for line in read(tmp_path / "predictions.csv")] == ["", "", "unknown"]
+
+
 @pytest.mark.slow
 def test_policies_on_the_command_line(encoder_weights, data_args, tmp_path):
     """A policy is chosen, thresholds are shown and changed, and what comes next obeys."""

@@ -24,6 +24,9 @@ _ENOUGH = 8
 # Of the mean variance over the channels, so that a channel that hardly varies is not all that counts.
 _FLOOR = 1e-2
 
+# Images whose distances are below this are copies of one, which say nothing either.
+_SAME = 1e-6
+
 # Relative error of features in bfloat16, which runtimes choose by themselves. Without it, a channel that is large and
 # hardly varies would make every image unlike all in that arithmetic.
 _ROUNDING = 2.0**-8
@@ -131,7 +134,8 @@ class CategoryRecognizer(nn.Module):
         counts = torch.cat([torch.full((len(rows),), len(rows)) for rows in descriptors.values()]).to(variance)
         # A new image is further from the mean of some than these are themselves.
         distances = (residuals.square() / variance).mean(-1) * (counts + 1) / (counts - 1).clamp(min=1)
-        limit = _LIMIT * float(distances.max()) if freedom >= _ENOUGH else float("inf")
+        largest = float(distances.max())
+        limit = _LIMIT * largest if freedom >= _ENOUGH and largest > _SAME else float("inf")
         self._become(list(descriptors), means, 1 / variance, limit)
 
     def forward(self, features: Sequence[torch.Tensor] | Mapping[Any, torch.Tensor]) -> torch.Tensor:

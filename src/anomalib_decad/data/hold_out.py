@@ -5,8 +5,9 @@ from anomalib.data import AnomalibDataset
 
 __all__ = ["hold_out"]
 
-#: Every how many training images one is held out, and how many at most.
-_EVERY, _MOST = 10, 64
+#: Every how many training images one is held out, and how many at least and at most. Of fewer than four times the
+#: least, it is a quarter.
+_EVERY, _LEAST, _MOST = 10, 6, 64
 
 
 def hold_out(datasets: dict[str, AnomalibDataset]) -> int:
@@ -24,7 +25,7 @@ def hold_out(datasets: dict[str, AnomalibDataset]) -> int:
     train = datasets["train"]
     if len(datasets.get("val", ())) or len(train) < 2:
         return 0
-    count = min(max(len(train) // _EVERY, 1), _MOST)
+    count = min(max(len(train) // _EVERY, min(_LEAST, len(train) // 4), 1), _MOST)
     chosen = [number * len(train) // count for number in range(count)]
     kept = [index for index in range(len(train)) if index not in set(chosen)]
     datasets["train"], datasets["val"] = train.subsample(kept), train.subsample(chosen)

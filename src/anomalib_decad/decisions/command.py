@@ -13,6 +13,7 @@ normalized scores, the column score, where 0.5 is the threshold that it was expo
 import argparse
 import json
 import pickle
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from anomalib_decad.decisions.limits import Limits
 from anomalib_decad.decisions.post_processor import CategoryPostProcessor
@@ -50,14 +52,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         lines, units = change(args)
     except (OSError, ValueError, KeyError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        parser.exit(2, f"decad-thresholds: error: {args.model}: {reason or 'no checkpoint'}\n")
+        is_text = isinstance(error, OSError | ValueError | RuntimeError) and not isinstance(error, json.JSONDecodeError)
+        reason = str(error).strip().partition("\n")[0] if is_text else ""
+        parser.exit(
+            2, f"decad-thresholds: error: {args.model}: {reason or 'no checkpoint and no thresholds of an export'}\n"
+        )
     table = Table(title=f"Thresholds in {units}", title_justify="left")
     table.add_column("product", overflow="fold")
     table.add_column("image", justify="right")
     table.add_column("pixel", justify="right")
     for name, image, pixel in lines:
-        table.add_row(name, f"{image:.6g}", f"{pixel:.6g}")
+        table.add_row(Text(name), f"{image:.6g}", f"{pixel:.6g}")
     Console().print(table)
 
 
@@ -65,7 +70,11 @@ def _is_change(args: argparse.Namespace) -> bool:
     if args.category is not None and args.image is None and args.pixel is None:
         msg = "what is the threshold of the category to be? Give --image, --pixel or both"
         raise ValueError(msg)
-    return args.image is not None or args.pixel is not None
+    is_change = args.image is not None or args.pixel is not None
+    if args.output is not None and not is_change:
+        msg = "--output is for a change: give --image, --pixel or both"
+        raise ValueError(msg)
+    return is_change
 
 
 def _change_checkpoint(args: argparse.Namespace) -> tuple[list[tuple[str, float, float]], str]:
@@ -91,7 +100,7 @@ def _change_checkpoint(args: argparse.Namespace) -> tuple[list[tuple[str, float,
 
 
 def _change_export(args: argparse.Namespace) -> tuple[list[tuple[str, float, float]], str]:
-    content = json.loads(args.model.read_text(encoding="utf-8"))
+    content = _read_export(args.model)
     if _is_change(args):
         rows = [row for row in content["categories"] if row["name"] == args.category]
         if args.category is not None and not rows:
@@ -111,12 +120,30 @@ def _change_export(args: argparse.Namespace) -> tuple[list[tuple[str, float, flo
     return [*lines, (_ALL, content["image"], content["pixel"])], "normalized scores"
 
 
+def _read_export(path: Path) -> dict[str, Any]:
+    """Read the thresholds beside an exported model, which may have been edited."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    rows = [content, *content["categories"]] if isinstance(content, dict) and "categories" in content else []
+    for row in rows:
+        values = [row.get("image"), row.get("pixel")] if isinstance(row, dict) else []
+        if not values or not all(isinstance(value, int | float) and 0 <= value <= 1 for value in values):
+            rows = []
+            break
+    if not rows:
+        msg = "no thresholds of an export: a dictionary with image, pixel and categories, numbers in [0, 1]"
+        raise ValueError(msg)
+    return content
+
+
 def _write(args: argparse.Namespace, write: Any) -> None:
     """Write a file whole or not at all."""
-    target: Path = args.output or args.model
+    # What a link names, not the link.
+    target: Path = (args.output or args.model).resolve()
     partial = target.with_name(f".{target.name}.partial")
     try:
         write(partial)
+        if target.exists():
+            shutil.copymode(target, partial)
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)

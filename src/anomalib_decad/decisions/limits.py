@@ -43,6 +43,7 @@ def normalize(
     Returns:
         torch.Tensor: Scores in [0, 1], the shape of ``scores``.
     """
+    scores = scores.float()  # half precision would round scores to the threshold
     shape = (-1, *(1 for _ in scores.shape[1:]))
     threshold, smallest, largest = (value.to(scores).reshape(shape) for value in (threshold, smallest, largest))
     span = largest - smallest

@@ -11,6 +11,9 @@ from scipy.stats import t as student
 
 from anomalib_decad.metrics import ScoreHistogram
 
+# The quantiles of Student's t grow without bound for two or three scores, and nothing would exceed the threshold.
+_LEAST_FREEDOM = 4
+
 __all__ = ["BestF1", "FalseAlarmRate", "FixedThreshold", "ThresholdPolicy"]
 
 
@@ -120,7 +123,7 @@ class FalseAlarmRate(ThresholdPolicy):
             return float(scores[-1])
         mean = np.average(scores, weights=counts)
         variance = np.average((scores - mean) ** 2, weights=counts) * total / (total - 1)
-        factor = student.ppf(1 - self.rate, total - 1) * math.sqrt(1 + 1 / total)
+        factor = student.ppf(1 - self.rate, max(total - 1, _LEAST_FREEDOM)) * math.sqrt(1 + 1 / total)
         return float(max(scores[-1], mean + factor * math.sqrt(variance)))
 
     def is_extrapolated(self, histogram: ScoreHistogram) -> bool:

@@ -76,10 +76,10 @@ class CategoryPostProcessor(PostProcessor):
         self._scores = ValidationScores()
         self._unknown: set[str] = set()
 
-    @property
-    def recognizes(self) -> bool:
-        """Whether an image that nobody has labelled gets the limits of the category that it resembles."""
-        return bool(self.categories) and self.category is None
+    def names_products_of(self, batch: Any) -> bool:
+        """Tell whether the products of a batch are known, recognized or given."""
+        is_recognized = getattr(batch, "category_index", None) is not None or self.category is not None
+        return bool(getattr(batch, "category", None)) or (is_recognized and bool(self.categories))
 
     def _index_of(self, name: str | None) -> int:
         return self.categories.index(name) if name in self.categories else UNKNOWN
@@ -117,7 +117,7 @@ class CategoryPostProcessor(PostProcessor):
         return recognized
 
     def _warn_of_unknown(self, names: Sequence[str]) -> None:
-        unknown = sorted(set(names) - set(self.categories) - self._unknown)
+        unknown = sorted({name for name in names if name} - set(self.categories) - self._unknown)
         # Before a validation there is a warning of its own.
         if unknown and self.categories:
             self._unknown.update(unknown)
@@ -178,7 +178,8 @@ class CategoryPostProcessor(PostProcessor):
                 in the unit of normalized scores, where 0.5 is the threshold that the file has been exported with.
         """
         thresholds = {"image": 1 - self.image_sensitivity, "pixel": 1 - self.pixel_sensitivity}
-        return {**thresholds, "categories": [{"name": name, **thresholds} for name in self.categories]}
+        names = self.categories if self.category is None else [self.category]
+        return {**thresholds, "categories": [{"name": name, **thresholds} for name in names]}
 
     def follow(self, names: Sequence[str]) -> None:
         """Give the categories the order of a model that recognizes them; new ones have the limits of all together.
@@ -245,7 +246,7 @@ class CategoryPostProcessor(PostProcessor):
         names = list(dict.fromkeys([*getattr(recognizer, "names", []), *sorted(limits)]))
         self._set_categories(names, [limits.get(name, joint) for name in names])
         if self.enable_thresholding:
-            scores.say_what_is_missing(self.image_policy)
+            scores.say_what_is_missing(self.image_policy, names)
 
     # Decisions
 

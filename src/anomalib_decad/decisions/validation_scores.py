@@ -17,6 +17,9 @@ __all__ = ["ValidationScores"]
 
 logger = logging.getLogger(__name__)
 
+# Names in a line of the log.
+_MOST_NAMES = 20
+
 
 @dataclass
 class _Scores:
@@ -27,6 +30,9 @@ class _Scores:
     largest: float = -math.inf
 
     def update(self, scores: torch.Tensor, labels: torch.Tensor | None) -> None:
+        if not bool(torch.isfinite(scores).all()):
+            msg = "scores must be finite: the model predicted NaN or infinity"
+            raise ValueError(msg)
         self.smallest = min(self.smallest, float(scores.min()))
         self.largest = max(self.largest, float(scores.max()))
         if labels is not None:
@@ -126,8 +132,17 @@ class ValidationScores:
         }
         return every, limits
 
-    def say_what_is_missing(self, policy: ThresholdPolicy) -> None:
-        """Log where a threshold of images could not be chosen as the policy has it."""
+    def say_what_is_missing(self, policy: ThresholdPolicy, names: Sequence[str]) -> None:
+        """Log where a threshold of images could not be chosen as the policy has it.
+
+        Args:
+            policy (ThresholdPolicy): How thresholds of images are chosen.
+            names (Sequence[str]): All products that the model knows.
+        """
+        if missing := [name for name in names if name not in self.products]:
+            logger.warning(
+                "No validation image of %s: the thresholds are those of all products together.", _listed(missing)
+            )
         without, few, only = [], [], []
         for name, product in self.products.items():
             negatives, positives = product.image.histogram.totals()
@@ -172,4 +187,5 @@ def _filled(limits: Limits, fallback: Limits) -> Limits:
 
 
 def _listed(names: Sequence[str | None]) -> str:
-    return ", ".join(name or "the product" for name in names)
+    shown = ", ".join(name or "the product" for name in names[:_MOST_NAMES])
+    return shown if len(names) <= _MOST_NAMES else f"{shown} and {len(names) - _MOST_NAMES} more"

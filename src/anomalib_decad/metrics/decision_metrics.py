@@ -51,7 +51,8 @@ class DecisionMetrics:
             if predicted is None or truth is None:
                 continue
             confusion = _confusion(predicted.reshape(len(categories), -1), truth.reshape(len(categories), -1))
-            for category, row in zip(categories, confusion, strict=True):
+            for name, row in zip(categories, confusion, strict=True):
+                category = name or "unknown"
                 counts[category] = counts.get(category, np.zeros(4)) + row
 
     def synchronise(self) -> None:

@@ -129,7 +129,8 @@ def threshold_of(post_processor: Any, category: str | None = None) -> float | No
         return None
     of_each: Any = post_processor
     if hasattr(of_each, "limits"):
-        limits = of_each.limits(category if category in of_each.categories else None)
+        known = category if category in of_each.categories else of_each.category
+        limits = of_each.limits(known if known in of_each.categories else None)
         threshold, extent = limits.image_threshold, limits.image_max - limits.image_min
         return None if math.isnan(threshold) else threshold + (0.5 - post_processor.image_sensitivity) * extent
     threshold = float(post_processor.image_threshold)

@@ -72,7 +72,8 @@ class PredictionSummary(Callback):
         labels = getattr(outputs, "pred_label", None)
         self._has_labels &= labels is not None
         post_processor: Any = getattr(pl_module, "post_processor", None)
-        products = post_processor.categories_of(outputs) if getattr(post_processor, "recognizes", False) else []
+        names = getattr(post_processor, "names_products_of", lambda _: False)(outputs)
+        products = post_processor.categories_of(outputs) if names else []
         found = len(outputs.image), int(labels.sum()) if labels is not None else 0, products.count(None)
         images, anomalous, unlike = (old + new for old, new in zip(self._counts, found, strict=True))
         self._counts = images, anomalous, unlike

@@ -109,16 +109,15 @@ class PredictionTable(Callback):
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "predictions.csv"
         partial = folder / f"predictions.csv.{trainer.global_rank}.partial"
-        self._file = partial.open("w", newline="", encoding="utf-8")
+        self._file = partial.open("w", newline="", encoding="utf-8", errors="surrogateescape")
 
     def _write(self, pl_module: LightningModule, batch: Any) -> None:
         length = len(batch.image)
         post_processor: Any = getattr(pl_module, "post_processor", None)
-        if hasattr(post_processor, "categories_of"):
+        products = getattr(batch, "category", None) or [None] * length
+        if hasattr(post_processor, "categories_of") and post_processor.names_products_of(batch):
             products = [name or _UNLIKE for name in post_processor.categories_of(batch)]
-            products = products if post_processor.categories else [""] * length
-        else:
-            products = getattr(batch, "category", None) or [""] * length
+        products = [name or "" for name in products]
         raw = self._raw.scores if self._raw else None
         paths = batch.image_path or [""] * length
         columns = [_numbers(values, length) for values in (batch.pred_score, raw, batch.pred_label)]
@@ -137,10 +136,10 @@ class PredictionTable(Callback):
         self._file = None
         if trainer.is_global_zero:
             whole = self.path.with_name("predictions.csv.partial")
-            with whole.open("w", newline="", encoding="utf-8") as target:
+            with whole.open("w", newline="", encoding="utf-8", errors="surrogateescape") as target:
                 csv.writer(target, lineterminator="\n").writerow(COLUMNS)
                 for part in parts:
-                    with Path(part).open(newline="", encoding="utf-8") as source:
+                    with Path(part).open(newline="", encoding="utf-8", errors="surrogateescape") as source:
                         shutil.copyfileobj(source, target)
             whole.replace(self.path)
             for part in parts:
@@ -176,5 +175,5 @@ def _size_of(path: str) -> tuple[int, int] | None:
     try:
         with Image.open(path) as image:
             return image.size
-    except OSError:
+    except (OSError, Image.DecompressionBombError):
         return None
