@@ -5,6 +5,7 @@ from anomalib_decad.data.category_batch import CategoryBatch, CategoryItem
 from anomalib_decad.data.category_dataset import CategoryDataset
 from anomalib_decad.data.multi_category import MultiCategory
 from anomalib_decad.data.prediction import DeepImagesMixin
+from anomalib_decad.data.prediction_root import PredictionRoot
 from anomalib_decad.data.reading import find_unreadable
 from anomalib_decad.data.visualizer import CategoryVisualizer
 
@@ -15,5 +16,6 @@ __all__ = [
     "CategoryVisualizer",
     "DeepImagesMixin",
     "MultiCategory",
+    "PredictionRoot",
     "find_unreadable",
 ]

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """anomalib's pictures of predictions, in a folder for each category."""
 
-import os
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -12,6 +11,7 @@ from lightning.pytorch import Trainer
 from PIL.Image import Image
 from torchvision.transforms.v2.functional import to_pil_image
 
+from anomalib_decad.data.prediction_root import PredictionRoot
 from anomalib_decad.data.reading import FULL_WHITE, is_deep, read_image
 
 __all__ = ["CategoryVisualizer"]
@@ -25,32 +25,12 @@ class CategoryVisualizer(ImageVisualizer):
     are drawn as the model has seen them. It can be given to any anomalib model (``visualizer=CategoryVisualizer()``).
     """
 
-    _root: tuple[int, Path] | None = None
-
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._prediction_root = PredictionRoot()
         if self.text_config.get("size") is None:
             # anomalib's own size is too large for its longest title, "Image + Anomaly Map".
             self.text_config["size"] = max(8, self.field_size[0] * 20 // 256)
-
-    def _root_of(self, trainer: Trainer, path: str) -> Path | None:
-        """Find what is above the folders of images to predict; equally named ones in there must stay apart."""
-        if not trainer.predicting or not path:
-            return None
-        loaders = trainer.predict_dataloaders
-        loaders = loaders if isinstance(loaders, list | tuple) else [loaders]
-        datasets = [
-            loader.dataset for loader in loaders if hasattr(getattr(loader, "dataset", None), "image_filenames")
-        ]
-        names = [dataset.image_filenames for dataset in datasets if dataset.image_filenames]
-        if not names:
-            return None
-        key = hash(tuple((len(files), str(files[0])) for files in names))
-        if self._root is None or self._root[0] != key:
-            folders = {Path(name).absolute().parent for list_of_files in names for name in list_of_files}
-            self._root = key, Path(os.path.commonpath(folders)).parent
-        root = self._root[1]
-        return root if Path(path).absolute().is_relative_to(root) else None
 
     def on_test_batch_end(
         self,
@@ -72,7 +52,7 @@ class CategoryVisualizer(ImageVisualizer):
             if category is not None:
                 folder = output_dir / category
                 target = generate_output_filename(path, folder, dataset_name=category)
-            elif (root := self._root_of(trainer, path)) is not None:
+            elif (root := self._prediction_root.of(trainer, path)) is not None:
                 target = output_dir / Path(path).absolute().relative_to(root)
                 target.parent.mkdir(parents=True, exist_ok=True)
             else:

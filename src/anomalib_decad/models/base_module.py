@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from anomalib import LearningType
+from anomalib.data import Batch
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
@@ -258,9 +259,20 @@ class BaseModule(DeepImagesMixin, _Base):
         Returns:
             Any: Feature maps.
         """
+        return self.model.encoder(self.received(batch).image)
+
+    def received(self, batch: Any) -> Any:
+        """Bring a batch that a dataset has given to the device, its images transformed as in the training.
+
+        Args:
+            batch (Any): Images, or what the feature cache gives.
+
+        Returns:
+            Any: The batch.
+        """
         batch = self.trainer.strategy.batch_to_device(batch)
         transform = getattr(self.pre_processor, "transform", None)
-        return self.model.encoder(transform(batch.image) if transform else batch.image)
+        return batch.update(image=transform(batch.image)) if transform and isinstance(batch, Batch) else batch
 
     def training_loader(self) -> Iterable[Any]:
         """Give a loader of training images for :meth:`prepare`, not that of the training, which has begun to read."""

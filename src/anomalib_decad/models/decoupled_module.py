@@ -139,9 +139,7 @@ class DecoupledModule(BaseModule):
     def prepare(self) -> None:
         """Initialize the decoupling by a batch of training images."""
         batch = next(iter(self.training_loader()))
-        batch = self.trainer.strategy.batch_to_device(batch)
-        transform = getattr(self.pre_processor, "transform", None)
-        self.model(transform(batch.image) if transform else batch.image)
+        self.model(self.received(batch).image)
         self.model.decoupling.losses()
 
     def training_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:

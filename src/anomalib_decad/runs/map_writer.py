@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Anomaly maps in the files that MVTec's evaluation programs read."""
 
-import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from PIL import Image
 from torch.nn import functional
 
+from anomalib_decad.data import PredictionRoot
 from anomalib_decad.metrics import put_before_post_processor
 
 __all__ = ["MapWriter"]
@@ -31,6 +31,7 @@ class MapWriter(Callback):
         self.dtype = dtype
         # Of which image each file is: two images may have names that differ by their endings only.
         self._written: dict[Path, Path] = {}
+        self._root = PredictionRoot()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Step in front of the post-processor, which normalizes and clips the maps."""
@@ -72,7 +73,7 @@ class MapWriter(Callback):
         maps = batch.anomaly_map.detach().float().reshape(len(categories), 1, *batch.anomaly_map.shape[-2:])
         for name, category, values in zip(batch.image_path, categories, maps, strict=True):
             path = Path(name)
-            below = _below(path, category, _home_of(trainer))
+            below = _below(path, category, self._root.of(trainer, name))
             target = folder / below.with_suffix(".tiff")
             if self._written.setdefault(target, path) != path:
                 target = folder / below.with_name(f"{below.name}.tiff")
@@ -85,22 +86,11 @@ class MapWriter(Callback):
             partial.replace(target)
 
 
-def _home_of(trainer: Trainer) -> Path | None:
-    """Find the folder that holds all images of a prediction."""
-    if not trainer.predicting:
-        return None
-    loaders = trainer.predict_dataloaders
-    loaders = loaders if isinstance(loaders, list | tuple) else [loaders]
-    datasets = [getattr(loader, "dataset", None) for loader in loaders]
-    folders = {Path(name).absolute().parent for data in datasets for name in getattr(data, "image_filenames", ())}
-    return Path(os.path.commonpath(folders)) if folders else None
-
-
-def _below(path: Path, category: str | None, home: Path | None) -> Path:
+def _below(path: Path, category: str | None, root: Path | None) -> Path:
     """Give the part of a path below the folder of all images, from its category on, or else its last two parts."""
     path = path.absolute()
-    if home is not None and path.is_relative_to(home):
-        return path.relative_to(home.parent)
+    if root is not None:
+        return path.relative_to(root)
     parts = path.parts
     if category in parts:
         last = len(parts) - 1 - parts[::-1].index(category)

@@ -286,11 +286,7 @@ class DecAD(BaseModule, AnomalibModule):
         Returns:
             list[torch.Tensor]: Feature maps of shape (B, N, dim).
         """
-        batch = self.trainer.strategy.batch_to_device(batch)
-        transform = getattr(self.pre_processor, "transform", None)
-        if transform and isinstance(batch, Batch):
-            batch = batch.update(image=transform(batch.image))
-        return self._features(batch)[0]
+        return self._features(self.received(batch))[0]
 
     def _features(self, batch: Batch | FeatureBatch | IndexBatch) -> tuple[list[torch.Tensor], tuple[int, int]]:
         """Encode a batch, or find its features; give the grid of its patches, too."""
