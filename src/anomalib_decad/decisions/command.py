@@ -25,6 +25,7 @@ from rich.text import Text
 
 from anomalib_decad.decisions.limits import Limits
 from anomalib_decad.decisions.post_processor import CategoryPostProcessor
+from anomalib_decad.whole_files import replacing
 
 __all__ = ["main"]
 
@@ -139,14 +140,10 @@ def _write(args: argparse.Namespace, write: Any) -> None:
     """Write a file whole or not at all."""
     # What a link names, not the link.
     target: Path = (args.output or args.model).resolve()
-    partial = target.with_name(f".{target.name}.partial")
-    try:
+    with replacing(target) as partial:
         write(partial)
         if target.exists():
             shutil.copymode(target, partial)
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from anomalib_decad.metrics.callback_order import put_before_post_processor, put
 from anomalib_decad.metrics.category_metrics import MEAN, METRICS, CategoryMetrics
 from anomalib_decad.metrics.decision_metrics import DECISIONS, DecisionMetrics
 from anomalib_decad.metrics.raw_scores import score_of
+from anomalib_decad.whole_files import replacing
 
 __all__ = ["CategoryEvaluator", "categories_of"]
 
@@ -282,7 +283,5 @@ def _without_nan(content: Any) -> Any:
 
 
 def _write(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    partial = path.with_suffix(path.suffix + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")

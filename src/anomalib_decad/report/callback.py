@@ -20,6 +20,7 @@ from anomalib_decad.report.losses import LossCurves
 from anomalib_decad.report.page import render
 from anomalib_decad.report.pictures import Picture, draw
 from anomalib_decad.report.record import Example, Kind, ProductRecord
+from anomalib_decad.whole_files import replacing
 
 __all__ = ["Report"]
 
@@ -272,14 +273,7 @@ def _aspect_of(pl_module: LightningModule, path: str) -> float | None:
 
 
 def _write(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as partial:
         # Names of files that are no UTF-8 are written with question marks.
         partial.write_text(text, encoding="utf-8", errors="replace")
-        partial.replace(path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise

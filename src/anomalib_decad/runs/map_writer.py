@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from anomalib_decad.data import PredictionRoot
 from anomalib_decad.metrics import put_before_post_processor
+from anomalib_decad.whole_files import replacing
 
 __all__ = ["MapWriter"]
 
@@ -81,9 +82,8 @@ class MapWriter(Callback):
             with Image.open(path) as image:
                 size = image.height, image.width
             resized = functional.interpolate(values[None], size, mode="bilinear", align_corners=False)[0, 0]
-            partial = target.with_suffix(".partial")
-            tifffile.imwrite(partial, _as(resized, self.dtype))
-            partial.replace(target)
+            with replacing(target) as partial:
+                tifffile.imwrite(partial, _as(resized, self.dtype))
 
 
 def _below(path: Path, category: str | None, root: Path | None) -> Path:

@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from PIL import Image
 
 from anomalib_decad.metrics import RawScores, gather, put_last
+from anomalib_decad.whole_files import replacing
 
 __all__ = ["COLUMNS", "PredictionTable"]
 
@@ -135,13 +136,14 @@ class PredictionTable(Callback):
         parts = gather(self._file.name)
         self._file = None
         if trainer.is_global_zero:
-            whole = self.path.with_name("predictions.csv.partial")
-            with whole.open("w", newline="", encoding="utf-8", errors="surrogateescape") as target:
+            with (
+                replacing(self.path) as whole,
+                whole.open("w", newline="", encoding="utf-8", errors="surrogateescape") as target,
+            ):
                 csv.writer(target, lineterminator="\n").writerow(COLUMNS)
                 for part in parts:
                     with Path(part).open(newline="", encoding="utf-8", errors="surrogateescape") as source:
                         shutil.copyfileobj(source, target)
-            whole.replace(self.path)
             for part in parts:
                 Path(part).unlink()
 
