@@ -28,17 +28,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
-from sklearn.metrics import roc_auc_score
 from torch.utils.data import DataLoader, WeightedRandomSampler
 
 import common
 import features
 from anomalib_decad import DecAD
-from anomalib_decad.metrics import CategoryMetrics
-from features import Split, chunks
-from tables import print_table, rounded, summarize, table_of
+from features import Split
+from scoring import measure, score
+from tables import mean_of, print_table, rounded, summarize
 
 _LAYERS = ((3, 6, 9), (1, 6, 12), (2, 4, 8), (2, 8, 12), (3, 6, 10), (4, 8, 10))
 
@@ -179,10 +177,16 @@ def train(
 
 
 def run(args: argparse.Namespace, splits: dict[str, Split], settings: dict[str, Any], seed: int) -> dict[str, Any]:
-    """Train and score one model."""
-    model, seconds, points = train(args, splits, settings, seed)
-    # Lightning brings the model back to the CPU.
-    table = score(model.to(common.device_of(args)), splits["test"])
+    """Train and score one model, or one for each category."""
+    seconds, points, table = 0.0, [], {}
+    for categories in [[name] for name in args.categories] if args.one_class else [args.categories]:
+        chosen = {name: split.of(categories) for name, split in splits.items()}
+        model, its_seconds, its_points = train(args, chosen, settings, seed)
+        # Lightning brings the model back to the CPU.
+        table |= score(model.to(common.device_of(args)), chosen["test"])
+        seconds, points = seconds + its_seconds, points + its_points
+    if args.one_class:
+        table["mean"] = mean_of(row for name, row in table.items() if name != "mean")
     return {
         "settings": settings,
         "seed": seed,
@@ -193,6 +197,7 @@ def run(args: argparse.Namespace, splits: dict[str, Split], settings: dict[str, 
         "precision": args.precision,
         "accelerator": args.accelerator,
         "sampling": args.sampling,
+        "one_class": args.one_class,
         "images": {
             name: {c: split.categories.count(c) for c in dict.fromkeys(split.categories)}
             for name, split in splits.items()
@@ -200,78 +205,6 @@ def run(args: argparse.Namespace, splits: dict[str, Split], settings: dict[str, 
         "training_seconds": round(seconds, 1),
         "metrics": rounded(table),
         "progress": points,
-    }
-
-
-@torch.inference_mode()
-def score(model: DecAD, test: Split) -> dict[str, dict[str, float]]:
-    """Compute the seven metrics, and their mean, of each category and of all."""
-    net = model.eval().model.fused(None)
-    metrics = CategoryMetrics()
-    for chunk in chunks(range(len(test.labels)), 16):
-        output = net.inference_output(
-            test.batch(chunk, net.encoder.layers).features(), test.grid, tuple(model.input_size)
-        )
-        metrics.update(
-            [test.categories[index] for index in chunk],
-            output.pred_score,
-            test.labels[chunk],
-            output.anomaly_map,
-            test.masks[chunk],
-        )
-    return table_of(metrics)
-
-
-@torch.inference_mode()
-def measure(model: DecAD, test: Split) -> dict[str, Any]:
-    """Look into a model.
-
-    Args:
-        model (DecAD): The model.
-        test (Split): Test images.
-
-    Returns:
-        dict[str, Any]: ``metrics``: the seven of the map, and of its error and its energy alone. ``patch_auroc``: for
-            each category that has patches of both kinds, how well the decoder's errors, with and without removal, and
-            the energies tell defect from normal patches. ``energy``: mean energy of either kind.
-    """
-    net = model.eval().model.fused(None)
-    size = tuple(model.input_size)
-    generator, names = net.anomaly_map_generator, ("both", "error", "energy")
-    metrics = {name: CategoryMetrics() for name in (names if net.decoupler else names[:2])}
-    values: dict[str, list[torch.Tensor]] = {"error": [], "kept": [], "energy": [], "share": []}
-    for chunk in chunks(range(len(test.labels)), 16):
-        outputs = test.batch(chunk, net.encoder.layers).features()
-        x, targets = net.fusion(outputs), net.standardizer(outputs)
-        clean, energy = net.decoupler(x)[:2] if net.decoupler else (x, x.new_ones(x.shape[:-1]))
-        error, kept = (generator.patch_errors(targets, net.decoder(embedding)) for embedding in (clean, x))
-        both = error * energy.pow(generator.options.energy_power)
-        for name, patches in zip(names, (both, error, energy), strict=True):
-            if name in metrics:
-                maps, scores = generator.maps_and_scores(patches, test.grid, size)
-                categories = [test.categories[index] for index in chunk]
-                metrics[name].update(categories, scores, test.labels[chunk], maps, test.masks[chunk])
-        for name, patches in (("error", error), ("kept", kept), ("energy", energy)):
-            values[name].append(patches.cpu())
-        values["share"].append(test.defect_shares(chunk))
-    share, patches = torch.cat(values.pop("share")), {name: torch.cat(parts) for name, parts in values.items()}
-    aurocs: dict[str, dict[str, float]] = {}
-    for category in dict.fromkeys(test.categories):
-        rows = [index for index, name in enumerate(test.categories) if name == category]
-        known = (share[rows] > 0.5) | (share[rows] == 0)
-        target = (share[rows] > 0.5)[known].numpy()
-        if target.any() and not target.all():
-            aurocs[category] = {
-                name: round(float(roc_auc_score(target, value[rows][known].numpy())), 5)
-                for name, value in patches.items()
-            }
-    return {
-        "metrics": {name: rounded(table_of(metric)) for name, metric in metrics.items()},
-        "patch_auroc": aurocs,
-        "energy": {
-            "normal": round(patches["energy"][share == 0].mean().item(), 5),
-            "defect": round(patches["energy"][share > 0.5].mean().item(), 5),
-        },
     }
 
 
@@ -324,6 +257,7 @@ def parse(doc: str | None = __doc__) -> argparse.Namespace:
     parser.add_argument("--precision", default="bf16-mixed", help="of Lightning's trainer")
     parser.add_argument("--accelerator", choices=["cpu", "gpu", "mps"], default="cpu", help="of Lightning's trainer")
     parser.add_argument("--workers", type=int, default=0, help="processes that read images to encode")
+    parser.add_argument("--one-class", action="store_true", help="one model for each category, not one for all")
     parser.add_argument("--choose", nargs="+", default=[], help="categories that choices are made by")
     parser.add_argument(
         "--score-at", type=int, nargs="+", default=[], help="also measure after so many steps, and look into the model"

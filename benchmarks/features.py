@@ -53,6 +53,14 @@ class Split:
             codes = torch.from_numpy(np.stack([self.codes[index][rows] for index in indices]))
         return FeatureBatch(codes, FeatureCode(self.code.offset[rows], self.code.scale[rows]), self.grid)
 
+    def of(self, categories: Sequence[str]) -> Split:
+        """Keep the images of some categories alone."""
+        rows = [row for row, category in enumerate(self.categories) if category in categories]
+        if len(rows) == len(self.categories):
+            return self
+        names = [self.categories[row] for row in rows]
+        return replace(self, codes=self.codes[rows], categories=names, labels=self.labels[rows], masks=self.masks[rows])
+
     def to(self, device: torch.device) -> Split:
         """Keep the features on a device; a CPU reads them from their file."""
         if device.type == "cpu":

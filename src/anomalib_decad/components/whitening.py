@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from anomalib_decad.components.precision import at_least_float32, linear_rows
 
-__all__ = ["FeatureFusion", "FeatureStandardizer"]
+__all__ = ["FeatureFusion", "FeatureStandardizer", "average_features"]
 
 # Root mean square norm of an embedding: twice the radius delta = 2.5 of DecAD's best synthetic anomalies.
 _NORM = 5.0
@@ -97,7 +97,7 @@ class FeatureFusion(nn.Module):
         Args:
             features (Sequence[torch.Tensor]): Feature maps of normal images, of shape (..., dim), one for each layer.
         """
-        rows = self._average(features).flatten(0, -2)
+        rows = average_features(features).flatten(0, -2)
         mean, matrix = rows.mean(0), _partial_whitening(rows)
         norm = ((rows - mean) @ matrix.T).square().sum(-1).mean().sqrt()
         self.axes.set(mean, matrix * _NORM / norm.clamp(min=1e-6))
@@ -111,12 +111,20 @@ class FeatureFusion(nn.Module):
         Returns:
             torch.Tensor: Embeddings of shape (..., dim), in float32 or wider.
         """
-        return self.axes(self._average(features))
+        return self.axes(average_features(features))
 
-    @staticmethod
-    def _average(features: Sequence[torch.Tensor]) -> torch.Tensor:
-        normalized = [functional.layer_norm(at_least_float32(f.detach()), f.shape[-1:]) for f in features]
-        return torch.stack(normalized).mean(0)
+
+def average_features(features: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Average layer-normalized feature maps.
+
+    Args:
+        features (Sequence[torch.Tensor]): Feature maps of shape (..., dim), one for each layer.
+
+    Returns:
+        torch.Tensor: Shape (..., dim), in float32 or wider, without a gradient.
+    """
+    normalized = [functional.layer_norm(at_least_float32(f.detach()), f.shape[-1:]) for f in features]
+    return torch.stack(normalized).mean(0)
 
 
 class _Axes(nn.Module):

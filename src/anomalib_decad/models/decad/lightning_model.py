@@ -3,7 +3,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Sized
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -27,7 +27,9 @@ from anomalib_decad.components import (
     ViTEncoder,
 )
 from anomalib_decad.components.options import as_options
+from anomalib_decad.components.patch_sampling import choose_patches
 from anomalib_decad.components.precision import at_least_float32
+from anomalib_decad.components.whitening import average_features
 from anomalib_decad.feature_cache import FeatureBatch, FeatureCaching, IndexBatch
 from anomalib_decad.models.base_module import BaseModule
 from anomalib_decad.models.decad.anomaly_map import AnomalyMapGenerator, AnomalyMapOptions
@@ -49,7 +51,7 @@ _DEFAULT_GRID = 20
 _NETWORK_RATE = 3.0
 
 #: How many training images, and how many of their patches, the model is prepared with.
-_SAMPLE_IMAGES, _SAMPLE_PATCHES = 256, 32_768
+_SAMPLE_IMAGES, _SAMPLE_PATCHES = 1024, 32_768
 
 
 class DecAD(BaseModule, AnomalibModule):
@@ -205,36 +207,43 @@ class DecAD(BaseModule, AnomalibModule):
 
     def prepare(self) -> None:
         """Initialize the model by a sample of training images."""
-        logger.info("Preparing the model with up to %d training images: minutes on a CPU.", _SAMPLE_IMAGES)
+        loader = self.training_loader()
+        sampler = getattr(loader, "sampler", None)
+        images = min(_SAMPLE_IMAGES, len(sampler) if isinstance(sampler, Sized) else _SAMPLE_IMAGES)
+        logger.info("Preparing the model with %d training images: minutes on a CPU.", images)
         is_shown = bool(self.trainer.is_global_zero and self.trainer.progress_bar_callback)
         with showing_progress("Looking at training images", is_shown) as report:
-            features = self._sample_features(report)
+            features = self._sample_features(loader, images, report)
         with showing_progress("Fitting to their patches", is_shown) as report:
             self.model.initialize(features, report)
 
     @torch.no_grad()
-    def _sample_features(self, report: Callable[[float], None]) -> list[torch.Tensor]:
-        """Encode a sample of patches of training images.
+    def _sample_features(
+        self, loader: Iterable[Any], images: int, report: Callable[[float], None]
+    ) -> list[torch.Tensor]:
+        """Encode training images, and draw a sample of their patches.
 
         Args:
+            loader (Iterable[Any]): Gives batches of training images.
+            images (int): How many.
             report (Callable[[float], None]): Is told after each batch which part has been done.
 
         Returns:
             list[torch.Tensor]: Features of shape (K, dim), one for each layer.
         """
-        chosen: list[torch.Tensor] = []
-        count = 0
-        for batch in self.training_loader():
+        sample: list[torch.Tensor] = []
+        count, patches = 0, -(-_SAMPLE_PATCHES // images)
+        for batch in loader:
             with self.trainer.precision_plugin.forward_context():
                 features = self.encode(batch)
-            rows = torch.stack(features, dim=2).flatten(0, 1)
-            patches = len(rows) * _SAMPLE_PATCHES // (_SAMPLE_IMAGES * features[0].shape[1]) + 1
-            chosen.append(rows[torch.randperm(len(rows), device=rows.device)[:patches]])
-            count += len(features[0])
-            report(min(count / _SAMPLE_IMAGES, 1.0))
-            if count >= _SAMPLE_IMAGES:
+            maps = torch.stack(features, dim=2)
+            chosen = choose_patches(average_features(features), patches)
+            sample.append(maps[torch.arange(len(maps), device=maps.device)[:, None], chosen].flatten(0, 1))
+            count += len(maps)
+            report(min(count / images, 1.0))
+            if count >= images:
                 break
-        return list(at_least_float32(torch.cat(chosen)).unbind(1))
+        return list(at_least_float32(torch.cat(sample)).unbind(1))
 
     def on_fit_start(self) -> None:
         """Load the encoder's weights, and prepare the model; see whether a CUDA graph can be had.

@@ -1,0 +1,53 @@
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from anomalib_decad.components import choose_patches
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    images=st.integers(1, 3),
+    patches=st.integers(1, 30),
+    count=st.integers(1, 40),
+    scale=st.sampled_from([0.0, 1e-8, 1, 1e8]),
+)
+def test_no_patch_is_drawn_twice_and_all_where_there_are_not_as_many(images, patches, count, scale):
+    chosen = choose_patches(scale * torch.randn(images, patches, 4), count)
+    assert chosen.shape == (images, min(count, patches))
+    assert chosen.min() >= 0
+    assert chosen.max() < patches
+    assert all(len(row.unique()) == len(row) for row in chosen)
+
+
+def test_patches_that_have_few_like_them_are_drawn_first():
+    torch.manual_seed(0)
+    background, object_ = 0.1 * torch.randn(360, 8), 3 * torch.randn(40, 8)
+    embeddings = torch.cat([background, object_]).expand(20, -1, -1)
+    share = (choose_patches(embeddings, 40) >= 360).float().mean()
+    assert share > 0.9  # a tenth of the patches
+
+
+def test_equal_patches_are_drawn_evenly():
+    torch.manual_seed(0)
+    counts = torch.bincount(choose_patches(torch.zeros(2000, 10, 4), 1).flatten(), minlength=10)
+    assert counts.min() > 140
+    assert counts.max() < 260
+
+
+def test_the_draw_does_not_depend_on_the_other_images_of_the_batch():
+    torch.manual_seed(0)
+    quiet, loud = torch.randn(1, 50, 4), 100 * torch.randn(1, 50, 4)
+    torch.manual_seed(1)
+    alone = choose_patches(quiet, 10)
+    torch.manual_seed(1)
+    assert torch.equal(choose_patches(torch.cat([quiet, loud]), 10)[:1], alone)
+
+
+def test_the_draw_follows_the_seed():
+    embeddings = torch.randn(2, 50, 4)
+    torch.manual_seed(3)
+    first = choose_patches(embeddings, 10)
+    assert not torch.equal(choose_patches(embeddings, 10), first)
+    torch.manual_seed(3)
+    assert torch.equal(choose_patches(embeddings, 10), first)
