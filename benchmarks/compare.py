@@ -9,7 +9,7 @@ own, one after the other. --steps gives methods that are trained in steps equal 
 equal training times, by the time of a step that a short run measures first. Memory banks are filled once.
 Written to --output after each run: results.csv, results.md, results.png (accuracy against training time) and the log of
 each run; runs that are there are not repeated. With --score-every, the metrics of each category on the way are lines of
-runs/<run>/curve.jsonl, and a run that was cut off goes on from its last one.
+runs/<run>/curve.jsonl and a second table of results.md, and a run that was cut off goes on from its last one.
 """
 
 from __future__ import annotations
@@ -183,8 +183,29 @@ def write(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
         "|---" * len(_COLUMNS) + "|",
         *("| " + " | ".join(_format(column, row[column]) for column in _COLUMNS) + " |" for row in rows),
     ]
-    (args.output / "results.md").write_text("\n".join(lines) + "\n")
+    (args.output / "results.md").write_text("\n".join([*lines, *on_the_way(rows)]) + "\n")
     plot(args, rows)
+
+
+def on_the_way(rows: list[dict[str, Any]]) -> list[str]:
+    """Write the mean of seven of each category at the points of the curves, as Markdown."""
+    points = [(row["model"], row["budget"], point) for row in rows for point in row.get("curve", ())]
+    if not points:
+        return []
+    categories = [name for name in points[0][2]["metrics"] if name != "mean"]
+    columns = ("model", "budget", "step", "training seconds", "mean of seven", *categories)
+    lines = ["", "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    for model, budget, point in points:
+        values = (100 * point["metrics"][name]["mean_of_seven"] for name in ("mean", *categories))
+        cells = (
+            model,
+            budget,
+            point["step"],
+            f"{point['training_seconds']:.0f}",
+            *(f"{value:.1f}" for value in values),
+        )
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return lines
 
 
 def _format(column: str, value: Any) -> str:

@@ -19,7 +19,7 @@ _ROOT = Path(__file__).parents[1]
 #: What a machine with PyTorch, Lightning, timm, torchmetrics, OpenCV, scikit-learn and scikit-image lacks.
 MISSING = (
     "anomalib", "FrEIA", "jsonargparse", "typeshed-client", "docstring-parser", "omegaconf", "antlr4-python3-runtime",
-    "kornia", "kornia-rs", "platformdirs", "rich-argparse",
+    "kornia", "kornia-rs", "platformdirs", "rich-argparse", "tifffile",
 )  # fmt: skip
 
 _GLIBC = ("_2_28", "_2_27", "_2_17", "2014", "1")

@@ -78,6 +78,14 @@ def test_a_race_with_a_curve_goes_on_where_it_was_cut_off_and_preloaded_images_s
     assert [point["step"] for point in curve] == [2, 4]
     assert curve[1]["metrics"]["mean"]["mean_of_seven"] == pytest.approx(expected)
     assert 0 < curve[0]["training_seconds"] <= curve[1]["training_seconds"]
+    lines = (tmp_path / "plain" / "results.md").read_text().splitlines()
+    header = next(line for line in lines if line.startswith("| model | budget | step |"))
+    rows = [dict(zip(header.split(" | "), line.split(" | "), strict=True)) for line in lines[lines.index(header) + 2 :]]
+    assert [row["step"] for row in rows] == ["2", "4"]
+    for row, point in zip(rows, curve, strict=True):
+        for name in ("bolts", "cloth |"):
+            value = 100 * point["metrics"][name.removesuffix(" |")]["mean_of_seven"]
+            assert float(row[name].removesuffix(" |")) == pytest.approx(value, abs=0.051)
 
     folder = tmp_path / "preloaded"
     preloaded, _ = run(folder, "--score-every", 2, "--preload")

@@ -41,8 +41,15 @@ def test_each_run_is_a_line_and_features_are_computed_once(encoder_weights, mvte
     assert all(row.count(" ± ") == 10 for row in table)
 
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "features").rglob("*.npy")}
-    again = run_benchmark("experiments", *command, "--vary", "delta=1.0")
+    again = run_benchmark("experiments", *command, "--vary", "delta=1.0", "--one-class")
     assert again.returncode == 0, again.stderr[-3000:]
+    line = json.loads(log.read_text().splitlines()[-1])
+    assert line["one_class"]
+    each = [line["metrics"][category] for category in ("bolts", "cloth")]
+    assert line["metrics"]["mean"]["pixel_AP"] == pytest.approx(sum(row["pixel_AP"] for row in each) / 2, abs=2e-5)
+    assert [set(point["metrics"]["both"]) for point in line["progress"]] == 3 * [{"bolts", "mean"}] + 3 * [
+        {"cloth", "mean"}
+    ]
     assert files == {path: path.stat().st_mtime_ns for path in (tmp_path / "features").rglob("*.npy")}
     assert len(log.read_text().splitlines()) == 5
     unknown = run_benchmark("experiments", *command, "--vary", "deltas=1.0")

@@ -145,7 +145,11 @@ def test_all_messages_on_request(tmp_path, model_args, data_args):
 
 @pytest.mark.parametrize(
     ("kind", "suffix"),
-    [("torch", "pt"), ("onnx", "onnx"), pytest.param("openvino", "xml", marks=pytest.mark.exhaustive)],
+    [
+        ("torch", "pt"),
+        pytest.param("onnx", "onnx", marks=pytest.mark.exhaustive),
+        pytest.param("openvino", "xml", marks=pytest.mark.exhaustive),
+    ],
 )
 def test_an_export_ends_with_its_file(kind, suffix, trained, tmp_path, model_args):
     checkpoint = trained[1] / "latest" / "weights" / "lightning" / "model.ckpt"

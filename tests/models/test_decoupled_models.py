@@ -134,7 +134,7 @@ def test_bf16_mixed(cls, make_method, make_engine, make_data):
     "cls",
     [
         DecoupledReverseDistillation,
-        DecoupledUniAD,
+        pytest.param(DecoupledUniAD, marks=pytest.mark.exhaustive),
         pytest.param(DecoupledMambaAD, marks=pytest.mark.exhaustive),
     ],
 )

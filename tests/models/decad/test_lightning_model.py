@@ -15,6 +15,7 @@ from torchvision.transforms.v2 import Resize
 from anomalib_decad import DecAD, MultiCategory
 from anomalib_decad.components import EncoderWeightsError
 from anomalib_decad.metrics import METRICS, CategoryEvaluator
+from anomalib_decad.models.decad import lightning_model
 from conftest import losses_of
 
 TERMS = ("loss", "reconstruction", "prior")
@@ -49,6 +50,21 @@ def test_the_terms_are_logged(make_engine, make_model, make_data):
     engine = make_engine()
     engine.fit(make_model(), datamodule=make_data())
     assert {f"train/{term}" for term in TERMS} <= set(engine.trainer.callback_metrics)
+
+
+@pytest.mark.parametrize(
+    ("images", "patches", "expected"), [(1024, 32_768, 12 * 16), (1024, 24, 12 * 2), (5, 40, 8 * 8)]
+)
+def test_the_sample_is_of_as_many_patches_as_there_are_images_for(
+    images, patches, expected, make_engine, make_model, make_data, monkeypatch
+):
+    monkeypatch.setattr(lightning_model, "_SAMPLE_IMAGES", images)
+    monkeypatch.setattr(lightning_model, "_SAMPLE_PATCHES", patches)
+    model, seen = make_model(), []
+    initialize = model.model.initialize
+    monkeypatch.setattr(model.model, "initialize", lambda rows, report: [seen.extend(rows), initialize(rows, report)])
+    make_engine(max_steps=1).fit(model, datamodule=make_data())
+    assert [len(rows) for rows in seen] == [expected] * 3
 
 
 @pytest.mark.slow
