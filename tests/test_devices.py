@@ -8,7 +8,7 @@ import torch
 from anomalib.callbacks import ModelCheckpoint
 from lightning.pytorch import seed_everything
 
-from anomalib_decad.components import Decoupler, DecouplerOptions, InvertibleNetwork, InvertibleOptions
+from anomalib_decad.components import Decoupler, DecouplerOptions, InvertibleNetwork, InvertibleOptions, choose_patches
 from anomalib_decad.metrics import CategoryMetrics
 from anomalib_decad.metrics.score_histogram import ScoreHistogram
 from conftest import IMAGE_SIZE, losses_of
@@ -58,6 +58,15 @@ def test_memory_formats_give_the_same(device, memory_format, model, images):
         expected = net(images.to(device)).anomaly_map
         actual = net(images.to(device, memory_format=memory_format)).anomaly_map
     torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
+
+
+@devices
+def test_patches_are_chosen_on_the_device(device):
+    embeddings = torch.randn(2, 50, 8, device=device)
+    random_state = torch.get_rng_state()
+    chosen = choose_patches(embeddings, 10)
+    assert chosen.device.type == device
+    assert device == "cpu" or torch.equal(torch.get_rng_state(), random_state)
 
 
 @devices

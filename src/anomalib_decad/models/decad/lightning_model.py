@@ -209,7 +209,7 @@ class DecAD(BaseModule, AnomalibModule):
         """Initialize the model by a sample of training images."""
         loader = self.training_loader()
         sampler = getattr(loader, "sampler", None)
-        images = min(_SAMPLE_IMAGES, len(sampler) if isinstance(sampler, Sized) else _SAMPLE_IMAGES)
+        images = max(min(_SAMPLE_IMAGES, len(sampler) if isinstance(sampler, Sized) else _SAMPLE_IMAGES), 1)
         logger.info("Preparing the model with %d training images: minutes on a CPU.", images)
         is_shown = bool(self.trainer.is_global_zero and self.trainer.progress_bar_callback)
         with showing_progress("Looking at training images", is_shown) as report:
