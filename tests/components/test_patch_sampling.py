@@ -1,8 +1,9 @@
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anomalib_decad.components import choose_patches
+from anomalib_decad.components import choose_patches, sample_patches
 
 
 @settings(max_examples=40, deadline=None)
@@ -51,3 +52,36 @@ def test_the_draw_follows_the_seed():
     assert not torch.equal(choose_patches(embeddings, 10), first)
     torch.manual_seed(3)
     assert torch.equal(choose_patches(embeddings, 10), first)
+
+
+def numbered(num_images, num_patches=10, dim=4, layers=3):
+    """Feature maps of which each layer holds its number, the image and the patch."""
+    maps = torch.randn(layers, num_images, num_patches, dim)
+    maps[..., 0], maps[..., 1] = torch.arange(num_images)[:, None], torch.arange(num_patches)
+    maps[..., 2] = torch.arange(layers)[:, None, None]
+    return list(maps)
+
+
+def test_a_sample_has_equally_many_patches_of_each_image_and_the_same_of_each_layer():
+    told = []
+    rows = sample_patches([numbered(3), numbered(3)], num_images=6, num_patches=20, report=told.append)
+    assert [row.shape for row in rows] == [(24, 4)] * 3  # four of each
+    for layer, row in enumerate(rows):
+        assert torch.equal(row[:, :2], rows[0][:, :2])
+        assert row[:, 2].unique().tolist() == [layer]
+    assert torch.bincount(rows[0][:12, 0].long()).tolist() == [4, 4, 4]
+    assert told == [0.5, 1.0]
+
+
+def test_a_sample_asks_for_no_more_images_than_it_needs():
+    def batches():
+        yield numbered(4)
+        yield numbered(4)
+        pytest.fail("a third batch was asked for")
+
+    assert len(sample_patches(batches(), num_images=5, num_patches=5)[0]) == 8
+
+
+def test_a_sample_of_few_images_takes_all_their_patches():
+    rows = sample_patches([numbered(2)], num_images=100, num_patches=100_000)
+    assert len(rows[0]) == 20

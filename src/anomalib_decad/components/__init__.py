@@ -13,7 +13,7 @@ from anomalib_decad.components.options import (
     InvertibleOptions,
     SynthesisOptions,
 )
-from anomalib_decad.components.patch_sampling import choose_patches
+from anomalib_decad.components.patch_sampling import choose_patches, sample_patches
 from anomalib_decad.components.prior import ConditionalPrior
 from anomalib_decad.components.recognition import CategoryPrediction, CategoryRecognizer
 from anomalib_decad.components.synthesis import AdversarialSynthesis
@@ -46,4 +46,5 @@ __all__ = [
     "choose_patches",
     "create_encoder",
     "fixed_point",
+    "sample_patches",
 ]

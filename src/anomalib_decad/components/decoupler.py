@@ -17,6 +17,9 @@ __all__ = ["Decoupled", "Decoupler"]
 # Share of a batch in the running variance.
 _MOMENTUM = 0.01
 
+# Rows that are cleaned at a time, where there are many.
+_ROWS = 16_384
+
 # Of the mean variance over the channels.
 _FLOOR = 1e-4
 
@@ -100,6 +103,18 @@ class Decoupler(nn.Module):
             latent = torch.cat([expected, normal], dim=-1)
             return Decoupled(self.network.inverse(latent), self._energy(abnormal, expected), abnormal, normal)
 
+    @torch.no_grad()
+    def clean(self, x: torch.Tensor) -> torch.Tensor:
+        """Remove the abnormal component of any number of embeddings, in bounded memory and without a gradient.
+
+        Args:
+            x (torch.Tensor): Embeddings of shape (K, dim).
+
+        Returns:
+            torch.Tensor: Cleaned embeddings of shape (K, dim).
+        """
+        return torch.cat([self(rows).x_clean for rows in x.split(_ROWS)])
+
     def folded(self) -> AbstractContextManager[None]:
         """Compute the network's weights once for all passes within, as those of a training step."""
         return self.network.folded() if isinstance(self.network, InvertibleNetwork) else nullcontext()
@@ -122,7 +137,7 @@ class Decoupler(nn.Module):
                 abnormal, normal = self._split(x)
             self.prior.fit(normal, abnormal, report=report)
             with torch.no_grad():
-                self.residual_variance.copy_((abnormal - self.prior(normal)).square().mean(0))
+                self.residual_variance.copy_((abnormal - self.prior.predict(normal)).square().mean(0))
 
     def fuse(self) -> None:
         """Replace the network by a faster one without spectral normalization, in place, for inference."""

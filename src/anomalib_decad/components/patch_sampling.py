@@ -1,9 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which patches of an image a model is prepared with."""
 
+from collections.abc import Callable, Iterable, Sequence
+
 import torch
 
-__all__ = ["choose_patches"]
+from anomalib_decad.components.precision import at_least_float32
+from anomalib_decad.components.whitening import average_features
+
+__all__ = ["choose_patches", "sample_patches"]
 
 # A patch is as rare as its distance to this many others of its image, ...
 _NEIGHBORS = 8
@@ -39,3 +44,36 @@ def choose_patches(embeddings: torch.Tensor, count: int) -> torch.Tensor:
     # The largest u^(1 / w), of uniform numbers u, are a draw without repetition by the weights w.
     keys = torch.rand_like(weights).clamp(min=1e-12).log() / weights
     return keys.topk(min(count, num_patches), dim=1).indices
+
+
+def sample_patches(
+    batches: Iterable[Sequence[torch.Tensor]],
+    num_images: int,
+    num_patches: int,
+    report: Callable[[float], None] | None = None,
+) -> list[torch.Tensor]:
+    """Draw a sample of the patches of images, see :func:`choose_patches`.
+
+    Args:
+        batches (Iterable[Sequence[torch.Tensor]]): Feature maps of each batch of images, each of shape (B, N, dim), one
+            for each layer. No more are asked for than are needed.
+        num_images (int): How many images to draw from; all where there are not as many.
+        num_patches (int): How many patches to draw from so many images, equally many from each.
+        report (Callable[[float], None] | None): Is told after each batch which part has been done, in [0, 1].
+            Defaults to ``None``: nobody is.
+
+    Returns:
+        list[torch.Tensor]: Features of shape (K, dim), one for each layer, in float32 or wider.
+    """
+    sample: list[torch.Tensor] = []
+    count, of_each = 0, -(-num_patches // num_images)
+    for features in batches:
+        maps = torch.stack(list(features), dim=2)
+        chosen = choose_patches(average_features(features), of_each)
+        sample.append(maps[torch.arange(len(maps), device=maps.device)[:, None], chosen].flatten(0, 1))
+        count += len(maps)
+        if report is not None:
+            report(min(count / num_images, 1.0))
+        if count >= num_images:
+            break
+    return list(at_least_float32(torch.cat(sample)).unbind(1))

@@ -22,6 +22,8 @@ _SHARPNESS = 20.0
 _KMEANS_ITERATIONS = 6
 # Passes over all patches and prototypes beside those of k-means. Each takes about as long as an epoch.
 _OTHER_PASSES = 3
+# Rows whose distances to all prototypes are in memory at a time.
+_ROWS = 16_384
 _LEARNING_RATE, _WEIGHT_DECAY = 2e-3, 1e-2
 
 
@@ -89,6 +91,18 @@ class ConditionalPrior(nn.Module):
             mixture = mixture + self.residual(normal)
         return at_least_float32(mixture)
 
+    @torch.no_grad()
+    def predict(self, normal: torch.Tensor) -> torch.Tensor:
+        """Predict the abnormal components of any number of patches, in bounded memory and without a gradient.
+
+        Args:
+            normal (torch.Tensor): Normal components of shape (K, num_normal).
+
+        Returns:
+            torch.Tensor: Abnormal components of shape (K, num_abnormal).
+        """
+        return torch.cat([self(rows) for rows in normal.split(_ROWS)])
+
     def weights(self, normal: torch.Tensor) -> torch.Tensor:
         """Compute the weights w of the prototypes.
 
@@ -137,7 +151,7 @@ class ConditionalPrior(nn.Module):
         if self.residual is None:
             return
         with torch.no_grad():
-            rest = abnormal - self(normal)
+            rest = abnormal - self.predict(normal)
         num_batches = -(-len(normal) // batch_size)
         optimizer = AdamW(self.residual.parameters(), lr=_LEARNING_RATE, weight_decay=_WEIGHT_DECAY)
         scheduler = OneCycleLR(optimizer, _LEARNING_RATE, total_steps=num_epochs * num_batches)
@@ -163,7 +177,7 @@ class ConditionalPrior(nn.Module):
         # Centers that were drawn twice as a start have no members; other patches take their place.
         empty = torch.bincount(owners, minlength=count) == 0
         centers[empty] = normal[torch.randperm(len(normal), device=normal.device)[: int(empty.sum())]]
-        owners = torch.cdist(normal, centers).argmin(1)
+        owners = _nearest(normal, centers)
         members = torch.bincount(owners, minlength=count)
         # Where patches are equal, some still have none.
         centers, used = centers[members > 0], members > 0
@@ -172,7 +186,9 @@ class ConditionalPrior(nn.Module):
         repeated = torch.arange(total, device=normal.device) % len(centers)
         self.keys.copy_(centers[repeated])
         self.values.copy_(values[repeated].T)
-        distance = torch.cdist(normal, centers).square().mean().clamp(min=1e-6)
+        # The mean over all pairs, without the pairs.
+        spread = sum(rows.var(0, correction=0).sum() for rows in (normal, centers))
+        distance = (spread + (normal.mean(0) - centers.mean(0)).square().sum()).clamp(min=1e-6)
         self.log_beta.copy_((_SHARPNESS / distance).log())
 
 
@@ -190,7 +206,7 @@ def _cluster(rows: torch.Tensor, count: int, done: Callable[[int], None]) -> tup
     centers = rows[torch.randint(0, len(rows), (count,))].clone()
     owners = rows.new_full((len(rows),), -1, dtype=torch.int64)
     for iteration in range(_KMEANS_ITERATIONS):
-        before, owners = owners, torch.cdist(rows, centers).argmin(1)
+        before, owners = owners, _nearest(rows, centers)
         if torch.equal(owners, before):
             return owners, centers
         members = torch.bincount(owners, minlength=count)
@@ -198,7 +214,12 @@ def _cluster(rows: torch.Tensor, count: int, done: Callable[[int], None]) -> tup
         used = members > 0
         centers[used] = sums[used] / members[used, None]
         done(iteration + 1)
-    return torch.cdist(rows, centers).argmin(1), centers
+    return _nearest(rows, centers), centers
+
+
+def _nearest(rows: torch.Tensor, centers: torch.Tensor) -> torch.Tensor:
+    """Find the nearest center of each row, in bounded memory."""
+    return torch.cat([torch.cdist(part, centers).argmin(1) for part in rows.split(_ROWS)])
 
 
 class _Network(nn.Module):

@@ -53,13 +53,15 @@ def test_the_terms_are_logged(make_engine, make_model, make_data):
 
 
 @pytest.mark.parametrize(
-    ("images", "patches", "expected"), [(1024, 32_768, 12 * 16), (1024, 24, 12 * 2), (5, 40, 8 * 8)]
+    ("images", "patches", "products", "expected"),
+    [(1024, 32_768, 0, 12 * 16), (1024, 24, 0, 12 * 2), (5, 40, 0, 8 * 8), (1024, 12, 18, 12 * 3)],
 )
 def test_the_sample_is_of_as_many_patches_as_there_are_images_for(
-    images, patches, expected, make_engine, make_model, make_data, monkeypatch
+    images, patches, products, expected, make_engine, make_model, make_data, monkeypatch
 ):
     monkeypatch.setattr(lightning_model, "_SAMPLE_IMAGES", images)
-    monkeypatch.setattr(lightning_model, "_SAMPLE_PATCHES", patches)
+    monkeypatch.setattr(lightning_model, "_LEAST_PATCHES", patches)
+    monkeypatch.setattr(lightning_model, "_PRODUCT_PATCHES", products)
     model, seen = make_model(), []
     initialize = model.model.initialize
     monkeypatch.setattr(model.model, "initialize", lambda rows, report: [seen.extend(rows), initialize(rows, report)])

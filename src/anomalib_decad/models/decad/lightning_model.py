@@ -3,7 +3,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence, Sized
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -27,9 +27,7 @@ from anomalib_decad.components import (
     ViTEncoder,
 )
 from anomalib_decad.components.options import as_options
-from anomalib_decad.components.patch_sampling import choose_patches
-from anomalib_decad.components.precision import at_least_float32
-from anomalib_decad.components.whitening import average_features
+from anomalib_decad.components.patch_sampling import sample_patches
 from anomalib_decad.feature_cache import FeatureBatch, FeatureCaching, IndexBatch
 from anomalib_decad.models.base_module import BaseModule
 from anomalib_decad.models.decad.anomaly_map import AnomalyMapGenerator, AnomalyMapOptions
@@ -50,8 +48,11 @@ _DEFAULT_GRID = 20
 #: logistic, so that the same rate hardly moves it (benchmarks/NOTES.md, "Losses").
 _NETWORK_RATE = 3.0
 
-#: How many training images, and how many of their patches, the model is prepared with.
-_SAMPLE_IMAGES, _SAMPLE_PATCHES = 1024, 32_768
+#: How many training images the model is prepared with.
+_SAMPLE_IMAGES = 1024
+
+#: How many of their patches: so many of each product, within bounds (benchmarks/NOTES.md, "Preparation").
+_PRODUCT_PATCHES, _LEAST_PATCHES, _MOST_PATCHES = 6_500, 32_768, 98_304
 
 
 class DecAD(BaseModule, AnomalibModule):
@@ -212,38 +213,18 @@ class DecAD(BaseModule, AnomalibModule):
         images = max(min(_SAMPLE_IMAGES, len(sampler) if isinstance(sampler, Sized) else _SAMPLE_IMAGES), 1)
         logger.info("Preparing the model with %d training images: minutes on a CPU.", images)
         is_shown = bool(self.trainer.is_global_zero and self.trainer.progress_bar_callback)
-        with showing_progress("Looking at training images", is_shown) as report:
-            features = self._sample_features(loader, images, report)
+        patches = min(max(len(self.model.recognizer.names) * _PRODUCT_PATCHES, _LEAST_PATCHES), _MOST_PATCHES)
+        with torch.no_grad(), showing_progress("Looking at training images", is_shown) as report:
+            features = sample_patches(self._encoded(loader), images, patches, report)
         with showing_progress("Fitting to their patches", is_shown) as report:
             self.model.initialize(features, report)
 
-    @torch.no_grad()
-    def _sample_features(
-        self, loader: Iterable[Any], images: int, report: Callable[[float], None]
-    ) -> list[torch.Tensor]:
-        """Encode training images, and draw a sample of their patches.
-
-        Args:
-            loader (Iterable[Any]): Gives batches of training images.
-            images (int): How many.
-            report (Callable[[float], None]): Is told after each batch which part has been done.
-
-        Returns:
-            list[torch.Tensor]: Features of shape (K, dim), one for each layer.
-        """
-        sample: list[torch.Tensor] = []
-        count, patches = 0, -(-_SAMPLE_PATCHES // images)
+    def _encoded(self, loader: Iterable[Any]) -> Iterator[list[torch.Tensor]]:
+        """Encode the batches of a loader as in the training."""
         for batch in loader:
             with self.trainer.precision_plugin.forward_context():
                 features = self.encode(batch)
-            maps = torch.stack(features, dim=2)
-            chosen = choose_patches(average_features(features), patches)
-            sample.append(maps[torch.arange(len(maps), device=maps.device)[:, None], chosen].flatten(0, 1))
-            count += len(maps)
-            report(min(count / images, 1.0))
-            if count >= images:
-                break
-        return list(at_least_float32(torch.cat(sample)).unbind(1))
+            yield features
 
     def on_fit_start(self) -> None:
         """Load the encoder's weights, and prepare the model; see whether a CUDA graph can be had.

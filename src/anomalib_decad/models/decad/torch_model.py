@@ -186,7 +186,7 @@ class DecADModel(nn.Module):
             first, last = _FITTED[1:]
             report(first)
             self.decoupler.fit_prior(x, lambda part: report(first + part * (last - first)))
-            x = self.decoupler(x).x_clean
+            x = self.decoupler.clean(x)
         self.decoder.initialize(x, self.standardizer(rows))
         self.initialized.fill_(True)
         self.is_initialized = True
