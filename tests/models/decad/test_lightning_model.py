@@ -2,6 +2,7 @@ import logging
 import math
 from itertools import pairwise
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -62,11 +63,10 @@ def test_the_sample_is_of_as_many_patches_as_there_are_images_for(
     monkeypatch.setattr(lightning_model, "_SAMPLE_IMAGES", images)
     monkeypatch.setattr(lightning_model, "_LEAST_PATCHES", patches)
     monkeypatch.setattr(lightning_model, "_PRODUCT_PATCHES", products)
-    model, seen = make_model(), []
-    initialize = model.model.initialize
-    monkeypatch.setattr(model.model, "initialize", lambda rows, report: [seen.extend(rows), initialize(rows, report)])
-    make_engine(max_steps=1).fit(model, datamodule=make_data())
-    assert [len(rows) for rows in seen] == [expected] * 3
+    model = make_model()
+    with patch.object(model.model, "initialize", wraps=model.model.initialize) as initialize:
+        make_engine(max_steps=1).fit(model, datamodule=make_data())
+    assert [len(rows) for rows in initialize.call_args.args[0]] == [expected] * 3
 
 
 @pytest.mark.slow
