@@ -3,6 +3,7 @@ import torch
 from torch.nn.utils import parametrize
 
 from anomalib_decad.components import Decoupler, DecouplerOptions, InvertibleOptions
+from anomalib_decad.components import decoupler as decoupler_module
 from anomalib_decad.components.invertible import ActNorm
 
 
@@ -158,3 +159,12 @@ def test_reconstruction_trains_network_and_prior():
     decoupler.fit_prior(x)
     decoupler(x[None]).x_clean.square().mean().backward()
     assert all(parameter.grad is not None for parameter in decoupler.parameters())
+
+
+def test_many_embeddings_are_cleaned_in_parts(monkeypatch):
+    monkeypatch.setattr(decoupler_module, "_ROWS", 7)
+    decoupler = Decoupler(16, DecouplerOptions(num_prototypes=8, prior_dim=8), InvertibleOptions(hidden_dim=8))
+    x = torch.randn(40, 16)
+    decoupler.initialize(x)
+    decoupler.eval()
+    torch.testing.assert_close(decoupler.clean(x), decoupler(x).x_clean.detach(), atol=1e-5, rtol=1e-5)

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anomalib_decad.components import ConditionalPrior
+from anomalib_decad.components import prior as prior_module
 from anomalib_decad.components.prior import _KMEANS_ITERATIONS, _cluster
 
 
@@ -115,3 +116,34 @@ def test_clusters_are_those_of_anomalib(count):
     ours = _cluster(rows, count, lambda _: None)
     assert torch.equal(ours[0], owners)
     assert torch.equal(ours[1], centers)
+
+
+def test_many_patches_are_predicted_in_parts(monkeypatch):
+    monkeypatch.setattr(prior_module, "_ROWS", 7)
+    prior = ConditionalPrior(4, 12, num_prototypes=9, hidden_dim=8)
+    normal = torch.randn(40, 4)
+    torch.testing.assert_close(prior.predict(normal), prior(normal).detach())
+    assert not prior.predict(normal).requires_grad
+
+
+def test_a_fit_in_parts_is_the_fit(monkeypatch):
+    normal, abnormal = torch.randn(200, 4), torch.randn(200, 12)
+
+    def fitted():
+        torch.manual_seed(0)
+        prior = ConditionalPrior(4, 12, num_prototypes=9, hidden_dim=8)
+        prior.fit(normal, abnormal, num_epochs=2, batch_size=50)
+        return prior.state_dict()
+
+    expected = fitted()
+    monkeypatch.setattr(prior_module, "_ROWS", 33)
+    for name, value in fitted().items():
+        torch.testing.assert_close(value, expected[name])
+
+
+def test_the_sharpness_is_relative_to_the_mean_distance_of_patches_and_keys():
+    prior = ConditionalPrior(4, 12, num_prototypes=9, hidden_dim=0)
+    normal = 3 + 5 * torch.randn(300, 4)
+    prior.fit(normal, torch.randn(300, 12))
+    distance = torch.cdist(normal, prior.keys.detach().unique(dim=0)).square().mean()
+    assert prior.log_beta.exp().item() * distance.item() == pytest.approx(20, rel=1e-3)

@@ -113,7 +113,8 @@ class Decoupler(nn.Module):
         Returns:
             torch.Tensor: Cleaned embeddings of shape (K, dim).
         """
-        return torch.cat([self(rows).x_clean for rows in x.split(_ROWS)])
+        with self.folded():
+            return torch.cat([self(rows).x_clean for rows in x.split(_ROWS)])
 
     def folded(self) -> AbstractContextManager[None]:
         """Compute the network's weights once for all passes within, as those of a training step."""
