@@ -228,7 +228,7 @@ def test_half_precision_arithmetic_keeps_the_resizing(export, images, expected):
     ("compression", "input_size"),
     [
         ("INT8", None),
-        ("INT8_PTQ", None),
+        pytest.param("INT8_PTQ", None, marks=pytest.mark.exhaustive),
         ("INT8_ACQ", (48, 64)),
         pytest.param("INT8", (48, 64), marks=pytest.mark.exhaustive),
         pytest.param("INT8_PTQ", (48, 64), marks=pytest.mark.exhaustive),
