@@ -24,6 +24,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -179,9 +180,9 @@ def write(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
         # Results that were there may be of another machine.
         *dict.fromkeys(row.get("machine", "a machine that was not noted") for row in rows),
         "",
-        "| " + " | ".join(column.replace("_", " ") for column in _COLUMNS) + " |",
+        _line(column.replace("_", " ") for column in _COLUMNS),
         "|---" * len(_COLUMNS) + "|",
-        *("| " + " | ".join(_format(column, row[column]) for column in _COLUMNS) + " |" for row in rows),
+        *(_line(_format(column, row[column]) for column in _COLUMNS) for row in rows),
     ]
     (args.output / "results.md").write_text("\n".join([*lines, *on_the_way(rows)]) + "\n")
     plot(args, rows)
@@ -194,18 +195,16 @@ def on_the_way(rows: list[dict[str, Any]]) -> list[str]:
         return []
     categories = [name for name in points[0][2]["metrics"] if name != "mean"]
     columns = ("model", "budget", "step", "training seconds", "mean of seven", *categories)
-    lines = ["", "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    lines = ["", _line(columns), "|---" * len(columns) + "|"]
     for model, budget, point in points:
         values = (100 * point["metrics"][name]["mean_of_seven"] for name in ("mean", *categories))
-        cells = (
-            model,
-            budget,
-            point["step"],
-            f"{point['training_seconds']:.0f}",
-            *(f"{value:.1f}" for value in values),
-        )
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
+        facts = (model, budget, str(point["step"]), f"{point['training_seconds']:.0f}")
+        lines.append(_line((*facts, *(f"{value:.1f}" for value in values))))
     return lines
+
+
+def _line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def _format(column: str, value: Any) -> str:

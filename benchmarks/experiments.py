@@ -34,9 +34,10 @@ from torch.utils.data import DataLoader, WeightedRandomSampler
 import common
 import features
 from anomalib_decad import DecAD
+from anomalib_decad.metrics import CategoryMetrics
 from features import Split
 from scoring import measure, score
-from tables import mean_of, print_table, rounded, summarize
+from tables import print_table, rounded, summarize, table_of
 
 _LAYERS = ((3, 6, 9), (1, 6, 12), (2, 4, 8), (2, 8, 12), (3, 6, 10), (4, 8, 10))
 
@@ -178,15 +179,13 @@ def train(
 
 def run(args: argparse.Namespace, splits: dict[str, Split], settings: dict[str, Any], seed: int) -> dict[str, Any]:
     """Train and score one model, or one for each category."""
-    seconds, points, table = 0.0, [], {}
+    seconds, points, metrics = 0.0, [], CategoryMetrics()
     for categories in [[name] for name in args.categories] if args.one_class else [args.categories]:
         chosen = {name: split.of(categories) for name, split in splits.items()}
         model, its_seconds, its_points = train(args, chosen, settings, seed)
         # Lightning brings the model back to the CPU.
-        table |= score(model.to(common.device_of(args)), chosen["test"])
+        score(model.to(common.device_of(args)), chosen["test"], metrics)
         seconds, points = seconds + its_seconds, points + its_points
-    if args.one_class:
-        table["mean"] = mean_of(row for name, row in table.items() if name != "mean")
     return {
         "settings": settings,
         "seed": seed,
@@ -203,7 +202,7 @@ def run(args: argparse.Namespace, splits: dict[str, Split], settings: dict[str, 
             for name, split in splits.items()
         },
         "training_seconds": round(seconds, 1),
-        "metrics": rounded(table),
+        "metrics": rounded(table_of(metrics)),
         "progress": points,
     }
 

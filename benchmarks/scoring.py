@@ -17,10 +17,9 @@ __all__ = ["measure", "score"]
 
 
 @torch.inference_mode()
-def score(model: DecAD, test: Split) -> dict[str, dict[str, float]]:
-    """Compute the seven metrics, and their mean, of each category and of all."""
+def score(model: DecAD, test: Split, metrics: CategoryMetrics) -> None:
+    """Add a model's predictions of test images to metrics."""
     net = model.eval().model.fused(None)
-    metrics = CategoryMetrics()
     for chunk in chunks(range(len(test.labels)), 16):
         output = net.inference_output(
             test.batch(chunk, net.encoder.layers).features(), test.grid, tuple(model.input_size)
@@ -32,7 +31,6 @@ def score(model: DecAD, test: Split) -> dict[str, dict[str, float]]:
             output.anomaly_map,
             test.masks[chunk],
         )
-    return table_of(metrics)
 
 
 @torch.inference_mode()

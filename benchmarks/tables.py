@@ -10,7 +10,7 @@ from typing import Any
 
 from anomalib_decad.metrics import METRICS, CategoryMetrics
 
-__all__ = ["mean_of", "print_table", "rounded", "summarize", "table_of"]
+__all__ = ["print_table", "rounded", "summarize", "table_of"]
 
 
 def rounded(table: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
@@ -24,12 +24,6 @@ def table_of(metrics: CategoryMetrics) -> dict[str, dict[str, float]]:
         name: {**{metric: row[metric] for metric in METRICS}, "mean_of_seven": metrics.mean_of_seven(row)}
         for name, row in metrics.compute().items()
     }
-
-
-def mean_of(rows: Iterable[dict[str, float]]) -> dict[str, float]:
-    """Average metrics over categories; each has the same."""
-    rows = list(rows)
-    return {name: statistics.mean(row[name] for row in rows) for name in rows[0]}
 
 
 def print_table(title: str, rows: Iterable[tuple[str, Sequence[dict[str, Any]]]], args: argparse.Namespace) -> None:

@@ -3,7 +3,7 @@ import torch
 from torch.nn.utils import parametrize
 
 from anomalib_decad.components import Decoupler, DecouplerOptions, InvertibleOptions
-from anomalib_decad.components import decoupler as decoupler_module
+from anomalib_decad.components import in_parts as parts_module
 from anomalib_decad.components.invertible import ActNorm
 
 
@@ -162,7 +162,7 @@ def test_reconstruction_trains_network_and_prior():
 
 
 def test_many_embeddings_are_cleaned_in_parts(monkeypatch):
-    monkeypatch.setattr(decoupler_module, "_ROWS", 7)
+    monkeypatch.setattr(parts_module, "_ROWS", 7)
     decoupler = Decoupler(16, DecouplerOptions(num_prototypes=8, prior_dim=8), InvertibleOptions(hidden_dim=8))
     x = torch.randn(40, 16)
     decoupler.initialize(x)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anomalib_decad.components import ConditionalPrior
-from anomalib_decad.components import prior as prior_module
+from anomalib_decad.components import in_parts as parts_module
 from anomalib_decad.components.prior import _KMEANS_ITERATIONS, _cluster
 
 
@@ -119,7 +119,7 @@ def test_clusters_are_those_of_anomalib(count):
 
 
 def test_many_patches_are_predicted_in_parts(monkeypatch):
-    monkeypatch.setattr(prior_module, "_ROWS", 7)
+    monkeypatch.setattr(parts_module, "_ROWS", 7)
     prior = ConditionalPrior(4, 12, num_prototypes=9, hidden_dim=8)
     normal = torch.randn(40, 4)
     torch.testing.assert_close(prior.predict(normal), prior(normal).detach())
@@ -136,7 +136,7 @@ def test_a_fit_in_parts_is_the_fit(monkeypatch):
         return prior.state_dict()
 
     expected = fitted()
-    monkeypatch.setattr(prior_module, "_ROWS", 33)
+    monkeypatch.setattr(parts_module, "_ROWS", 33)
     for name, value in fitted().items():
         torch.testing.assert_close(value, expected[name])
 

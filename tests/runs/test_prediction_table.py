@@ -114,17 +114,21 @@ def test_the_box_is_that_of_the_largest_defect_in_the_file(tmp_path):
     assert _find_defect(None, str(path)) == [None] * 5
 
 
+def record(table, trainer, path):
+    """Start a table, and have it take the prediction of one image."""
+    table.on_predict_start(trainer, None)
+    batch = ImageBatch(image=torch.zeros(1, 3, 4, 4), pred_score=torch.tensor([0.5]), image_path=[path])
+    table.on_predict_batch_end(trainer, SimpleNamespace(), batch, batch, 0)
+
+
 def test_a_run_that_fails_leaves_no_part(tmp_path):
     trainer = SimpleNamespace(default_root_dir=tmp_path, global_rank=0, is_global_zero=True)
     table = PredictionTable()
-    table.on_predict_start(trainer, None)
-    batch = ImageBatch(image=torch.zeros(1, 3, 4, 4), pred_score=torch.tensor([0.5]), image_path=['a "b", c.png'])
-    table.on_predict_batch_end(trainer, SimpleNamespace(), batch, batch, 0)
+    record(table, trainer, 'a "b", c.png')
     assert list(tmp_path.iterdir())
     table.on_exception(trainer, None, RuntimeError())
     assert not list(tmp_path.iterdir())
-    table.on_predict_start(trainer, None)
-    table.on_predict_batch_end(trainer, SimpleNamespace(), batch, batch, 0)
+    record(table, trainer, 'a "b", c.png')
     table.on_predict_end(trainer, None)
     assert [path.name for path in tmp_path.iterdir()] == ["predictions.csv"]
     assert read(tmp_path / "predictions.csv")[0]["path"] == 'a "b", c.png'
@@ -137,9 +141,7 @@ def test_parts_of_processes_are_joined(tmp_path, monkeypatch):
     for rank in (1, 0):
         trainer = SimpleNamespace(default_root_dir=tmp_path, global_rank=rank, is_global_zero=rank == 0)
         table = PredictionTable()
-        table.on_predict_start(trainer, None)
-        batch = ImageBatch(image=torch.zeros(1, 3, 4, 4), pred_score=torch.tensor([0.5]), image_path=[f"{rank}.png"])
-        table.on_predict_batch_end(trainer, SimpleNamespace(), batch, batch, 0)
+        record(table, trainer, f"{rank}.png")
         tables.append((trainer, table))
     names = [str(tmp_path / f"predictions.csv.{rank}.partial") for rank in (0, 1)]
     monkeypatch.setattr(prediction_table, "gather", lambda _: names)
@@ -170,9 +172,7 @@ def test_maps_of_equally_named_images_stay_apart(tmp_path):
 def test_a_name_that_is_no_text_is_kept(tmp_path):
     trainer = SimpleNamespace(default_root_dir=tmp_path, global_rank=0, is_global_zero=True)
     table = PredictionTable()
-    table.on_predict_start(trainer, None)
-    batch = ImageBatch(image=torch.zeros(1, 3, 4, 4), pred_score=torch.tensor([0.5]), image_path=["\udc80.png"])
-    table.on_predict_batch_end(trainer, SimpleNamespace(), batch, batch, 0)
+    record(table, trainer, "\udc80.png")
     table.on_predict_end(trainer, None)
     assert b"\x80.png" in (tmp_path / "predictions.csv").read_bytes()
 

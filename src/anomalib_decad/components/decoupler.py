@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from anomalib_decad.components.in_parts import in_parts
 from anomalib_decad.components.invertible import FusedNetwork, InvertibleNetwork
 from anomalib_decad.components.options import DecouplerOptions, InvertibleOptions
 from anomalib_decad.components.prior import ConditionalPrior
@@ -16,9 +17,6 @@ __all__ = ["Decoupled", "Decoupler"]
 
 # Share of a batch in the running variance.
 _MOMENTUM = 0.01
-
-# Rows that are cleaned at a time, where there are many.
-_ROWS = 16_384
 
 # Of the mean variance over the channels.
 _FLOOR = 1e-4
@@ -114,7 +112,7 @@ class Decoupler(nn.Module):
             torch.Tensor: Cleaned embeddings of shape (K, dim).
         """
         with self.folded():
-            return torch.cat([self(rows).x_clean for rows in x.split(_ROWS)])
+            return in_parts(lambda rows: self(rows).x_clean, x)
 
     def folded(self) -> AbstractContextManager[None]:
         """Compute the network's weights once for all passes within, as those of a training step."""

@@ -10,6 +10,7 @@ from torch.nn import functional
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import OneCycleLR
 
+from anomalib_decad.components.in_parts import in_parts
 from anomalib_decad.components.precision import at_least_float32, linear_rows
 
 __all__ = ["ConditionalPrior"]
@@ -22,8 +23,6 @@ _SHARPNESS = 20.0
 _KMEANS_ITERATIONS = 6
 # Passes over all patches and prototypes beside those of k-means. Each takes about as long as an epoch.
 _OTHER_PASSES = 3
-# Rows whose distances to all prototypes are in memory at a time.
-_ROWS = 16_384
 _LEARNING_RATE, _WEIGHT_DECAY = 2e-3, 1e-2
 
 
@@ -101,7 +100,7 @@ class ConditionalPrior(nn.Module):
         Returns:
             torch.Tensor: Abnormal components of shape (K, num_abnormal).
         """
-        return torch.cat([self(rows) for rows in normal.split(_ROWS)])
+        return in_parts(self, normal)
 
     def weights(self, normal: torch.Tensor) -> torch.Tensor:
         """Compute the weights w of the prototypes.
@@ -219,7 +218,7 @@ def _cluster(rows: torch.Tensor, count: int, done: Callable[[int], None]) -> tup
 
 def _nearest(rows: torch.Tensor, centers: torch.Tensor) -> torch.Tensor:
     """Find the nearest center of each row, in bounded memory."""
-    return torch.cat([torch.cdist(part, centers).argmin(1) for part in rows.split(_ROWS)])
+    return in_parts(lambda part: torch.cdist(part, centers).argmin(1), rows)
 
 
 class _Network(nn.Module):

@@ -25,9 +25,9 @@ from anomalib_decad.components import (
     InvertibleOptions,
     SynthesisOptions,
     ViTEncoder,
+    sample_patches,
 )
 from anomalib_decad.components.options import as_options
-from anomalib_decad.components.patch_sampling import sample_patches
 from anomalib_decad.feature_cache import FeatureBatch, FeatureCaching, IndexBatch
 from anomalib_decad.models.base_module import BaseModule
 from anomalib_decad.models.decad.anomaly_map import AnomalyMapGenerator, AnomalyMapOptions
