@@ -6,11 +6,14 @@ import numpy as np
 import pytest
 import torch
 from anomalib.callbacks import ModelCheckpoint
+from anomalib.data import ImageBatch
 from lightning.pytorch import seed_everything
 
 from anomalib_decad.components import Decoupler, DecouplerOptions, InvertibleNetwork, InvertibleOptions, choose_patches
+from anomalib_decad.feature_cache import FeatureBatch, FeatureCode, IndexBatch
 from anomalib_decad.metrics import CategoryMetrics
 from anomalib_decad.metrics.score_histogram import ScoreHistogram
+from anomalib_decad.models.pinned import pinned
 from conftest import IMAGE_SIZE, losses_of
 
 HAS_CUDA = torch.cuda.is_available()
@@ -151,6 +154,43 @@ def test_a_cuda_graph_gives_the_losses_of_eager_steps(precision, decouple, make_
 def test_a_cuda_graph_without_cuda_is_one_clear_line(make_model, make_data, make_engine):
     with pytest.raises(ValueError, match=r"cuda_graph needs one NVIDIA GPU .* train with cuda_graph=false"):
         make_engine().fit(make_model(cuda_graph=True), datamodule=make_data())
+
+
+@devices
+@pytest.mark.parametrize("kind", ["images", "features", "indices"])
+def test_batches_for_a_gpu_are_in_pinned_memory(device, kind, make_model, images):
+    codes, code = torch.randn(2, 3, 4, 8).half(), FeatureCode(torch.zeros(3, 1, 8), torch.ones(3, 1, 8))
+    batch = {
+        "images": ImageBatch(image=images.clone()),
+        "features": FeatureBatch(codes, code, (2, 2)),
+        "indices": IndexBatch(torch.arange(2)),
+    }[kind]
+    given = make_model().to(device).on_before_batch_transfer(batch, 0)
+    if kind == "indices":
+        assert given is batch
+        return
+    tensor, expected = (given.image, images) if kind == "images" else (given.codes, codes)
+    assert tensor.is_pinned() == (device == "cuda")
+    assert torch.equal(tensor, expected)
+
+
+@pytest.mark.parametrize("has_images", [True, False])
+def test_what_is_pinned_is_the_batch_that_it_was(has_images, images, monkeypatch):
+    """Also seen without a GPU."""
+    pinnings = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinnings.append(self) or self.clone())
+    labels = torch.tensor([False, True])
+    code = FeatureCode(torch.zeros(3, 1, 8), torch.ones(3, 1, 8))
+    if has_images:
+        given = pinned(ImageBatch(image=images[:2].clone(), gt_label=labels, image_path=["a.png", "b.png"]))
+        assert (given.image_path, given.gt_label.tolist()) == (["a.png", "b.png"], labels.tolist())
+        assert torch.equal(given.image, images[:2])
+    else:
+        batch = FeatureBatch(torch.randn(2, 3, 4, 8).half(), code, (2, 2))
+        given = pinned(batch)
+        assert (given.code, given.grid) == (code, (2, 2))
+        assert torch.equal(given.codes, batch.codes)
+    assert len(pinnings) == 1
 
 
 @pytest.mark.slow

@@ -28,6 +28,7 @@ from anomalib_decad.metrics import CategoryEvaluator
 from anomalib_decad.models.checkpoint import CheckpointMixin, is_group
 from anomalib_decad.models.describe_categories import category_names, describe_categories
 from anomalib_decad.models.display import tidy_display
+from anomalib_decad.models.pinned import pinned
 from anomalib_decad.models.predicting import PredictingMixin
 from anomalib_decad.report import Report
 from anomalib_decad.runs import (
@@ -273,6 +274,11 @@ class BaseModule(DeepImagesMixin, _Base):
         batch = self.trainer.strategy.batch_to_device(batch)
         transform = getattr(self.pre_processor, "transform", None)
         return batch.update(image=transform(batch.image)) if transform and isinstance(batch, Batch) else batch
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Put a batch where an NVIDIA GPU can copy it from while it computes."""
+        del dataloader_idx
+        return pinned(batch) if self.device.type == "cuda" else batch
 
     def training_loader(self) -> Iterable[Any]:
         """Give a loader of training images for :meth:`prepare`, not that of the training, which has begun to read."""
