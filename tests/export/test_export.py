@@ -258,7 +258,10 @@ def never_validated(checkpoint):
     return model
 
 
-@pytest.mark.parametrize(("kind", "compression"), [("torch", None), ("onnx", None), ("openvino", "INT8_PTQ")])
+@pytest.mark.parametrize(
+    ("kind", "compression"),
+    [("torch", None), ("onnx", None), pytest.param("openvino", "INT8_PTQ", marks=pytest.mark.exhaustive)],
+)
 def test_a_model_that_was_never_validated(kind, compression, checkpoint, datamodule, images, tmp_path, caplog):
     model = never_validated(checkpoint)
     items = predict(model, images)
@@ -462,7 +465,12 @@ def test_examples_skip_and_list_what_cannot_be_read(script, export, images, tmp_
             ["--formats", "torch", "--models", "DecAD", "--seconds", "0.2", "--rounds", "1"],
             "| encoder |",
         ),
-        ("exported_accuracy.py", ["--formats", "torch", "onnx", "--every", "6"], "| onnx |"),
+        pytest.param(
+            "exported_accuracy.py",
+            ["--formats", "torch", "onnx", "--every", "6"],
+            "| onnx |",
+            marks=pytest.mark.exhaustive,
+        ),
     ],
 )
 def test_benchmarks_of_exports(script, arguments, expected_text, checkpoint, data, tmp_path):

@@ -161,6 +161,7 @@ def test_exports_give_the_checkpoints_predictions(cls, make_method, make_engine,
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_integers_hold_the_convolutions(make_method, make_engine, make_data, mvtec_root, tmp_path):
     openvino = pytest.importorskip("openvino")
     pytest.importorskip("nncf")
