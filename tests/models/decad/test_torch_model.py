@@ -67,6 +67,31 @@ def test_loss_is_the_weighted_sum_of_its_terms(model):
     assert set(DecADLoss(DecouplingLossOptions(0, 0, 0, 0))(output)) == {"reconstruction", "loss"}
 
 
+@pytest.mark.parametrize("focus", [0.0, 1.0, 2.0, 0.5])
+def test_a_normal_patch_weighs_by_a_power_of_its_error(model, focus):
+    output = model.train()(torch.rand(4, 3, 64, 64))
+    reconstructions = [item.detach().requires_grad_() for item in output.reconstructions]
+    # The first patch is exact, up to rounding: its error may be below 0.
+    with torch.no_grad():
+        for feature, reconstruction in zip(output.features, reconstructions, strict=True):
+            reconstruction[0, 0] = feature[0, 0]
+    output = output._replace(reconstructions=reconstructions)
+    DecADLoss(focus=focus)(output)["reconstruction"].backward()
+    errors = AnomalyMapGenerator.patch_errors(output.features, output.reconstructions)
+    plain = torch.autograd.grad(errors.mean(), reconstructions)
+    weights = errors.detach().clamp(min=1e-6) ** focus
+    assert 0 < output.perturbed.sum() < output.perturbed.numel()
+    weights = torch.where(output.perturbed, 1.0, weights / weights[~output.perturbed].mean())
+    for actual, expected in zip(reconstructions, plain, strict=True):
+        torch.testing.assert_close(actual.grad, expected * weights[..., None])
+
+
+def test_a_reconstruction_that_is_exact_has_a_finite_loss(model):
+    output = model.train()(torch.rand(2, 3, 64, 64))
+    terms = DecADLoss()(output._replace(reconstructions=output.features))
+    assert terms["reconstruction"].item() == pytest.approx(0, abs=1e-5)
+
+
 def test_batch_without_perturbed_patches_has_finite_loss(model):
     output = model.train()(torch.rand(2, 3, 64, 64))
     output = output._replace(perturbed=torch.zeros_like(output.perturbed))
@@ -75,15 +100,17 @@ def test_batch_without_perturbed_patches_has_finite_loss(model):
 
 @pytest.mark.slow
 def test_training_lowers_the_loss(model):
-    images, loss = torch.rand(4, 3, 64, 64), DecADLoss()
+    images, loss, plain = torch.rand(4, 3, 64, 64), DecADLoss(), DecADLoss(focus=0)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
     model.train()
     history = []
     for _ in range(30):
-        terms = loss(model(images))
+        output = model(images)
         optimizer.zero_grad()
-        terms["loss"].backward()
+        loss(output)["loss"].backward()
         optimizer.step()
+        # All patches alike: the weights change with the errors.
+        terms = plain(output)
         history.append(torch.stack([terms["loss"], terms["reconstruction"]]).detach())
     start, end = torch.stack(history[:5]).mean(0), torch.stack(history[-5:]).mean(0)
     # The synthetic anomalies follow the decoupler, so its part of the loss falls slowly.
@@ -102,6 +129,11 @@ def test_synthesis_never_calls_the_encoder(model, monkeypatch):
 def test_margin_is_checked():
     with pytest.raises(ValueError, match="margin must be positive"):
         DecADLoss(DecouplingLossOptions(margin=0))
+
+
+def test_focus_is_checked():
+    with pytest.raises(ValueError, match="focus must not be negative, got -1"):
+        DecADLoss(focus=-1)
 
 
 def test_evaluation_before_training_leaves_the_model_uninitialized(model):

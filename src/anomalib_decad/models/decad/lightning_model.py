@@ -86,6 +86,9 @@ class DecAD(BaseModule, AnomalibModule):
         decoupler (DecouplerOptions): Split of the latent, and its prior.
         synthesis (SynthesisOptions): What synthetic anomalies are like beside their radius.
         loss (DecouplingLossOptions): Weights of the losses that train the decoupling.
+        focus (float): Power of a patch's own error by which it weighs in the reconstruction loss: what is hard to
+            reconstruct counts for more. 0 has all patches count alike.
+            Defaults to ``2.0``.
         anomaly_map (AnomalyMapOptions): From errors to an anomaly map and a score.
         learning_rate (float): Peak learning rate of AdamW.
             Defaults to ``1e-3``.
@@ -140,6 +143,7 @@ class DecAD(BaseModule, AnomalibModule):
         decoupler: DecouplerOptions = DecouplerOptions(),
         synthesis: SynthesisOptions = SynthesisOptions(),
         loss: DecouplingLossOptions = DecouplingLossOptions(),
+        focus: float = 2.0,
         anomaly_map: AnomalyMapOptions = AnomalyMapOptions(),
         learning_rate: float = 1e-3,
         weight_decay: float = 1e-4,
@@ -168,7 +172,7 @@ class DecAD(BaseModule, AnomalibModule):
             decoder=FeatureDecoder(vit.dim, len(layers), decoder_depth, vit.num_heads),
             anomaly_map=AnomalyMapGenerator(anomaly_map),
         )
-        self.loss = DecADLoss(loss)
+        self.loss = DecADLoss(loss, focus)
         self.feature_caching = (
             None if feature_cache == "off" else FeatureCaching(feature_cache, feature_cache_dir, feature_cache_limit)
         )

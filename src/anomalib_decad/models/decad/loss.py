@@ -12,18 +12,37 @@ from anomalib_decad.models.decad.torch_model import TrainingOutput
 __all__ = ["DecADLoss"]
 
 
-class DecADLoss(nn.Module):
-    """Reconstruction plus the terms of :class:`DecouplingLoss`.
+# Of an error, which is in [0, 2] but for rounding.
+_TINY = 1e-6
 
-    ``reconstruction`` is the mean over layers and patches of 1 - cosine similarity between a feature map and its
-    reconstruction from the cleaned embeddings.
+
+class DecADLoss(nn.Module):
+    r"""Reconstruction plus the terms of :class:`DecouplingLoss`.
+
+    The error e of a patch is the mean over the layers of 1 - cosine similarity between a feature map and its
+    reconstruction from the cleaned embeddings. ``reconstruction`` is the mean of the errors over the patches of a
+    batch, each times :math:`e^q` over its mean, a weight without a gradient. Synthetic anomalies, which are hard on
+    purpose, have a weight of 1.
+
+    Most patches of an image are easy, above all where most of it is background. All alike, they make up the gradient,
+    and what is rare in an image stays hard: the largest errors of a normal image then outvote a small defect. Measured
+    (``benchmarks/NOTES.md``, "Hard patches"): with q = 2 screw's image AUROC is 79.9 instead of 77.7 after 1,000 steps.
 
     Args:
         options (DecouplingLossOptions): Weights of the other terms beside it, and the margin.
+        focus (float): The power q, not negative; 0 for a plain mean.
+            Defaults to ``2.0``.
+
+    Raises:
+        ValueError: If ``focus`` is negative.
     """
 
-    def __init__(self, options: DecouplingLossOptions = DecouplingLossOptions()) -> None:
+    def __init__(self, options: DecouplingLossOptions = DecouplingLossOptions(), focus: float = 2.0) -> None:
         super().__init__()
+        if not focus >= 0:
+            msg = f"focus must not be negative, got {focus}"
+            raise ValueError(msg)
+        self.focus = focus
         self.decoupling = DecouplingLoss(options)
 
     def forward(self, output: TrainingOutput) -> dict[str, torch.Tensor]:
@@ -35,8 +54,15 @@ class DecADLoss(nn.Module):
         Returns:
             dict[str, torch.Tensor]: The terms, times their weights, and their sum ``loss``.
         """
+        errors = AnomalyMapGenerator.patch_errors(output.features, output.reconstructions)
         terms = {
-            "reconstruction": AnomalyMapGenerator.patch_errors(output.features, output.reconstructions).mean(),
+            "reconstruction": (self._weights(errors.detach(), output.perturbed) * errors).mean(),
             **self.decoupling(output.x, output.x_clean, output.energy, output.perturbed, output.prior_error),
         }
         return {**terms, "loss": torch.stack(list(terms.values())).sum()}
+
+    def _weights(self, errors: torch.Tensor, perturbed: torch.Tensor) -> torch.Tensor:
+        """Weigh patches by their errors, so that the mean weight of those that were not perturbed is 1."""
+        powers = errors.clamp(min=_TINY) ** self.focus
+        mean = (powers * ~perturbed).sum() / (~perturbed).sum().clamp(min=1)
+        return (powers / mean).masked_fill(perturbed, 1.0)
