@@ -8,6 +8,8 @@ import torch
 from anomalib.callbacks import ModelCheckpoint
 from anomalib.data import ImageBatch
 from lightning.pytorch import seed_everything
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from anomalib_decad.components import Decoupler, DecouplerOptions, InvertibleNetwork, InvertibleOptions, choose_patches
 from anomalib_decad.feature_cache import FeatureBatch, FeatureCode, IndexBatch
@@ -191,6 +193,42 @@ def test_what_is_pinned_is_the_batch_that_it_was(has_images, images, monkeypatch
         assert (given.code, given.grid) == (code, (2, 2))
         assert torch.equal(given.codes, batch.codes)
     assert len(pinnings) == 1
+
+
+class NoFloat64(TorchDispatchMode):
+    """Notes what makes a float64 tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if any(isinstance(leaf, torch.Tensor) and leaf.dtype == torch.float64 for leaf in tree_leaves(result)):
+            self.found.add(str(func))
+        return result
+
+
+@pytest.mark.parametrize("decouple", [True, False])
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_steps_and_inference_are_free_of_float64(decouple, precision, make_model, images):
+    """Apple's and Intel's GPUs do not have it; what the preparation needs it for is on the CPU."""
+    model = make_model(decouple=decouple)
+    net = model.model.train()
+    features = net.encoder(images)
+    net.training_output(features)
+    autocast = torch.autocast("cpu", precision, enabled=precision != torch.float32)
+    with NoFloat64() as seen:
+        with autocast:
+            loss = model.loss(net.training_output(features))["loss"]
+        loss.backward()
+        fused = net.eval().fused(SIZE)
+        with autocast, torch.inference_mode():
+            fused(images)
+    assert not seen.found
+    with NoFloat64() as seen:
+        torch.zeros(2).double()
+    assert seen.found
 
 
 @pytest.mark.slow
