@@ -19,8 +19,8 @@ __all__ = ["TRAINING_ARGUMENTS", "CheckpointMixin", "is_group"]
 TRAINING_ARGUMENTS = frozenset(
     {
         "cuda_graph", "decoupling_learning_rate", "delta", "encoder_weights", "feature_cache", "feature_cache_dir",
-        "feature_cache_limit", "gradient_clip_val", "jitter", "learning_rate", "loss", "max_steps", "save_maps",
-        "synthesis", "warmup_steps", "weight_decay",
+        "feature_cache_limit", "focus", "gradient_clip_val", "jitter", "learning_rate", "loss", "max_steps",
+        "save_maps", "synthesis", "warmup_steps", "weight_decay",
     }
 )  # fmt: skip
 
