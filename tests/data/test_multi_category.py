@@ -1,4 +1,5 @@
 import multiprocessing
+import shutil
 from collections import Counter
 
 import pytest
@@ -109,6 +110,14 @@ def test_all_datamodules_with_categories(name, number, tmp_path):
         assert type(module).__name__ == name
         assert module.category == category
         assert str(module.root) == str(tmp_path)
+
+
+def test_a_category_that_would_be_lost_in_the_tables_is_refused(mvtec_root, tmp_path):
+    root = tmp_path / "copy"
+    shutil.copytree(mvtec_root, root)
+    (root / "bolts").rename(root / "mean")
+    with pytest.raises(ValueError, match="a category cannot be called 'mean', .* rename its folder"):
+        MultiCategory("MVTecAD", root=root)
 
 
 @pytest.mark.parametrize(

@@ -116,3 +116,8 @@ def test_weights_of_a_region_add_up_to_one():
     torch.testing.assert_close(weights[0, :3], torch.full((3,), 1 / 3))
     torch.testing.assert_close(weights[4:7, 4:7][mask[4:7, 4:7]], torch.full((5,), 1 / 5))
     assert weights[~mask].sum() == 0
+
+
+def test_a_category_does_not_take_the_name_of_the_mean():
+    with pytest.raises(ValueError, match="cannot be called 'mean'"):
+        CategoryMetrics().update(["bolts", "mean"], torch.rand(2), torch.tensor([True, False]))

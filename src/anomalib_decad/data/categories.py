@@ -23,6 +23,9 @@ logger = logging.getLogger(__name__)
 #: What may lie in a folder that a dataset is about to be downloaded to.
 _ARCHIVES = {".gz", ".tar", ".tgz", ".xz", ".zip"}
 
+#: Row of the mean in tables of metrics, which a category of this name would be lost to.
+_MEAN = "mean"
+
 
 def create_datamodules(
     datamodule: str | type[AnomalibDataModule] | AnomalibDataModule | Sequence[AnomalibDataModule],
@@ -43,8 +46,18 @@ def create_datamodules(
     Raises:
         ValueError: If a name, an argument or the root is wrong; the message lists the valid ones.
     """
-    if isinstance(categories, str):
-        categories = [categories]
+    datamodules = _create(datamodule, [categories] if isinstance(categories, str) else categories, settings)
+    if _MEAN in datamodules:
+        msg = f"a category cannot be called {_MEAN!r}, as the mean over the categories is: rename its folder"
+        raise ValueError(msg)
+    return datamodules
+
+
+def _create(
+    datamodule: str | type[AnomalibDataModule] | AnomalibDataModule | Sequence[AnomalibDataModule],
+    categories: Sequence[str | int] | None,
+    settings: dict[str, Any],
+) -> dict[str, AnomalibDataModule]:
     if isinstance(datamodule, Sequence) and not isinstance(datamodule, str):
         return _name_datamodules(datamodule, categories, settings)
     if isinstance(datamodule, AnomalibDataModule):

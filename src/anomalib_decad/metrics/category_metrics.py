@@ -59,7 +59,13 @@ class CategoryMetrics:
             gt_label (torch.Tensor): True for anomalous images, B values.
             anomaly_map (torch.Tensor | None): Pixel scores of shape (B, H, W) or (B, 1, H, W).
             gt_mask (torch.Tensor | None): True for defect pixels, same shape as ``anomaly_map``.
+
+        Raises:
+            ValueError: If a category has the name of the mean's row, which would take its place.
         """
+        if MEAN in categories:
+            msg = f"a category cannot be called {MEAN!r}, as the mean over the categories is: rename its folder"
+            raise ValueError(msg)
         scores, labels = pred_score.reshape(len(categories), -1), gt_label.reshape(len(categories), -1)
         has_pixels = anomaly_map is not None and gt_mask is not None
         for index, category in enumerate(categories):
