@@ -90,6 +90,7 @@ def test_a_reconstruction_that_is_exact_has_a_finite_loss(model):
     output = model.train()(torch.rand(2, 3, 64, 64))
     terms = DecADLoss()(output._replace(reconstructions=output.features))
     assert terms["reconstruction"].item() == pytest.approx(0, abs=1e-5)
+    assert torch.isfinite(DecADLoss(focus=100)(output)["loss"])
 
 
 def test_batch_without_perturbed_patches_has_finite_loss(model):

@@ -11,7 +11,6 @@ from anomalib_decad.models.decad.torch_model import TrainingOutput
 
 __all__ = ["DecADLoss"]
 
-
 # Of an error, which is in [0, 2] but for rounding.
 _TINY = 1e-6
 
@@ -63,6 +62,8 @@ class DecADLoss(nn.Module):
 
     def _weights(self, errors: torch.Tensor, perturbed: torch.Tensor) -> torch.Tensor:
         """Weigh patches by their errors, so that the mean weight of those that were not perturbed is 1."""
-        powers = errors.clamp(min=_TINY) ** self.focus
+        errors = errors.clamp(min=_TINY)
+        # Of shares of the largest, as a high power of a small number is 0.
+        powers = (errors / errors.amax()) ** self.focus
         mean = (powers * ~perturbed).sum() / (~perturbed).sum().clamp(min=1)
         return (powers / mean).masked_fill(perturbed, 1.0)
