@@ -52,7 +52,7 @@ def main() -> None:
     model.train()(images)  # initializes what a first batch does
     model.eval()
     whole = timm.create_model(args.encoder, num_classes=0, dynamic_img_size=True).eval()
-    x = model.fusion(model.encoder(images))
+    x, grid = model.fusion(model.encoder(images)), model.encoder.grid(*images.shape[-2:])
     encoder = multiply_adds(lambda: model.encoder(images))
     all_blocks = multiply_adds(lambda: whole.forward_features(images))
     total = multiply_adds(lambda: model(images))
@@ -62,7 +62,7 @@ def main() -> None:
     }
     rows = [
         (f"encoder, to layer {model.encoder.layers[-1]}", learnable["encoder"], encoder),
-        ("decoupler", learnable["decoupler"], multiply_adds(lambda: model.decoupler(x))),
+        ("decoupler", learnable["decoupler"], multiply_adds(lambda: model.decoupler(x, grid))),
         ("decoder", learnable["decoder"], multiply_adds(lambda: model.decoder(x))),
         ("all", sum(learnable.values()), total),
         ("all, if the encoder ran to its end", sum(learnable.values()), total - encoder + all_blocks),

@@ -118,7 +118,7 @@ def measure_parts(args: argparse.Namespace) -> dict[str, float]:
         features = net.standardizer(outputs)
         x = net.fusion(outputs)
         latent = net.decoupler.network(x)
-        clean, energy = net.decoupler(x)[:2]
+        clean, energy = net.decoupler(x, grid)[:2]
         reconstructions = net.decoder(clean)
         parts: dict[str, Callable[[], Any]] = {
             "encoder": lambda: net.encoder(images),

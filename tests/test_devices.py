@@ -180,7 +180,12 @@ def test_batches_for_a_gpu_are_in_pinned_memory(device, kind, make_model, images
 def test_what_is_pinned_is_the_batch_that_it_was(has_images, images, monkeypatch):
     """Also seen without a GPU."""
     pinnings = []
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinnings.append(self) or self.clone())
+
+    def pin_memory(self):
+        pinnings.append(self)
+        return self.clone()
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
     labels = torch.tensor([False, True])
     code = FeatureCode(torch.zeros(3, 1, 8), torch.ones(3, 1, 8))
     if has_images:

@@ -22,7 +22,7 @@ def decoupler(request):
 
 
 def test_shapes_and_sign(decoupler):
-    x_clean, energy, abnormal, normal = decoupler(torch.randn(2, 9, 16))
+    x_clean, energy, abnormal, normal = decoupler(torch.randn(2, 9, 16))[:4]
     assert x_clean.shape == (2, 9, 16)
     assert energy.shape == (2, 9)
     assert (energy >= 0).all()
@@ -157,8 +157,33 @@ def test_reconstruction_trains_network_and_prior():
     x = torch.randn(50, 16)
     decoupler.initialize(x)
     decoupler.fit_prior(x)
-    decoupler(x[None]).x_clean.square().mean().backward()
+    decoupler(x[None], (5, 10)).x_clean.square().mean().backward()
     assert all(parameter.grad is not None for parameter in decoupler.parameters())
+
+
+def test_images_are_fitted_to_and_their_variance_is_followed():
+    torch.manual_seed(0)
+    decoupler = make_decoupler(num_prototypes=8, prior_dim=8).train()
+    grid, chosen = (9, 12), torch.arange(108).expand(4, -1)
+    # Patches repeat along the rows.
+    x = torch.randn(12, 16).repeat(4, 9, 1) + 0.1 * torch.randn(4, 108, 16)
+    decoupler.initialize(x)
+    decoupler.fit_prior(x.flatten(0, 1))
+    alone = decoupler(x, grid)
+    decoupler.fit_image_prior(x, grid, chosen)
+    output = decoupler(x, grid)
+    left = (output.abnormal - output.expected).square()
+    assert left.mean() < 0.95 * (alone.abnormal - alone.expected).square().mean()
+    torch.testing.assert_close(decoupler.residual_variance, left.mean((0, 1)).detach(), rtol=1e-2, atol=1e-3)
+    assert output.energy.mean().item() == pytest.approx(1, abs=0.01)
+    decoupler.eval()
+    torch.testing.assert_close(decoupler.clean(x, grid), decoupler(x, grid).x_clean.detach())
+    assert not torch.allclose(decoupler.clean(x.flatten(0, 1)), decoupler.clean(x, grid).flatten(0, 1))
+    decoupler.train()
+    before = decoupler.residual_variance.clone()
+    larger = output._replace(expected=output.expected + 9)
+    decoupler.prior_error(larger, torch.zeros(4, 108, dtype=torch.bool))
+    assert (decoupler.residual_variance > before).all()
 
 
 def test_many_embeddings_are_cleaned_in_parts(monkeypatch):

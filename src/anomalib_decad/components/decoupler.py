@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from anomalib_decad.components.image_prior import ImagePrior
 from anomalib_decad.components.in_parts import in_parts
 from anomalib_decad.components.invertible import FusedNetwork, InvertibleNetwork
 from anomalib_decad.components.options import DecouplerOptions, InvertibleOptions
@@ -30,12 +31,14 @@ class Decoupled(NamedTuple):
         energy (torch.Tensor): Abnormal energy of each patch, shape (B, N), not negative.
         abnormal (torch.Tensor): Abnormal components before removal, shape (B, N, num_abnormal).
         normal (torch.Tensor): Normal components, shape (B, N, dim - num_abnormal).
+        expected (torch.Tensor): What took the place of the abnormal components, shape (B, N, num_abnormal).
     """
 
     x_clean: torch.Tensor
     energy: torch.Tensor
     abnormal: torch.Tensor
     normal: torch.Tensor
+    expected: torch.Tensor
 
 
 class Decoupler(nn.Module):
@@ -45,6 +48,9 @@ class Decoupler(nn.Module):
     :math:`z_a = p(z_n)`, its abnormal energy is :math:`H = \mathrm{mean}((z_a - p(z_n))^2 / \sigma^2)`, and removal is
     :math:`\hat{x} = F^{-1}([p(z_n), z_n])`. p is a :class:`ConditionalPrior`, or 0. F and p act on each patch alone, so
     removal in one patch changes no other.
+
+    Given the grid of the images that the patches make, an :class:`ImagePrior` refines p by other normal patches of the
+    same image. An abnormal patch is hardly looked at, so its removal hardly changes others.
 
     :math:`\sigma^2` is the variance, by channel, of what the prior leaves of normal patches, a running mean over the
     training: a normal patch has an energy of about 1, however F scales its channels. Without it a single channel that F
@@ -83,36 +89,44 @@ class Decoupler(nn.Module):
             if options.num_prototypes
             else None
         )
+        self.image_prior = ImagePrior(self.num_abnormal) if options.num_prototypes and options.image_prior else None
         self.register_buffer("residual_variance", torch.ones(self.num_abnormal))
         self.network: InvertibleNetwork | FusedNetwork = InvertibleNetwork(dim, invertible)
 
-    def forward(self, x: torch.Tensor) -> Decoupled:
+    def forward(self, x: torch.Tensor, grid: tuple[int, int] | None = None) -> Decoupled:
         """Remove the abnormal component.
 
         Args:
             x (torch.Tensor): Embeddings of shape (B, N, dim).
+            grid (tuple[int, int] | None): Patch rows and columns of the images, N = rows * columns.
+                Defaults to ``None``: the patches make no images, and the prototypes alone are the prior.
 
         Returns:
             Decoupled: Cleaned embeddings, abnormal energies and both components.
         """
         with self.folded():
             abnormal, normal = self._split(x)
-            expected = self._expect(abnormal, normal)
+            expected = self._expect(abnormal, normal, grid)
             latent = torch.cat([expected, normal], dim=-1)
-            return Decoupled(self.network.inverse(latent), self._energy(abnormal, expected), abnormal, normal)
+            energy = self._energy(abnormal, expected)
+            return Decoupled(self.network.inverse(latent), energy, abnormal, normal, expected)
 
     @torch.no_grad()
-    def clean(self, x: torch.Tensor) -> torch.Tensor:
+    def clean(self, x: torch.Tensor, grid: tuple[int, int] | None = None) -> torch.Tensor:
         """Remove the abnormal component of any number of embeddings, in bounded memory and without a gradient.
 
         Args:
-            x (torch.Tensor): Embeddings of shape (K, dim).
+            x (torch.Tensor): Embeddings of shape (K, dim), or of images, of shape (B, N, dim).
+            grid (tuple[int, int] | None): Patch rows and columns of the images.
+                Defaults to ``None``: the patches make no images.
 
         Returns:
-            torch.Tensor: Cleaned embeddings of shape (K, dim).
+            torch.Tensor: Cleaned embeddings of the same shape.
         """
         with self.folded():
-            return in_parts(lambda rows: self(rows).x_clean, x)
+            if grid is None:
+                return in_parts(lambda rows: self(rows).x_clean, x)
+            return torch.cat([self(image[None], grid).x_clean for image in x])
 
     def folded(self) -> AbstractContextManager[None]:
         """Compute the network's weights once for all passes within, as those of a training step."""
@@ -138,13 +152,32 @@ class Decoupler(nn.Module):
             with torch.no_grad():
                 self.residual_variance.copy_((abnormal - self.prior.predict(normal)).square().mean(0))
 
+    @torch.no_grad()
+    def fit_image_prior(self, x: torch.Tensor, grid: tuple[int, int], chosen: torch.Tensor) -> None:
+        """Fit what refines the prior by other patches of the same image, if there is such. The prior has been fitted.
+
+        Args:
+            x (torch.Tensor): Embeddings of normal images, shape (B, N, dim).
+            grid (tuple[int, int]): Patch rows and columns, N = rows * columns.
+            chosen (torch.Tensor): Indices of patches of each image that stand for all, shape (B, K).
+        """
+        if self.image_prior is None or self.prior is None:
+            return
+        with self.folded():
+            abnormal, normal = self._split(x)
+            expected = self.prior.predict(normal.flatten(0, 1)).view_as(abnormal)
+            self.image_prior.fit(abnormal, normal, expected, grid, chosen)
+            images = zip(abnormal.unsqueeze(1), normal.unsqueeze(1), expected.unsqueeze(1), strict=True)
+            left = (abnormal - torch.cat([self.image_prior(*image, grid) for image in images])).square()
+            self.residual_variance.copy_(left.gather(1, chosen[..., None].expand(-1, -1, left.shape[-1])).mean((0, 1)))
+
     def fuse(self) -> None:
         """Replace the network by a faster one without spectral normalization, in place, for inference."""
         if isinstance(self.network, InvertibleNetwork):
             self.network = self.network.fused()
 
     def energy(self, x: torch.Tensor) -> torch.Tensor:
-        """Compute the abnormal energy H alone, which needs no inverse.
+        """Compute the abnormal energy H alone, by the prototypes alone, which needs no inverse and no images.
 
         Args:
             x (torch.Tensor): Embeddings of shape (..., dim).
@@ -176,11 +209,15 @@ class Decoupler(nn.Module):
         order = torch.rand(perturbed.numel(), device=perturbed.device).masked_fill(perturbed.flatten(), 2).argsort()
         # The number does not depend on the data: a device never waits, and can replay the step as a graph.
         chosen = order[: (perturbed.numel() + 1) // 2]
-        abnormal = output.abnormal.detach().flatten(0, 1)[chosen]
-        normal = output.normal.detach().flatten(0, 1)[chosen]
-        error = (abnormal - self.prior(normal)).square()
+        abnormal, normal = (part.detach().flatten(0, 1)[chosen] for part in (output.abnormal, output.normal))
+        expected = self.prior(normal)
+        error = (abnormal - expected).square()
         if self.training:
-            self.residual_variance.lerp_(error.detach().mean(0), _MOMENTUM)
+            left = error.detach()
+            if self.image_prior is not None:
+                self.image_prior.follow(abnormal, expected, _MOMENTUM)
+                left = (abnormal - output.expected.detach().flatten(0, 1)[chosen]).square()
+            self.residual_variance.lerp_(left.mean(0), _MOMENTUM)
         scale = abnormal.var(0, correction=0)
         return (error / scale.clamp(min=1e-6 * scale.mean().clamp(min=1e-12))).mean(-1)
 
@@ -190,9 +227,16 @@ class Decoupler(nn.Module):
         # What varies far less than the rest is rounding error.
         return ((abnormal - expected).square() / variance.clamp(min=_FLOOR * variance.mean())).mean(-1)
 
-    def _expect(self, abnormal: torch.Tensor, normal: torch.Tensor) -> torch.Tensor:
+    def _expect(
+        self, abnormal: torch.Tensor, normal: torch.Tensor, grid: tuple[int, int] | None = None
+    ) -> torch.Tensor:
         """Give the abnormal component that a normal patch would have."""
-        return torch.zeros_like(abnormal) if self.prior is None else self.prior(normal)
+        if self.prior is None:
+            return torch.zeros_like(abnormal)
+        expected = self.prior(normal)
+        if self.image_prior is None or grid is None:
+            return expected
+        return self.image_prior(abnormal, normal, expected, grid)
 
     def _split(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         latent = self.network(x)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Synthesis and decoupling on the embedding between the encoder and the decoder of any model."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -93,7 +94,7 @@ class EmbeddingDecoupling(nn.Module):
     ) -> None:
         super().__init__()
         self.dim = dim
-        self.decoupler = Decoupler(dim, decoupler, invertible)
+        self.decoupler = Decoupler(dim, replace(decoupler, image_prior=False), invertible)
         self.synthesis = AdversarialSynthesis(delta, synthesis)
         self.loss = DecouplingLoss(loss)
         self.register_buffer("norm", torch.tensor(0.0))

@@ -58,6 +58,8 @@ class DecouplerOptions:
             Defaults to ``5120``.
         prior_dim (int): Channels inside the small network that refines the prototypes; 0 leaves it out.
             Defaults to ``256``.
+        image_prior (bool): Whether the prior also looks at other normal patches of the same image. Only DecAD has it.
+            Defaults to ``True``.
 
     Raises:
         ValueError: If a value is out of its range.
@@ -66,6 +68,7 @@ class DecouplerOptions:
     abnormal_fraction: float = 0.9
     num_prototypes: int = 5120
     prior_dim: int = 256
+    image_prior: bool = True
 
     def __post_init__(self) -> None:
         _check(0 < self.abnormal_fraction < 1, "abnormal_fraction", "between 0 and 1", self.abnormal_fraction)

@@ -10,7 +10,7 @@ from torch.nn import functional
 from anomalib_decad.components.options import SynthesisOptions
 from anomalib_decad.components.precision import at_least_float32
 
-__all__ = ["AdversarialSynthesis"]
+__all__ = ["AdversarialSynthesis", "square_grid"]
 
 # Regions cover shares of an image's patches that are to each other as numbers between these, and their mean on average.
 _SMALLEST_REGION, _LARGEST_REGION = 0.02, 0.3
@@ -86,7 +86,7 @@ class AdversarialSynthesis(nn.Module):
         rows = x.flatten(0, 1)
         mask = torch.zeros(len(rows), dtype=torch.bool, device=x.device)
         perturbed = rows.clone()
-        indices = self._choose_patches(x, grid or _square_grid(x.shape[1]))
+        indices = self._choose_patches(x, grid or square_grid(x.shape[1]))
         if len(indices):
             chosen = rows[indices]
             perturbed[indices] = chosen + self._perturbation(x, chosen, energy).to(x.dtype)
@@ -173,6 +173,7 @@ def _differences(x: torch.Tensor, count: int) -> torch.Tensor:
     return pool[first] - pool[second]
 
 
-def _square_grid(num_patches: int) -> tuple[int, int]:
+def square_grid(num_patches: int) -> tuple[int, int]:
+    """Guess the grid of a number of patches: a square if it is one, else one row."""
     side = round(num_patches**0.5)
     return (side, side) if side * side == num_patches else (1, num_patches)

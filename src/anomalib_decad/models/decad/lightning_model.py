@@ -28,6 +28,7 @@ from anomalib_decad.components import (
     sample_patches,
 )
 from anomalib_decad.components.options import as_options
+from anomalib_decad.components.precision import at_least_float32
 from anomalib_decad.feature_cache import FeatureBatch, FeatureCaching, IndexBatch
 from anomalib_decad.models.base_module import BaseModule
 from anomalib_decad.models.decad.anomaly_map import AnomalyMapGenerator, AnomalyMapOptions
@@ -50,6 +51,9 @@ _NETWORK_RATE = 3.0
 
 #: How many training images the model is prepared with.
 _SAMPLE_IMAGES = 1024
+
+#: How many patches of whole images, the first of these.
+_WHOLE_PATCHES = 51_200
 
 #: How many of their patches: so many of each product, within bounds (benchmarks/NOTES.md, "Preparation").
 _PRODUCT_PATCHES, _LEAST_PATCHES, _MOST_PATCHES = 6_500, 32_768, 98_304
@@ -178,6 +182,7 @@ class DecAD(BaseModule, AnomalibModule):
         )
         self.cuda_graph = cuda_graph
         self._graphed_step: GraphedStep | None = None
+        self._grid: tuple[int, int] | None = None
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.warmup_steps = warmup_steps
@@ -218,16 +223,22 @@ class DecAD(BaseModule, AnomalibModule):
         logger.info("Preparing the model with %d training images: minutes on a CPU.", images)
         is_shown = bool(self.trainer.is_global_zero and self.trainer.progress_bar_callback)
         patches = min(max(len(self.model.recognizer.names) * _PRODUCT_PATCHES, _LEAST_PATCHES), _MOST_PATCHES)
+        first: list[list[torch.Tensor]] = []
         with torch.no_grad(), showing_progress("Looking at training images", is_shown) as report:
-            features = sample_patches(self._encoded(loader), images, patches, report)
+            features = sample_patches(self._encoded(loader, first), images, patches, report)
+        whole = [torch.cat(maps) for maps in zip(*first, strict=True)]
         with showing_progress("Fitting to their patches", is_shown) as report:
-            self.model.initialize(features, report)
+            self.model.initialize(features, whole, self._grid, report)
 
-    def _encoded(self, loader: Iterable[Any]) -> Iterator[list[torch.Tensor]]:
-        """Encode the batches of a loader as in the training."""
+    def _encoded(self, loader: Iterable[Any], first: list[list[torch.Tensor]]) -> Iterator[list[torch.Tensor]]:
+        """Encode the batches of a loader as in the training, and keep the first ones."""
+        kept = 0
         for batch in loader:
             with self.trainer.precision_plugin.forward_context():
-                features = self.encode(batch)
+                features, self._grid = self._features(self.received(batch))
+            if kept < _WHOLE_PATCHES:
+                first.append([at_least_float32(feature) for feature in features])
+                kept += features[0].shape[:2].numel()
             yield features
 
     def on_fit_start(self) -> None:

@@ -62,8 +62,8 @@ class DecADLoss(nn.Module):
 
     def _weights(self, errors: torch.Tensor, perturbed: torch.Tensor) -> torch.Tensor:
         """Weigh patches by their errors, so that the mean weight of those that were not perturbed is 1."""
-        errors = errors.clamp(min=_TINY)
+        errors = errors.clamp(min=_TINY).masked_fill(perturbed, 0.0)
         # Of shares of the largest, as a high power of a small number is 0.
-        powers = (errors / errors.amax()) ** self.focus
+        powers = (errors / errors.amax().clamp(min=_TINY)) ** self.focus
         mean = (powers * ~perturbed).sum() / (~perturbed).sum().clamp(min=1)
         return (powers / mean).masked_fill(perturbed, 1.0)

@@ -17,7 +17,10 @@ from anomalib_decad.components import (
     FeatureFusion,
     FeatureStandardizer,
     ViTEncoder,
+    choose_patches,
 )
+from anomalib_decad.components.synthesis import square_grid
+from anomalib_decad.components.whitening import average_features
 from anomalib_decad.models.decad.anomaly_map import AnomalyMapGenerator
 
 __all__ = ["DecADModel", "TrainingOutput"]
@@ -145,7 +148,7 @@ class DecADModel(nn.Module):
                 shape (B,), the index of the category that each image resembles most.
         """
         x = self.fusion(features)
-        x_clean, energy = self.decoupler(x)[:2] if self.decoupler else (x, x.new_ones(x.shape[:-1]))
+        x_clean, energy = self.decoupler(x, grid)[:2] if self.decoupler else (x, x.new_ones(x.shape[:-1]))
         reconstructions = self.decoder(x_clean)
         maps, scores = self.anomaly_map_generator(
             self.standardizer(features), reconstructions, grid, image_size, energy
@@ -153,12 +156,23 @@ class DecADModel(nn.Module):
         return CategoryPrediction(pred_score=scores, anomaly_map=maps, category=self.recognizer(features))
 
     @torch.no_grad()
-    def initialize(self, features: Sequence[torch.Tensor], report: Callable[[float], None] | None = None) -> None:
+    def initialize(
+        self,
+        features: Sequence[torch.Tensor],
+        images: Sequence[torch.Tensor] | None = None,
+        grid: tuple[int, int] | None = None,
+        report: Callable[[float], None] | None = None,
+    ) -> None:
         """Set what depends on the data alone, from the principal axes to the decoder's linear maps.
 
         Args:
             features (Sequence[torch.Tensor]): Feature maps of normal patches from the encoder, each of shape
                 (..., dim): some ten thousand patches of all that is normal.
+            images (Sequence[torch.Tensor] | None): Feature maps of whole normal images, each of shape (B, N, dim): some
+                of each product. What other patches of an image say about a patch is fitted to them.
+                Defaults to ``None``: others say nothing until the training has taught it.
+            grid (tuple[int, int] | None): Patch rows and columns of these images, N = rows * columns.
+                Defaults to ``None``: a square grid.
             report (Callable[[float], None] | None): Is told now and then which part has been done, in [0, 1].
                 Defaults to ``None``: nobody is.
 
@@ -186,10 +200,24 @@ class DecADModel(nn.Module):
             first, last = _FITTED[1:]
             report(first)
             self.decoupler.fit_prior(x, lambda part: report(first + part * (last - first)))
-            x = self.decoupler.clean(x)
+            if images is None:
+                x = self.decoupler.clean(x)
+            else:
+                x, rows = self._clean_images(self.decoupler, images, grid or square_grid(images[0].shape[1]), len(x))
         self.decoder.initialize(x, self.standardizer(rows))
         self.initialized.fill_(True)
         self.is_initialized = True
+
+    def _clean_images(
+        self, decoupler: Decoupler, images: Sequence[torch.Tensor], grid: tuple[int, int], count: int
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Fit the prior to images; give about so many cleaned patches of theirs, and their features."""
+        chosen = choose_patches(average_features(images), max(count // len(images[0]), 1))
+        x = self.fusion(images)
+        decoupler.fit_image_prior(x, grid, chosen)
+        index = chosen[..., None].expand(-1, -1, x.shape[-1])
+        clean, *rows = (part.gather(1, index).flatten(0, 1) for part in (decoupler.clean(x, grid), *images))
+        return clean, rows
 
     @property
     def float_parts(self) -> list[str]:
@@ -238,7 +266,7 @@ class DecADModel(nn.Module):
             TrainingOutput: The input of the loss.
         """
         if not self.is_initialized:
-            self.initialize(features)
+            self.initialize(features, features, grid or square_grid(features[0].shape[1]))
         standardized = self.standardizer(features)
         x = self.fusion(features)
         unchanged = x, x.new_zeros(x.shape[:-1]).bool()
@@ -246,7 +274,7 @@ class DecADModel(nn.Module):
             return TrainingOutput(standardized, self.decoder(x), x, x, x.new_zeros(x.shape[:-1]), unchanged[1])
         with self.decoupler.folded():
             perturbed, mask = self.synthesis(x, self.decoupler.energy, grid) if self.synthesis else unchanged
-            output = self.decoupler(perturbed)
+            output = self.decoupler(perturbed, grid or square_grid(x.shape[1]))
             prior_error = self.decoupler.prior_error(output, mask)
         reconstructions = self.decoder(output.x_clean)
         return TrainingOutput(standardized, reconstructions, x, output.x_clean, output.energy, mask, prior_error)

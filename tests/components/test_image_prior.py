@@ -1,0 +1,127 @@
+"""What other patches of an image say about a patch."""
+
+import pytest
+import torch
+
+from anomalib_decad.components.image_prior import ImagePrior
+
+GRID = (9, 12)
+COUNT = GRID[0] * GRID[1]
+
+
+def stripes(noise=0.05, images=3):
+    """Give components of images whose patches repeat along the columns, and no expectation."""
+    period = torch.arange(COUNT) % GRID[1] % 3
+    normal = torch.eye(3)[period] * 4 + noise * torch.randn(images, COUNT, 3)
+    values = torch.randn(3, 6)
+    abnormal = values[period] + noise * torch.randn(images, COUNT, 6)
+    return abnormal, normal, torch.zeros_like(abnormal)
+
+
+def all_patches(images=3):
+    return torch.arange(COUNT).expand(images, -1)
+
+
+@pytest.fixture
+def parts():
+    torch.manual_seed(0)
+    abnormal, normal, expected = stripes()
+    prior = ImagePrior(6)
+    prior.fit(abnormal, normal, expected, GRID, all_patches())
+    return prior, abnormal, normal, expected
+
+
+def test_at_its_start_it_is_what_prototypes_expect():
+    expected = torch.randn(2, COUNT, 6)
+    prior = ImagePrior(6)
+    torch.testing.assert_close(prior(torch.randn(2, COUNT, 6), torch.randn(2, COUNT, 3), expected, GRID), expected)
+
+
+def test_what_repeats_explains_itself(parts):
+    prior, abnormal, normal, expected = parts
+    left = (abnormal - prior(abnormal, normal, expected, GRID)).square().mean()
+    assert left < 0.05 * abnormal.square().mean()
+
+
+def test_gains_are_least_squares(parts):
+    prior, abnormal, normal, _ = parts
+    torch.manual_seed(1)
+    expected = 0.5 * abnormal + 0.3 * torch.randn_like(abnormal)
+    prior.fit(abnormal, normal, expected, GRID, all_patches())
+    seen = prior._look(abnormal, normal, expected, GRID)
+    for channel in range(6):
+        both = torch.stack([part[..., channel].flatten() for part in (expected, seen)], dim=1)
+        gains = torch.linalg.lstsq(both, abnormal[..., channel].flatten()[:, None]).solution[:, 0]
+        assert prior.prototype_gain[channel].item() == pytest.approx(gains[0].item(), abs=0.02)
+        assert prior.image_gain[channel].item() == pytest.approx(gains[1].item(), abs=0.02)
+
+
+def test_an_abnormal_patch_says_next_to_nothing_about_others(parts):
+    prior, abnormal, normal, expected = parts
+    before = prior(abnormal, normal, expected, GRID)
+    changed = abnormal.clone()
+    changed[:, 50] += 10
+    after = prior(changed, normal, expected, GRID)
+    # With the weight of a normal patch it would be 10 / 36 of the gain.
+    assert (after - before).abs().max() < 0.02
+    # What is normal does.
+    assert prior(abnormal * 0.9, normal, expected, GRID).sub(before).abs().max() > 1e-2
+
+
+def test_a_patch_does_not_look_at_itself_or_near_it(parts):
+    prior, abnormal, normal, expected = parts
+    with torch.no_grad():
+        prior.log_beta.fill_(5.0)  # Only what is equal counts.
+    normal = torch.randn_like(normal)
+    normal[:, 40] = normal[:, 41]
+    before = prior(abnormal, normal, expected, GRID)
+    changed = abnormal.clone()
+    changed[:, 41] += 0.1
+    torch.testing.assert_close(prior(changed, normal, expected, GRID)[:, 40], before[:, 40], atol=1e-3, rtol=0)
+    far = COUNT - 1
+    normal[:, far] = normal[:, 40]
+    before = prior(abnormal, normal, expected, GRID)
+    changed[:, far] += 0.1
+    assert (prior(changed, normal, expected, GRID)[:, 40] - before[:, 40]).abs().max() > 1e-2
+
+
+def test_images_do_not_see_each_other(parts):
+    prior, abnormal, normal, expected = parts
+    together = prior(abnormal, normal, expected, GRID)
+    for index in range(len(abnormal)):
+        one = slice(index, index + 1)
+        torch.testing.assert_close(prior(abnormal[one], normal[one], expected[one], GRID), together[one])
+
+
+@pytest.mark.parametrize("grid", [(2, 2), (2, 3), (4, 4), (5, 5), (1, 30), (20, 20), (37, 10)])
+def test_no_patch_of_an_image_of_any_size_looks_at_itself(grid):
+    count = grid[0] * grid[1]
+    prior = ImagePrior(1)
+    with torch.no_grad():
+        prior.image_gain.fill_(1.0)
+        prior.prototype_gain.fill_(0.0)
+    abnormal = torch.zeros(count, count, 1)
+    abnormal[torch.arange(count), torch.arange(count)] = 1
+    seen = prior(abnormal, torch.zeros(count, count, 2), abnormal, grid)[..., 0]
+    assert seen.diagonal().abs().max() < 1e-6
+    assert seen.sum() > 0
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (2, 3), (5, 5), (1, 30)])
+def test_small_images_are_finite(grid):
+    count = grid[0] * grid[1]
+    prior = ImagePrior(6)
+    abnormal, normal, expected = 100 * torch.randn(2, count, 6), torch.randn(2, count, 3), torch.randn(2, count, 6)
+    prior.fit(abnormal, normal, expected, grid, torch.zeros(2, 1, dtype=torch.long))
+    assert torch.isfinite(prior(1e6 * abnormal, normal, expected, grid)).all()
+
+
+def test_gains_beta_and_prototypes_learn_and_components_get_no_gradient(parts):
+    prior, abnormal, normal, expected = parts
+    expected = torch.randn_like(expected)
+    abnormal, normal, expected = (part.requires_grad_() for part in (abnormal, normal, expected))
+    prior(abnormal, normal, expected, GRID).square().sum().backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in prior.parameters())
+    assert abnormal.grad is None
+    assert normal.grad is None
+    assert expected.grad is not None
