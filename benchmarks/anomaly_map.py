@@ -66,7 +66,7 @@ def outputs(model: DecAD, test: Split) -> tuple[torch.Tensor, torch.Tensor]:
     for chunk in chunks(range(len(test.labels)), 16):
         features = test.batch(chunk, net.encoder.layers).features()
         x = net.fusion(features)
-        clean, energy = net.decoupler(x, test.grid)[:2] if net.decoupler else (x, x.new_ones(x.shape[:-1]))
+        clean, energy = net.remove(x, test.grid)
         pairs = zip(net.standardizer(features), net.decoder(clean), strict=True)
         errors.append(torch.stack([AnomalyMapGenerator.patch_errors([a], [b]) for a, b in pairs], dim=1))
         energies.append(energy)

@@ -54,7 +54,7 @@ def measure(model: DecAD, test: Split) -> dict[str, Any]:
     for chunk in chunks(range(len(test.labels)), 16):
         outputs = test.batch(chunk, net.encoder.layers).features()
         x, targets = net.fusion(outputs), net.standardizer(outputs)
-        clean, energy = net.decoupler(x, test.grid)[:2] if net.decoupler else (x, x.new_ones(x.shape[:-1]))
+        clean, energy = net.remove(x, test.grid)
         error, kept = (generator.patch_errors(targets, net.decoder(embedding)) for embedding in (clean, x))
         both = error * energy.pow(generator.options.energy_power)
         for name, patches in zip(names, (both, error, energy), strict=True):

@@ -166,10 +166,8 @@ class Decoupler(nn.Module):
         with self.folded():
             abnormal, normal = self._split(x)
             expected = self.prior.predict(normal.flatten(0, 1)).view_as(abnormal)
-            self.image_prior.fit(abnormal, normal, expected, grid, chosen)
-            images = zip(abnormal.unsqueeze(1), normal.unsqueeze(1), expected.unsqueeze(1), strict=True)
-            left = (abnormal - torch.cat([self.image_prior(*image, grid) for image in images])).square()
-            self.residual_variance.copy_(left.gather(1, chosen[..., None].expand(-1, -1, left.shape[-1])).mean((0, 1)))
+            left = self.image_prior.fit(abnormal, normal, expected, grid, chosen)
+            self.residual_variance.copy_(left.square().mean(0))
 
     def fuse(self) -> None:
         """Replace the network by a faster one without spectral normalization, in place, for inference."""

@@ -94,7 +94,7 @@ class ImagePrior(nn.Module):
         expected: torch.Tensor,
         grid: tuple[int, int],
         chosen: torch.Tensor,
-    ) -> None:
+    ) -> torch.Tensor:
         """Fit to normal images.
 
         Args:
@@ -103,6 +103,9 @@ class ImagePrior(nn.Module):
             expected (torch.Tensor): What prototypes expect, shape (B, N, num_abnormal).
             grid (tuple[int, int]): Patch rows and columns, N = rows * columns.
             chosen (torch.Tensor): Indices of the patches of each image that the gains are fitted to, shape (B, K).
+
+        Returns:
+            torch.Tensor: What is left of the abnormal components of these patches, shape (B * K, num_abnormal).
         """
         self.variance.copy_((abnormal - expected).square().flatten(0, 1).mean(0))
         spread = 2 * normal.flatten(0, 1).var(0, correction=0).sum()
@@ -119,6 +122,7 @@ class ImagePrior(nn.Module):
         determinant = a * c - b.square()
         self.prototype_gain.copy_((u * c - v * b) / determinant)
         self.image_gain.copy_((v * a - u * b) / determinant)
+        return target - self.prototype_gain * first - self.image_gain * second
 
     def _look(
         self, abnormal: torch.Tensor, normal: torch.Tensor, expected: torch.Tensor, grid: tuple[int, int]

@@ -52,11 +52,11 @@ _NETWORK_RATE = 3.0
 #: How many training images the model is prepared with.
 _SAMPLE_IMAGES = 1024
 
-#: How many patches of whole images, the first of these.
-_WHOLE_PATCHES = 51_200
-
 #: How many of their patches: so many of each product, within bounds (benchmarks/NOTES.md, "Preparation").
 _PRODUCT_PATCHES, _LEAST_PATCHES, _MOST_PATCHES = 6_500, 32_768, 98_304
+
+#: How many patches the whole images among them may have, the first ones.
+_WHOLE_PATCHES = 51_200
 
 
 class DecAD(BaseModule, AnomalibModule):
@@ -182,7 +182,6 @@ class DecAD(BaseModule, AnomalibModule):
         )
         self.cuda_graph = cuda_graph
         self._graphed_step: GraphedStep | None = None
-        self._grid: tuple[int, int] | None = None
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.warmup_steps = warmup_steps
@@ -223,21 +222,24 @@ class DecAD(BaseModule, AnomalibModule):
         logger.info("Preparing the model with %d training images: minutes on a CPU.", images)
         is_shown = bool(self.trainer.is_global_zero and self.trainer.progress_bar_callback)
         patches = min(max(len(self.model.recognizer.names) * _PRODUCT_PATCHES, _LEAST_PATCHES), _MOST_PATCHES)
-        first: list[list[torch.Tensor]] = []
+        first: list[tuple[list[torch.Tensor], tuple[int, int]]] = []
         with torch.no_grad(), showing_progress("Looking at training images", is_shown) as report:
             features = sample_patches(self._encoded(loader, first), images, patches, report)
-        whole = [torch.cat(maps) for maps in zip(*first, strict=True)]
+        batches, grids = zip(*first, strict=True)
+        whole = [torch.cat(maps) for maps in zip(*batches, strict=True)]
         with showing_progress("Fitting to their patches", is_shown) as report:
-            self.model.initialize(features, whole, self._grid, report)
+            self.model.initialize(features, whole, grids[0], report)
 
-    def _encoded(self, loader: Iterable[Any], first: list[list[torch.Tensor]]) -> Iterator[list[torch.Tensor]]:
-        """Encode the batches of a loader as in the training, and keep the first ones."""
+    def _encoded(
+        self, loader: Iterable[Any], first: list[tuple[list[torch.Tensor], tuple[int, int]]]
+    ) -> Iterator[list[torch.Tensor]]:
+        """Encode the batches of a loader as in the training, and keep the first ones, with their grids."""
         kept = 0
         for batch in loader:
             with self.trainer.precision_plugin.forward_context():
-                features, self._grid = self._features(self.received(batch))
+                features, grid = self._features(self.received(batch))
             if kept < _WHOLE_PATCHES:
-                first.append([at_least_float32(feature) for feature in features])
+                first.append(([at_least_float32(feature) for feature in features], grid))
                 kept += features[0].shape[:2].numel()
             yield features
 

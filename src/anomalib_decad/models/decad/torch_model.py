@@ -148,12 +148,25 @@ class DecADModel(nn.Module):
                 shape (B,), the index of the category that each image resembles most.
         """
         x = self.fusion(features)
-        x_clean, energy = self.decoupler(x, grid)[:2] if self.decoupler else (x, x.new_ones(x.shape[:-1]))
+        x_clean, energy = self.remove(x, grid)
         reconstructions = self.decoder(x_clean)
         maps, scores = self.anomaly_map_generator(
             self.standardizer(features), reconstructions, grid, image_size, energy
         )
         return CategoryPrediction(pred_score=scores, anomaly_map=maps, category=self.recognizer(features))
+
+    def remove(self, x: torch.Tensor, grid: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Remove what is abnormal; nothing, where there is no decoupler.
+
+        Args:
+            x (torch.Tensor): Embeddings of shape (B, N, dim).
+            grid (tuple[int, int]): Patch rows and columns, N = rows * columns.
+
+        Returns:
+            tuple[torch.Tensor, torch.Tensor]: Cleaned embeddings of the same shape, and abnormal energies of shape
+                (B, N), all 1 where there is no decoupler.
+        """
+        return self.decoupler(x, grid)[:2] if self.decoupler else (x, x.new_ones(x.shape[:-1]))
 
     @torch.no_grad()
     def initialize(
@@ -265,8 +278,9 @@ class DecADModel(nn.Module):
         Returns:
             TrainingOutput: The input of the loss.
         """
+        grid = grid or square_grid(features[0].shape[1])
         if not self.is_initialized:
-            self.initialize(features, features, grid or square_grid(features[0].shape[1]))
+            self.initialize(features, features, grid)
         standardized = self.standardizer(features)
         x = self.fusion(features)
         unchanged = x, x.new_zeros(x.shape[:-1]).bool()
@@ -274,7 +288,7 @@ class DecADModel(nn.Module):
             return TrainingOutput(standardized, self.decoder(x), x, x, x.new_zeros(x.shape[:-1]), unchanged[1])
         with self.decoupler.folded():
             perturbed, mask = self.synthesis(x, self.decoupler.energy, grid) if self.synthesis else unchanged
-            output = self.decoupler(perturbed, grid or square_grid(x.shape[1]))
+            output = self.decoupler(perturbed, grid)
             prior_error = self.decoupler.prior_error(output, mask)
         reconstructions = self.decoder(output.x_clean)
         return TrainingOutput(standardized, reconstructions, x, output.x_clean, output.energy, mask, prior_error)
