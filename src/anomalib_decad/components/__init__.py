@@ -5,6 +5,7 @@ from anomalib_decad.components.decoder import FeatureDecoder
 from anomalib_decad.components.decoupler import Decoupler
 from anomalib_decad.components.embedding_decoupling import EmbeddingDecoupling, attach
 from anomalib_decad.components.encoders import EncoderWeightsError, FrozenEncoder, ViTEncoder, create_encoder
+from anomalib_decad.components.image_prior import ImagePrior
 from anomalib_decad.components.invertible import InvertibleNetwork, LipschitzDenseNet, MonotoneUnit, Pila, fixed_point
 from anomalib_decad.components.losses import DecouplingLoss, FeatureMSELoss
 from anomalib_decad.components.options import (
@@ -35,6 +36,7 @@ __all__ = [
     "FeatureMSELoss",
     "FeatureStandardizer",
     "FrozenEncoder",
+    "ImagePrior",
     "InvertibleNetwork",
     "InvertibleOptions",
     "LipschitzDenseNet",

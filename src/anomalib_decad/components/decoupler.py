@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from anomalib_decad.components.energy import abnormal_energy
 from anomalib_decad.components.image_prior import ImagePrior
 from anomalib_decad.components.in_parts import in_parts
 from anomalib_decad.components.invertible import FusedNetwork, InvertibleNetwork
@@ -18,9 +19,6 @@ __all__ = ["Decoupled", "Decoupler"]
 
 # Share of a batch in the running variance.
 _MOMENTUM = 0.01
-
-# Of the mean variance over the channels.
-_FLOOR = 1e-4
 
 
 class Decoupled(NamedTuple):
@@ -108,7 +106,7 @@ class Decoupler(nn.Module):
             abnormal, normal = self._split(x)
             expected = self._expect(abnormal, normal, grid)
             latent = torch.cat([expected, normal], dim=-1)
-            energy = self._energy(abnormal, expected)
+            energy = abnormal_energy(abnormal - expected, self.residual_variance)
             return Decoupled(self.network.inverse(latent), energy, abnormal, normal, expected)
 
     @torch.no_grad()
@@ -184,7 +182,7 @@ class Decoupler(nn.Module):
             torch.Tensor: Energies of shape (...), not negative.
         """
         abnormal, normal = self._split(x)
-        return self._energy(abnormal, self._expect(abnormal, normal))
+        return abnormal_energy(abnormal - self._expect(abnormal, normal), self.residual_variance)
 
     def prior_error(self, output: Decoupled, perturbed: torch.Tensor) -> torch.Tensor | None:
         """Compute how far the prior is from the components of normal patches, as a loss of the prior alone.
@@ -218,12 +216,6 @@ class Decoupler(nn.Module):
             self.residual_variance.lerp_(left.mean(0), _MOMENTUM)
         scale = abnormal.var(0, correction=0)
         return (error / scale.clamp(min=1e-6 * scale.mean().clamp(min=1e-12))).mean(-1)
-
-    def _energy(self, abnormal: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
-        """Compute energies of shape (...) from components of shape (..., num_abnormal)."""
-        variance = self.residual_variance
-        # What varies far less than the rest is rounding error.
-        return ((abnormal - expected).square() / variance.clamp(min=_FLOOR * variance.mean())).mean(-1)
 
     def _expect(
         self, abnormal: torch.Tensor, normal: torch.Tensor, grid: tuple[int, int] | None = None

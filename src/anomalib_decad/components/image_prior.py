@@ -4,6 +4,7 @@
 import torch
 from torch import nn
 
+from anomalib_decad.components.energy import abnormal_energy
 from anomalib_decad.components.precision import at_least_float32
 
 __all__ = ["ImagePrior"]
@@ -128,7 +129,7 @@ class ImagePrior(nn.Module):
         self, abnormal: torch.Tensor, normal: torch.Tensor, expected: torch.Tensor, grid: tuple[int, int]
     ) -> torch.Tensor:
         """Average the abnormal components of the other patches of each image."""
-        energy = ((abnormal - expected).square() / self.variance.clamp(min=1e-6 * self.variance.mean())).mean(-1)
+        energy = abnormal_energy(abnormal - expected, self.variance)
         beta = self.log_beta.exp()
         # |z_n|^2 of the patch itself is the same for all others: the softmax does not see it.
         of_others = beta * normal.square().sum(-1) + _CAUTION * energy.clamp(max=_LARGEST_ENERGY)

@@ -69,6 +69,18 @@ def test_the_sample_is_of_as_many_patches_as_there_are_images_for(
     assert [len(rows) for rows in initialize.call_args.args[0]] == [expected] * 3
 
 
+@pytest.mark.parametrize(
+    ("settings", "images"),
+    [({}, 12), ({"decoupler": {"num_prototypes": 16, "image_prior": False}}, None), ({"decouple": False}, None)],
+)
+def test_whole_images_are_kept_only_where_they_are_of_use(settings, images, make_engine, make_model, make_data):
+    model = make_model(**settings)
+    with patch.object(model.model, "initialize", wraps=model.model.initialize) as initialize:
+        make_engine(max_steps=1).fit(model, datamodule=make_data())
+    whole = initialize.call_args.args[1]
+    assert whole is None if images is None else [len(maps) for maps in whole] == [images] * 3
+
+
 @pytest.mark.slow
 def test_the_same_seed_gives_the_same_losses(make_engine, make_model, make_data):
     def run(seed):

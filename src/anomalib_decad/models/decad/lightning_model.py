@@ -225,16 +225,18 @@ class DecAD(BaseModule, AnomalibModule):
         first: list[tuple[list[torch.Tensor], tuple[int, int]]] = []
         with torch.no_grad(), showing_progress("Looking at training images", is_shown) as report:
             features = sample_patches(self._encoded(loader, first), images, patches, report)
-        batches, grids = zip(*first, strict=True)
-        whole = [torch.cat(maps) for maps in zip(*batches, strict=True)]
+        whole, grid = None, None
+        if first:
+            batches, (grid, *_) = zip(*first, strict=True)
+            whole = [torch.cat(maps) for maps in zip(*batches, strict=True)]
         with showing_progress("Fitting to their patches", is_shown) as report:
-            self.model.initialize(features, whole, grids[0], report)
+            self.model.initialize(features, whole, grid, report)
 
     def _encoded(
         self, loader: Iterable[Any], first: list[tuple[list[torch.Tensor], tuple[int, int]]]
     ) -> Iterator[list[torch.Tensor]]:
-        """Encode the batches of a loader as in the training, and keep the first ones, with their grids."""
-        kept = 0
+        """Encode the batches of a loader as in the training, and keep the first ones with their grids, if of use."""
+        kept = 0 if self.model.refines_by_image else _WHOLE_PATCHES
         for batch in loader:
             with self.trainer.precision_plugin.forward_context():
                 features, grid = self._features(self.received(batch))

@@ -113,6 +113,11 @@ class DecADModel(nn.Module):
         del incompatible_keys
         module.is_initialized = bool(module.initialized)
 
+    @property
+    def refines_by_image(self) -> bool:
+        """Whether the prior has a part that is fitted to whole images."""
+        return self.decoupler is not None and self.decoupler.image_prior is not None
+
     def forward(self, images: torch.Tensor) -> TrainingOutput | CategoryPrediction:
         """Run the model.
 
@@ -182,7 +187,8 @@ class DecADModel(nn.Module):
             features (Sequence[torch.Tensor]): Feature maps of normal patches from the encoder, each of shape
                 (..., dim): some ten thousand patches of all that is normal.
             images (Sequence[torch.Tensor] | None): Feature maps of whole normal images, each of shape (B, N, dim): some
-                of each product. What other patches of an image say about a patch is fitted to them.
+                of each product. What other patches of an image say about a patch is fitted to them, where the
+                decoupler has such a part.
                 Defaults to ``None``: others say nothing until the training has taught it.
             grid (tuple[int, int] | None): Patch rows and columns of these images, N = rows * columns.
                 Defaults to ``None``: a square grid.
@@ -213,7 +219,7 @@ class DecADModel(nn.Module):
             first, last = _FITTED[1:]
             report(first)
             self.decoupler.fit_prior(x, lambda part: report(first + part * (last - first)))
-            if images is None:
+            if images is None or not self.refines_by_image:
                 x = self.decoupler.clean(x)
             else:
                 x, rows = self._clean_images(self.decoupler, images, grid or square_grid(images[0].shape[1]), len(x))
