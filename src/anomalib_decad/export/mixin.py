@@ -23,6 +23,7 @@ from anomalib_decad.decisions import CategoryPostProcessor
 from anomalib_decad.export.post_processor import lacks_threshold, without_unknown_range
 from anomalib_decad.export.pre_processor import for_export
 from anomalib_decad.export.quantization import compress, quantize, quantize_with_accuracy_control
+from anomalib_decad.whole_files import write_text
 
 __all__ = ["ParityExportMixin"]
 
@@ -193,7 +194,7 @@ class ParityExportMixin(_Base):
         """Write the thresholds of an exported file beside it, where a change of them needs no new export."""
         if isinstance(self.post_processor, CategoryPostProcessor):
             content = json.dumps(self.post_processor.exported_thresholds(), indent=2)
-            path.with_name(f"{path.stem}.thresholds.json").write_text(content + "\n", encoding="utf-8")
+            write_text(path.with_name(f"{path.stem}.thresholds.json"), content + "\n")
 
     def _for_export(self, input_size: tuple[int, int] | None = None, native: bool = False) -> Self:
         """Copy the module without what only training needs, specialized for its image size."""

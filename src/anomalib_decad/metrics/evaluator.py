@@ -22,7 +22,7 @@ from anomalib_decad.metrics.callback_order import put_before_post_processor, put
 from anomalib_decad.metrics.category_metrics import MEAN, METRICS, CategoryMetrics
 from anomalib_decad.metrics.decision_metrics import DECISIONS, DecisionMetrics
 from anomalib_decad.metrics.raw_scores import score_of
-from anomalib_decad.whole_files import replacing
+from anomalib_decad.whole_files import write_text
 
 __all__ = ["CategoryEvaluator", "categories_of"]
 
@@ -192,12 +192,12 @@ class CategoryEvaluator(Evaluator):
         missing = [math.nan] * len(DECISIONS)
         writer.writerow(["category", *METRICS, MEAN_OF_SEVEN, *DECISIONS])
         writer.writerows([name, *values, *decided.get(name, missing)] for name, values in lines)
-        _write(folder / "metrics.csv", text.getvalue())
+        write_text(folder / "metrics.csv", text.getvalue())
         content = {
             "categories": {c: {**row, MEAN_OF_SEVEN: seven[c], **decisions.get(c, {})} for c, row in rows.items()},
             MEAN: {**means, **decisions.get(MEAN, {})},
         }
-        _write(folder / "metrics.json", json.dumps(_without_nan(content), indent=2) + "\n")
+        write_text(folder / "metrics.json", json.dumps(_without_nan(content), indent=2) + "\n")
         console.print(f"Written to {folder / 'metrics.csv'} and metrics.json", soft_wrap=True)
 
     def _notes(self, rows: dict[str, dict[str, float]]) -> list[str]:
@@ -280,8 +280,3 @@ def _without_nan(content: Any) -> Any:
     if isinstance(content, dict):
         return {key: _without_nan(value) for key, value in content.items()}
     return None if isinstance(content, float) and math.isnan(content) else content
-
-
-def _write(path: Path, text: str) -> None:
-    with replacing(path) as partial:
-        partial.write_text(text, encoding="utf-8")

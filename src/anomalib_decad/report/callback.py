@@ -20,7 +20,7 @@ from anomalib_decad.report.losses import LossCurves
 from anomalib_decad.report.page import render
 from anomalib_decad.report.pictures import Picture, draw
 from anomalib_decad.report.record import Example, Kind, ProductRecord
-from anomalib_decad.whole_files import replacing
+from anomalib_decad.whole_files import write_text
 
 __all__ = ["Report"]
 
@@ -174,7 +174,7 @@ class Report(Callback):
         )
         path = Path(trainer.default_root_dir) / "report.html"
         try:
-            _write(path, page)
+            write_text(path, page)
         except OSError as error:
             # The test is done, and its metrics are there.
             logger.warning("The report is not written: %s", error)
@@ -270,10 +270,3 @@ def _aspect_of(pl_module: LightningModule, path: str) -> float | None:
     with contextlib.suppress(OSError, ValueError, Image.DecompressionBombError), Image.open(path) as file:
         return min(max(file.width / file.height, 1 / _MOST_ASPECT), _MOST_ASPECT)
     return None
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as partial:
-        # Names of files that are no UTF-8 are written with question marks.
-        partial.write_text(text, encoding="utf-8", errors="replace")
