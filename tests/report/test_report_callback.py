@@ -57,6 +57,22 @@ def test_a_test_alone_has_no_losses(make_engine, make_model, make_data):
     assert "12 of 12 images" in page
 
 
+def test_a_resumed_training_has_all_its_losses(make_engine, make_model, make_data):
+    engine = make_engine(max_steps=4)
+    engine.fit(make_model(), datamodule=make_data())
+    resumed, model = make_engine(max_steps=7), make_model()
+    resumed.fit(model, datamodule=make_data(), ckpt_path=engine.trainer.checkpoint_callback.best_model_path)
+    resumed.test(model, datamodule=make_data())
+    page = report_of(resumed)
+    assert "7 points from step 1 to 7" in page
+    assert ", 7 steps" in page
+    # A training from the start has its own alone.
+    again = make_engine(max_steps=2)
+    again.fit(model, datamodule=make_data())
+    again.test(model, datamodule=make_data())
+    assert "2 points from step 1 to 2" in report_of(again)
+
+
 def test_it_can_be_switched_off(make_engine, make_model, make_data, capsys):
     engine = make_engine()
     engine.train(make_model(report=False), datamodule=make_data())

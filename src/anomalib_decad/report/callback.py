@@ -63,6 +63,8 @@ class Report(Callback):
         self._began = 0.0
         self._fit_seconds: float | None = None
         self._steps = 0
+        # What a checkpoint knows of the training that is to go on.
+        self._resumed: dict[str, Any] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Step behind the post-processor, which gives labels and masks, and have the scores kept before it."""
@@ -72,10 +74,21 @@ class Report(Callback):
             put_last(trainer, self)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget an earlier training."""
+        """Forget an earlier training, unless it is resumed."""
         del trainer, pl_module
+        resumed, self._resumed = self._resumed, {}
         self._losses, self._fit_seconds = LossCurves(), None
-        self._began = time.monotonic()
+        self._began = time.monotonic() - resumed.get("seconds", 0.0)
+        if resumed:
+            self._losses.load_state_dict(resumed["losses"])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give a checkpoint the losses so far, and the seconds."""
+        return {"losses": self._losses.state_dict(), "seconds": time.monotonic() - self._began}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep what a checkpoint has for the training that goes on from it."""
+        self._resumed = state_dict
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -193,7 +206,8 @@ class Report(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what is of one run."""
-        return {**vars(self), "_records": {}, "_raw": RawScores(), "_losses": LossCurves(), "_fit_seconds": None}
+        of_a_run = {"_records": {}, "_raw": RawScores(), "_losses": LossCurves(), "_fit_seconds": None, "_resumed": {}}
+        return {**vars(self), **of_a_run}
 
 
 def _metrics_of(trainer: Trainer) -> tuple[dict[str, dict[str, float]], str]:

@@ -4,6 +4,7 @@
 import math
 import time
 from collections.abc import Mapping
+from typing import Any
 
 __all__ = ["LossCurves"]
 
@@ -33,6 +34,24 @@ class LossCurves:
         self._count = 0
         self._read_at = -math.inf
         self._every = 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give what a checkpoint keeps of them, plain lists and numbers."""
+        return {"points": {name: list(points) for name, points in self.points.items()}, "count": self._count}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what a checkpoint has kept.
+
+        Args:
+            state (Mapping[str, Any]): What :meth:`state_dict` gave.
+        """
+        self.points = {
+            name: [(int(step), float(value)) for step, value in points] for name, points in state["points"].items()
+        }
+        self._count = state["count"]
+        self._every = 1
+        while self._count > self.max_points * self._every:
+            self._every *= 2
 
     def is_due(self, is_last: bool = False) -> bool:
         """Tell whether the values of the step that has been done are to be read.
