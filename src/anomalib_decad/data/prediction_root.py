@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lightning.pytorch import Trainer
 
-__all__ = ["PredictionRoot"]
+__all__ = ["PredictionRoot", "plain"]
 
 
 class PredictionRoot:
@@ -18,15 +18,16 @@ class PredictionRoot:
     def __init__(self) -> None:
         self._root: tuple[int, Path] | None = None
 
-    def of(self, trainer: Trainer, path: str) -> Path | None:
-        """Find the folder.
+    def below(self, trainer: Trainer, path: str) -> Path | None:
+        """Find where an image is below that folder.
 
         Args:
             trainer (Trainer): The trainer.
             path (str): Path of an image.
 
         Returns:
-            Path | None: The folder; ``None`` if the trainer does not predict a folder, or the image is not in it.
+            Path | None: Its path from there, which leads nowhere up; ``None`` if the trainer does not predict a folder,
+                or the image is not in it.
         """
         if not trainer.predicting or not path:
             return None
@@ -40,7 +41,12 @@ class PredictionRoot:
             return None
         key = hash(tuple((len(files), str(files[0])) for files in names))
         if self._root is None or self._root[0] != key:
-            folders = {Path(name).absolute().parent for list_of_files in names for name in list_of_files}
+            folders = {plain(name).parent for list_of_files in names for name in list_of_files}
             self._root = key, Path(os.path.commonpath(folders)).parent
         root = self._root[1]
-        return root if Path(path).absolute().is_relative_to(root) else None
+        return plain(path).relative_to(root) if plain(path).is_relative_to(root) else None
+
+
+def plain(path: str | Path) -> Path:
+    """Make a path absolute, without any ``..``: what is written below a folder stays in it."""
+    return Path(os.path.abspath(path))  # noqa: PTH100  # Links are not followed, as by resolve().

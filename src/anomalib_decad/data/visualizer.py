@@ -52,8 +52,8 @@ class CategoryVisualizer(ImageVisualizer):
             if category is not None:
                 folder = output_dir / category
                 target = generate_output_filename(path, folder, dataset_name=category)
-            elif (root := self._prediction_root.of(trainer, path)) is not None:
-                target = output_dir / Path(path).absolute().relative_to(root)
+            elif (below := self._prediction_root.below(trainer, path)) is not None:
+                target = output_dir / below
                 target.parent.mkdir(parents=True, exist_ok=True)
             else:
                 names = getattr(datamodule, "name", None), getattr(datamodule, "category", None)

@@ -12,6 +12,7 @@ from PIL import Image
 from torch.nn import functional
 
 from anomalib_decad.data import PredictionRoot
+from anomalib_decad.data.prediction_root import plain
 from anomalib_decad.metrics import put_before_post_processor
 from anomalib_decad.whole_files import replacing
 
@@ -74,7 +75,7 @@ class MapWriter(Callback):
         maps = batch.anomaly_map.detach().float().reshape(len(categories), 1, *batch.anomaly_map.shape[-2:])
         for name, category, values in zip(batch.image_path, categories, maps, strict=True):
             path = Path(name)
-            below = _below(path, category, self._root.of(trainer, name))
+            below = self._root.below(trainer, name) or _below(path, category)
             target = folder / below.with_suffix(".tiff")
             if self._written.setdefault(target, path) != path:
                 target = folder / below.with_name(f"{below.name}.tiff")
@@ -86,12 +87,9 @@ class MapWriter(Callback):
                 tifffile.imwrite(partial, _as(resized, self.dtype))
 
 
-def _below(path: Path, category: str | None, root: Path | None) -> Path:
-    """Give the part of a path below the folder of all images, from its category on, or else its last two parts."""
-    path = path.absolute()
-    if root is not None:
-        return path.relative_to(root)
-    parts = path.parts
+def _below(path: Path, category: str | None) -> Path:
+    """Give the part of a path from its category on, or else its last two parts."""
+    parts = plain(path).parts
     if category in parts:
         last = len(parts) - 1 - parts[::-1].index(category)
         return Path(*parts[last:])
