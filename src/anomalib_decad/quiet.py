@@ -61,6 +61,7 @@ HARMLESS = (
         r"The '\w+_dataloader' does not have many workers",
         "the number of workers follows from the cores, or was asked for",
     ),
+    Harmless("'pin_memory' argument is set as true but no accelerator is found", "anomalib asks for it everywhere"),
     Harmless("You have overridden `on_before_batch_transfer` in `LightningModule`", "anomalib's datamodules have none"),
     Harmless(
         r"It is recommended to use `self\.log\('[^']*(AUROC|AP|F1Max|AUPRO|mean_of_seven)'",
