@@ -18,20 +18,20 @@ class AnomalyMapOptions:
 
     Args:
         blur_sigma (float): Standard deviation of the blur of anomaly maps, in pixels; 0 for none.
-            Defaults to ``4.0``.
+            Defaults to ``2.0``.
         score_fraction (float): Share of an anomaly map's pixels, the largest, whose mean is the image score, in (0, 1].
-            Defaults to ``0.01``.
+            Defaults to ``0.003``.
         energy_power (float): Exponent of the abnormal energy, whose power multiplies the reconstruction error, not
             negative; 0 leaves it out.
-            Defaults to ``0.25``.
+            Defaults to ``0.125``.
 
     Raises:
         ValueError: If a value is out of its range.
     """
 
-    blur_sigma: float = 4.0
-    score_fraction: float = 0.01
-    energy_power: float = 0.25
+    blur_sigma: float = 2.0
+    score_fraction: float = 0.003
+    energy_power: float = 0.125
 
     def __post_init__(self) -> None:
         for name, value, is_right, wanted in (
@@ -51,9 +51,9 @@ class AnomalyMapGenerator(nn.Module):
     reconstruction, times a power of the abnormal energy H that was removed. Brought to the size of the image bilinearly
     and blurred, the errors are the map. The score is the mean of the largest values of the map.
 
-    Measured after 100 steps (``benchmarks/NOTES.md``, "Anomaly map and image score"), the mean of the seven metrics is
-    82.0 for the error alone, 82.3 for error * H^0.25 and 82.2 for error * H^0.5. Blurs up to 4 pixels, and scores from
-    the largest pixel alone to 1 % of them, make little difference; more of either costs up to 3 points.
+    Measured (``benchmarks/NOTES.md``, "Anomaly map and image score"): the energy helps before a training and early in
+    it and harms later, so its exponent is small. A small defect is one or two patches, so the score is of few pixels
+    and the blur is narrow.
 
     Bilinear interpolation and the Gaussian blur are linear and separable, so both together are one small matrix for
     each axis, applied to the errors of the patches: the same map as that of a blur at full resolution.
