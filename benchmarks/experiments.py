@@ -174,7 +174,12 @@ def train(
     )
     start = time.perf_counter()
     trainer.fit(model, loader)
-    return model, time.perf_counter() - start, progress.points
+    seconds = time.perf_counter() - start
+    if args.checkpoints:
+        name = "-".join([args.name or "run", *(f"{key}={value}" for key, value in settings.items()), f"seed{seed}"])
+        part = "" if len(set(categories)) == len(args.categories) else f"-{categories[0]}"
+        trainer.save_checkpoint(args.checkpoints / f"{name}{part}.ckpt")
+    return model, seconds, progress.points
 
 
 def run(args: argparse.Namespace, splits: dict[str, Split], settings: dict[str, Any], seed: int) -> dict[str, Any]:
@@ -261,6 +266,7 @@ def parse(doc: str | None = __doc__) -> argparse.Namespace:
     parser.add_argument(
         "--score-at", type=int, nargs="+", default=[], help="also measure after so many steps, and look into the model"
     )
+    parser.add_argument("--checkpoints", type=Path, help="folder to keep the trained models in")
     parser.add_argument("--encoder-weights", type=Path, help="a local file instead of timm's")
     parser.add_argument("--layers", type=int, nargs="+", default=[3, 6, 9])
     parser.add_argument("--features", type=Path, default=Path("results/features"), help="folder of the features")

@@ -6,6 +6,7 @@ import math
 import cv2
 import pytest
 
+from anomalib_decad import DecAD
 from anomalib_decad.metrics import METRICS
 from conftest import ENCODER, run_benchmark
 
@@ -41,8 +42,12 @@ def test_each_run_is_a_line_and_features_are_computed_once(encoder_weights, mvte
     assert all(row.count(" ± ") == 10 for row in table)
 
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "features").rglob("*.npy")}
-    again = run_benchmark("experiments", *command, "--vary", "delta=1.0", "--one-class")
+    kept = "--checkpoints", tmp_path / "kept"
+    again = run_benchmark("experiments", *command, "--vary", "delta=1.0", "--one-class", *kept)
     assert again.returncode == 0, again.stderr[-3000:]
+    checkpoints = sorted(path.name for path in (tmp_path / "kept").iterdir())
+    assert [name.partition("seed")[2] for name in checkpoints] == ["0-bolts.ckpt", "0-cloth.ckpt"]
+    assert DecAD.load_from_checkpoint(tmp_path / "kept" / checkpoints[0]).model.synthesis.delta == 1.0
     line = json.loads(log.read_text().splitlines()[-1])
     assert line["one_class"]
     each = [line["metrics"][category] for category in ("bolts", "cloth")]
