@@ -158,7 +158,27 @@ def test_reconstruction_trains_network_and_prior():
     decoupler.initialize(x)
     decoupler.fit_prior(x)
     decoupler(x[None], (5, 10)).x_clean.square().mean().backward()
-    assert all(parameter.grad is not None for parameter in decoupler.parameters())
+    assert all(parameter.grad is not None for parameter in decoupler.parameters() if parameter.requires_grad)
+
+
+@pytest.mark.parametrize("prototypes", [0, 16])
+def test_scales_of_the_latent_stay_where_a_prior_follows_it(prototypes):
+    torch.manual_seed(0)
+    decoupler = make_decoupler(num_prototypes=prototypes).train()
+    x = torch.randn(200, 16)
+    decoupler.initialize(x)
+    decoupler.fit_prior(x)
+    # What has next to no gradient is moved by the learning rate in each step all the same.
+    parameters = [parameter for parameter in decoupler.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.Adam(parameters, lr=0.03)
+    for _ in range(100):
+        optimizer.zero_grad()
+        (decoupler(x[None]).x_clean - x).square().mean().backward()
+        optimizer.step()
+    with torch.no_grad():
+        deviations = decoupler.network(x).std(0)
+    stayed = bool(((deviations > 0.5) & (deviations < 2)).all())
+    assert stayed == (prototypes > 0)
 
 
 def test_images_are_fitted_to_and_their_variance_is_followed():

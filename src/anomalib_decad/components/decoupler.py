@@ -51,8 +51,11 @@ class Decoupler(nn.Module):
     same image. An abnormal patch is hardly looked at, so its removal hardly changes others.
 
     :math:`\sigma^2` is the variance, by channel, of what the prior leaves of normal patches, a running mean over the
-    training: a normal patch has an energy of about 1, however F scales its channels. Without it a single channel that F
-    has stretched is the energy (``benchmarks/NOTES.md``, "Energy"). With a prior of 0 it is 1.
+    training: a normal patch has an energy of about 1, however F scales its channels. With a prior of 0 it is 1.
+
+    A prior other than 0 follows the latent, so no loss depends on the scales of the latent's channels. The optimizer
+    would move them all the same, and with them goes the energy: so the ActNorms keep the scales they start with
+    (``benchmarks/NOTES.md``, "Energy").
 
     Args:
         dim (int): Number of channels of an embedding; at least 2.
@@ -89,7 +92,8 @@ class Decoupler(nn.Module):
         )
         self.image_prior = ImagePrior(self.num_abnormal) if options.num_prototypes and options.image_prior else None
         self.register_buffer("residual_variance", torch.ones(self.num_abnormal))
-        self.network: InvertibleNetwork | FusedNetwork = InvertibleNetwork(dim, invertible)
+        learned = options.num_prototypes == 0
+        self.network: InvertibleNetwork | FusedNetwork = InvertibleNetwork(dim, invertible, learned_norms=learned)
 
     def forward(self, x: torch.Tensor, grid: tuple[int, int] | None = None) -> Decoupled:
         """Remove the abnormal component.

@@ -27,6 +27,8 @@ class ActNorm(InvertibleModule):
     Args:
         dims_in (Iterable[tuple[int, ...]]): ``[(dim,)]``, as FrEIA passes it.
         dims_c (Iterable[tuple[int, ...]] | None): Must be empty: the layer takes no condition.
+        is_learned (bool): Whether scale and bias are learned after that; without, they stay as they started.
+            Defaults to ``True``.
 
     Reference:
         D. P. Kingma and P. Dhariwal, Glow, NeurIPS 2018, section 3.1.
@@ -34,11 +36,16 @@ class ActNorm(InvertibleModule):
 
     initialized: torch.Tensor
 
-    def __init__(self, dims_in: Iterable[tuple[int, ...]], dims_c: Iterable[tuple[int, ...]] | None = None) -> None:
+    def __init__(
+        self,
+        dims_in: Iterable[tuple[int, ...]],
+        dims_c: Iterable[tuple[int, ...]] | None = None,
+        is_learned: bool = True,
+    ) -> None:
         super().__init__(dims_in, dims_c)
         ((dim,),) = self.dims_in
-        self.scale = nn.Parameter(torch.zeros(dim))
-        self.bias = nn.Parameter(torch.zeros(dim))
+        self.scale = nn.Parameter(torch.zeros(dim), requires_grad=is_learned)
+        self.bias = nn.Parameter(torch.zeros(dim), requires_grad=is_learned)
         self.register_buffer("initialized", torch.tensor(False))
         # The same as a Python value: reading the buffer would make a device wait in each pass.
         self.is_initialized = False

@@ -30,6 +30,8 @@ class InvertibleNetwork(nn.Module):
         dim (int): Number of channels of an embedding.
         options (InvertibleOptions): Its shape.
         iterations (SolverIterations): Number of solver iterations.
+        learned_norms (bool): Whether the ActNorms are learned after their start.
+            Defaults to ``True``.
 
     Raises:
         ValueError: If ``dim`` is below 1.
@@ -49,6 +51,7 @@ class InvertibleNetwork(nn.Module):
         dim: int,
         options: InvertibleOptions = InvertibleOptions(),
         iterations: SolverIterations = SolverIterations(),
+        learned_norms: bool = True,
     ) -> None:
         super().__init__()
         if dim < 1:
@@ -65,7 +68,7 @@ class InvertibleNetwork(nn.Module):
                     k=options.pila_k,
                     iterations=iterations,
                 )
-            self.sequence.append(ActNorm)
+            self.sequence.append(ActNorm, is_learned=learned_norms)
 
     def initialize(self, x: torch.Tensor) -> None:
         """Initialize the ActNorms from normal embeddings, unless they have been. Only in training mode.
