@@ -100,14 +100,14 @@ def test_batch_without_perturbed_patches_has_finite_loss(model):
     assert torch.isfinite(DecADLoss()(output)["loss"])
 
 
-# Fitted to whole images, it starts where the training of another ends.
 @pytest.mark.slow
-@pytest.mark.parametrize(("image_prior", "focus", "bounds"), [(False, 0.0, (0.9, 0.8)), (True, 2.0, (1.0, 1.0))])
-def test_training_lowers_the_loss(image_prior, focus, bounds):
-    model = make_model(image_prior=image_prior)
+@pytest.mark.parametrize(("image_prior", "focus"), [(False, 0.0), (True, 2.0)])
+def test_training_lowers_the_loss(image_prior, focus):
+    model = make_model(image_prior=image_prior).train()
+    # Fitted to the images that it is trained with, it would start where a training ends.
+    model(torch.rand(4, 3, 64, 64))
     images, loss, plain = torch.rand(4, 3, 64, 64), DecADLoss(focus=focus), DecADLoss(focus=0)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
-    model.train()
     history = []
     for _ in range(30):
         output = model(images)
@@ -119,8 +119,8 @@ def test_training_lowers_the_loss(image_prior, focus, bounds):
         history.append(torch.stack([terms["loss"], terms["reconstruction"]]).detach())
     start, end = torch.stack(history[:5]).mean(0), torch.stack(history[-5:]).mean(0)
     # The synthetic anomalies follow the decoupler, so its part of the loss falls slowly.
-    assert end[0] < bounds[0] * start[0]
-    assert end[1] < bounds[1] * start[1]
+    assert end[0] < 0.9 * start[0]
+    assert end[1] < 0.8 * start[1]
 
 
 def test_synthesis_never_calls_the_encoder(model, monkeypatch):
