@@ -49,9 +49,9 @@ def variants(default: Variant) -> dict[str, Variant]:
         result[f"layer {number + 1} alone"] = replace(default, layers=(number,))
         result[f"without layer {number + 1}"] = replace(default, layers=tuple(set(default.layers) - {number}))
     for name, values in (
-        ("energy_power", (0.0, 0.125, 0.5, 1.0)),
-        ("blur_sigma", (0.0, 2.0, 6.0, 8.0)),
-        ("score_fraction", (0.0, 0.001, 0.003, 0.03, 0.1)),
+        ("energy_power", (0.0, 0.25, 0.5, 1.0)),
+        ("blur_sigma", (0.0, 4.0, 6.0, 8.0)),
+        ("score_fraction", (0.0, 0.001, 0.01, 0.03, 0.1)),
     ):
         for value in values:
             result[f"{name} {value:g}"] = replace(default, **{name: value})

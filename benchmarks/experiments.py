@@ -57,7 +57,7 @@ ABLATIONS: dict[str, list[dict[str, Any]]] = {
         {"decoupler.num_prototypes": number, "decoupler.prior_dim": dim}
         for number, dim in ((5120, 0), (2560, 256), (5120, 256), (5120, 512))
     ],
-    "energy": [{"anomaly_map.energy_power": power} for power in (0.0, 0.25, 0.5)],
+    "energy": [{"anomaly_map.energy_power": power} for power in (0.0, 0.125, 0.25)],
     "depth": [{"decoder_depth": depth} for depth in (1, 2, 3)],
     "steps": [{"synthesis.num_steps": steps} for steps in (0, 1, 3)],
     "losses": [
@@ -177,7 +177,7 @@ def train(
     seconds = time.perf_counter() - start
     if args.checkpoints:
         name = "-".join([args.name or "run", *(f"{key}={value}" for key, value in settings.items()), f"seed{seed}"])
-        part = "" if len(set(categories)) == len(args.categories) else f"-{categories[0]}"
+        part = f"-{categories[0]}" if args.one_class else ""
         trainer.save_checkpoint(args.checkpoints / f"{name}{part}.ckpt")
     return model, seconds, progress.points
 

@@ -43,8 +43,8 @@ class PredictionRoot:
         if self._root is None or self._root[0] != key:
             folders = {plain(name).parent for list_of_files in names for name in list_of_files}
             self._root = key, Path(os.path.commonpath(folders)).parent
-        root = self._root[1]
-        return plain(path).relative_to(root) if plain(path).is_relative_to(root) else None
+        root, found = self._root[1], plain(path)
+        return found.relative_to(root) if found.is_relative_to(root) else None
 
 
 def plain(path: str | Path) -> Path:

@@ -37,7 +37,8 @@ class LossCurves:
 
     def state_dict(self) -> dict[str, Any]:
         """Give what a checkpoint keeps of them, plain lists and numbers."""
-        return {"points": {name: list(points) for name, points in self.points.items()}, "count": self._count}
+        points = {name: list(points) for name, points in self.points.items()}
+        return {"points": points, "count": self._count, "every": self._every}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what a checkpoint has kept.
@@ -48,10 +49,7 @@ class LossCurves:
         self.points = {
             name: [(int(step), float(value)) for step, value in points] for name, points in state["points"].items()
         }
-        self._count = state["count"]
-        self._every = 1
-        while self._count > self.max_points * self._every:
-            self._every *= 2
+        self._count, self._every = state["count"], state["every"]
 
     def is_due(self, is_last: bool = False) -> bool:
         """Tell whether the values of the step that has been done are to be read.
