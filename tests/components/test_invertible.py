@@ -263,7 +263,7 @@ def test_half_precision_input_is_computed_in_float32():
 class TestActNorm:
     def test_first_training_batch_gets_mean_zero_and_variance_one(self):
         norm = ActNorm([(6,)]).train()
-        x = torch.randn(500, 6) * torch.arange(1, 7) + 3
+        x = torch.randn(500, 6) * torch.tensor([0.8, 1.0, 1.2, 2.0, 5.0, 9.0]) + 3
         (y,), _ = norm([x])
         torch.testing.assert_close(y.mean(0), torch.zeros(6), rtol=0, atol=1e-5)
         torch.testing.assert_close(y.std(0, correction=0), torch.ones(6), rtol=1e-4, atol=0)
@@ -279,6 +279,23 @@ class TestActNorm:
         torch.testing.assert_close(y, x)
         assert not norm.initialized
         assert not norm.is_initialized
+
+    @pytest.mark.parametrize("deviation", [0, 1e-7, 0.01, 0.4])
+    def test_a_channel_that_hardly_varies_is_stretched_twice_as_much_as_the_median_one_at_most(self, deviation):
+        norm = ActNorm([(6,)]).train()
+        x = torch.randn(500, 6)
+        x[:, 2] *= deviation
+        norm([x])
+        stretch = norm.scale.exp()
+        assert stretch[2].item() == pytest.approx(2 / x.std(0, correction=0).median().item(), rel=1e-4)
+        assert (stretch[2] >= stretch).all()
+
+    def test_an_outlying_channel_leaves_no_channel_without_bound(self):
+        norm = ActNorm([(6,)]).train()
+        x = torch.randn(500, 6) * 1e-6
+        x[:, 0] *= 1e6
+        norm([x])
+        assert norm.scale.exp().max() < 110
 
     def test_constant_channels_stay_finite(self):
         norm = ActNorm([(3,)]).train()

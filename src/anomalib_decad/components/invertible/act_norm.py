@@ -9,8 +9,8 @@ from torch import nn
 
 __all__ = ["ActNorm"]
 
-# Deviation of a channel, relative to the largest, below which it is not scaled to 1.
-_SMALLEST = 1e-2
+# Deviations of a channel, relative to the median channel's and to the largest, below which it is not scaled to 1.
+_OF_MEDIAN, _OF_LARGEST = 0.5, 0.01
 
 
 class ActNorm(InvertibleModule):
@@ -21,7 +21,9 @@ class ActNorm(InvertibleModule):
     - stays the identity in eval mode until it was initialized, so that a validation pass before training (Lightning's
       sanity check) does not initialize it;
     - initializes from the batches of all processes together, so that data-parallel replicas stay equal;
-    - keeps channels that do not vary finite;
+    - stretches no channel by more than twice what the median channel is stretched by. A channel that hardly varies
+      holds rounding error, and what units learn to put into it would be stretched with it, without an end: the layer
+      norms of an encoder leave such a channel (``benchmarks/NOTES.md``, "Energy");
     - stores in its state whether it was initialized.
 
     Args:
@@ -95,8 +97,7 @@ class ActNorm(InvertibleModule):
         count, total, total_square = moments
         mean = total / count
         std = (total_square / count - mean.square()).clamp(min=0).sqrt()
-        # What varies less is rounding error, which must not be blown up: in bfloat16 it would be all there is.
-        std = std.clamp(min=_SMALLEST * std.max().item())
+        std = std.clamp(min=max(_OF_MEDIAN * std.median().item(), _OF_LARGEST * std.max().item()))
         std = torch.where(std > 1e-6, std, torch.ones_like(std))
         self.scale.copy_(-std.log())
         self.bias.copy_(-mean / std)
