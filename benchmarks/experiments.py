@@ -111,11 +111,13 @@ class Progress(Callback):
     Args:
         test (Split): The test images.
         args (argparse.Namespace): Command line; ``score_at`` are the steps.
+        total (CategoryMetrics): Gets the predictions after the last step, if it is one of them.
     """
 
-    def __init__(self, test: Split, args: argparse.Namespace) -> None:
+    def __init__(self, test: Split, args: argparse.Namespace, total: CategoryMetrics) -> None:
         self.test = test
         self.args = args
+        self.total = total
         self.points: list[dict[str, Any]] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -130,7 +132,8 @@ class Progress(Callback):
         if trainer.global_step not in self.args.score_at:
             return
         losses = {name: round(float(value), 5) for name, value in trainer.callback_metrics.items()}
-        point = {"step": trainer.global_step, "losses": losses, **measure(pl_module, self.test)}
+        total = self.total if trainer.global_step == self.args.steps else None
+        point = {"step": trainer.global_step, "losses": losses, **measure(pl_module, self.test, total)}
         self.points.append(point)
         mean = {name: f"{100 * row['mean']['mean_of_seven']:.1f}" for name, row in point["metrics"].items()}
         print(f"    {trainer.global_step} steps: {mean}", flush=True)
@@ -143,8 +146,21 @@ def train(
     settings: dict[str, Any],
     seed: int,
     rows: Sequence[int] | None = None,
+    total: CategoryMetrics | None = None,
 ) -> tuple[DecAD, float, list[dict[str, Any]]]:
-    """Train a model; give it, the seconds that it took and what was measured on the way. Rows are training images."""
+    """Train a model on the training images of some rows, or of all, and measure it on the way.
+
+    Args:
+        args (argparse.Namespace): Command line.
+        splits (dict[str, Split]): Training and test images.
+        settings (dict[str, Any]): Arguments of `DecAD`.
+        seed (int): Of everything random.
+        rows (Sequence[int] | None): Training images to use.
+        total (CategoryMetrics | None): Gets the predictions after the last step, if ``score_at`` has it.
+
+    Returns:
+        tuple[DecAD, float, list[dict[str, Any]]]: The model, the seconds of the training, and what was measured.
+    """
     seed_everything(seed, verbose=False)
     model = create(args, settings, evaluator=False)
     normal = splits["train"]
@@ -161,7 +177,7 @@ def train(
         collate_fn=lambda indices: normal.batch(indices, model.model.encoder.layers),
         drop_last=True,
     )
-    progress = Progress(splits["test"], args)
+    progress = Progress(splits["test"], args, CategoryMetrics() if total is None else total)
     trainer = Trainer(
         max_steps=args.steps,
         accelerator=args.accelerator,
@@ -187,9 +203,10 @@ def run(args: argparse.Namespace, splits: dict[str, Split], settings: dict[str, 
     seconds, points, metrics = 0.0, [], CategoryMetrics()
     for categories in [[name] for name in args.categories] if args.one_class else [args.categories]:
         chosen = {name: split.of(categories) for name, split in splits.items()}
-        model, its_seconds, its_points = train(args, chosen, settings, seed)
-        # Lightning brings the model back to the CPU.
-        score(model.to(common.device_of(args)), chosen["test"], metrics)
+        model, its_seconds, its_points = train(args, chosen, settings, seed, total=metrics)
+        if args.steps not in args.score_at:
+            # Lightning brings the model back to the CPU.
+            score(model.to(common.device_of(args)), chosen["test"], metrics)
         seconds, points = seconds + its_seconds, points + its_points
     return {
         "settings": settings,

@@ -34,12 +34,13 @@ def score(model: DecAD, test: Split, metrics: CategoryMetrics) -> None:
 
 
 @torch.inference_mode()
-def measure(model: DecAD, test: Split) -> dict[str, Any]:
+def measure(model: DecAD, test: Split, total: CategoryMetrics | None = None) -> dict[str, Any]:
     """Look into a model.
 
     Args:
         model (DecAD): The model.
         test (Split): Test images.
+        total (CategoryMetrics | None): Gets the predictions, too, as of :func:`score`.
 
     Returns:
         dict[str, Any]: ``metrics``: the seven of the map, and of its error and its energy alone. ``patch_auroc``: for
@@ -65,6 +66,8 @@ def measure(model: DecAD, test: Split) -> dict[str, Any]:
         for name, patches in (("error", error), ("kept", kept), ("energy", energy)):
             values[name].append(patches.cpu())
         values["share"].append(test.defect_shares(chunk))
+    if total is not None:
+        total.merge(metrics["both"])
     share, patches = torch.cat(values.pop("share")), {name: torch.cat(parts) for name, parts in values.items()}
     aurocs: dict[str, dict[str, float]] = {}
     for category in dict.fromkeys(test.categories):
