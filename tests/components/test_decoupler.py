@@ -137,19 +137,24 @@ def test_a_normal_patch_has_an_energy_of_about_one_however_channels_are_scaled()
     decoupler.initialize(x)
     decoupler.fit_prior(x)
     assert decoupler.energy(x).mean().item() == pytest.approx(1, rel=0.05)
+    energy = decoupler.energy(x)
     with torch.no_grad():
         norm = [module for module in decoupler.modules() if isinstance(module, ActNorm)][-1]
-        norm.scale[0] += 3  # the network stretches a channel of the abnormal component ...
+        # The network stretches a channel of the abnormal component, and the prior follows: nothing has changed.
+        norm.scale[0] += 3
+        norm.bias[0] *= torch.tensor(3.0).exp()
         decoupler.prior.values[0] *= torch.tensor(3.0).exp()
-        assert decoupler.energy(x).mean() > 5
+        decoupler.prior.residual.output.weight[0] *= torch.tensor(3.0).exp()
+        decoupler.prior.residual.output.bias[0] *= torch.tensor(3.0).exp()
+        torch.testing.assert_close(decoupler.energy(x), energy, rtol=1e-3, atol=1e-3)
         output = decoupler(x[None])
-        for _ in range(1000):  # ... and the energy follows
+        output = output._replace(removed=3 * output.removed)  # the prior tells less
+        for _ in range(1000):
             decoupler.prior_error(output, torch.zeros(1, 500, dtype=torch.bool))
-    assert decoupler.energy(x).mean().item() == pytest.approx(1, rel=0.05)
-    before = decoupler.residual_variance.clone()
-    shifted = output._replace(abnormal=output.abnormal + 9)
-    decoupler.eval().prior_error(shifted, torch.zeros(1, 500, dtype=torch.bool))
-    assert torch.equal(decoupler.residual_variance, before)
+    assert decoupler.energy(x).mean().item() == pytest.approx(1 / 9, rel=0.05)
+    before = decoupler.removed_variance.clone()
+    decoupler.eval().prior_error(output._replace(removed=output.x_clean + 9), torch.zeros(1, 500, dtype=torch.bool))
+    assert torch.equal(decoupler.removed_variance, before)
 
 
 def test_reconstruction_trains_network_and_prior():
@@ -190,20 +195,20 @@ def test_images_are_fitted_to_and_their_variance_is_followed():
     decoupler.initialize(x)
     decoupler.fit_prior(x.flatten(0, 1))
     alone = decoupler(x, grid)
-    decoupler.fit_image_prior(x, grid, chosen)
+    clean = decoupler.fit_image_prior(x, grid, chosen)
+    torch.testing.assert_close(clean, decoupler.clean(x, grid).flatten(0, 1), rtol=0, atol=1e-2)
     output = decoupler(x, grid)
-    left = (output.abnormal - output.expected).square()
-    assert left.mean() < 0.95 * (alone.abnormal - alone.expected).square().mean()
-    torch.testing.assert_close(decoupler.residual_variance, left.mean((0, 1)).detach(), rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close(output.removed, x - output.x_clean)
+    assert output.removed.square().mean() < 0.95 * alone.removed.square().mean()
+    torch.testing.assert_close(decoupler.removed_variance, output.removed.square().mean().detach(), rtol=1e-2, atol=0)
     assert output.energy.mean().item() == pytest.approx(1, abs=0.01)
     decoupler.eval()
     torch.testing.assert_close(decoupler.clean(x, grid), decoupler(x, grid).x_clean.detach())
     assert not torch.allclose(decoupler.clean(x.flatten(0, 1)), decoupler.clean(x, grid).flatten(0, 1))
     decoupler.train()
-    before = decoupler.residual_variance.clone()
-    larger = output._replace(expected=output.expected + 9)
-    decoupler.prior_error(larger, torch.zeros(4, 108, dtype=torch.bool))
-    assert (decoupler.residual_variance > before).all()
+    before = decoupler.removed_variance.clone()
+    decoupler.prior_error(output._replace(removed=output.removed + 9), torch.zeros(4, 108, dtype=torch.bool))
+    assert decoupler.removed_variance > before
 
 
 def test_many_embeddings_are_cleaned_in_parts(monkeypatch):

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anomalib_decad.components.energy import abnormal_energy
+from anomalib_decad.components.energy import latent_energy
 
 
 @settings(max_examples=25, deadline=None)
@@ -13,7 +13,7 @@ from anomalib_decad.components.energy import abnormal_energy
 def test_residuals_over_their_own_variance_have_an_energy_of_1_however_scaled(seed, scale):
     torch.manual_seed(seed)
     residual = scale * torch.randn(200, 6, dtype=torch.float64) * torch.rand(6, dtype=torch.float64).add(0.1)
-    energy = abnormal_energy(residual, residual.square().mean(0))
+    energy = latent_energy(residual, residual.square().mean(0))
     assert energy.shape == (200,)
     assert energy.min() >= 0
     assert energy.mean().item() == pytest.approx(1.0)
@@ -22,8 +22,8 @@ def test_residuals_over_their_own_variance_have_an_energy_of_1_however_scaled(se
 def test_rounding_of_a_constant_channel_is_not_the_energy():
     residual = torch.randn(200, 6)
     residual[:, 0] = 1e-7
-    assert abnormal_energy(residual, torch.tensor([1e-20, 1, 1, 1, 1, 1])).max() < 20
+    assert latent_energy(residual, torch.tensor([1e-20, 1, 1, 1, 1, 1])).max() < 20
 
 
 def test_shape_of_images():
-    assert abnormal_energy(torch.randn(2, 5, 6), torch.ones(6)).shape == (2, 5)
+    assert latent_energy(torch.randn(2, 5, 6), torch.ones(6)).shape == (2, 5)

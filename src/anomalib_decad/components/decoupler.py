@@ -8,7 +8,6 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from anomalib_decad.components.energy import abnormal_energy
 from anomalib_decad.components.image_prior import ImagePrior
 from anomalib_decad.components.in_parts import in_parts
 from anomalib_decad.components.invertible import FusedNetwork, InvertibleNetwork
@@ -20,6 +19,9 @@ __all__ = ["Decoupled", "Decoupler"]
 # Share of a batch in the running variance.
 _MOMENTUM = 0.01
 
+# Of a variance that is divided by.
+_TINY = 1e-12
+
 
 class Decoupled(NamedTuple):
     """What :class:`Decoupler` returns.
@@ -29,33 +31,33 @@ class Decoupled(NamedTuple):
         energy (torch.Tensor): Abnormal energy of each patch, shape (B, N), not negative.
         abnormal (torch.Tensor): Abnormal components before removal, shape (B, N, num_abnormal).
         normal (torch.Tensor): Normal components, shape (B, N, dim - num_abnormal).
-        expected (torch.Tensor): What took the place of the abnormal components, shape (B, N, num_abnormal).
+        removed (torch.Tensor): What removal took from the embeddings, shape (B, N, dim).
     """
 
     x_clean: torch.Tensor
     energy: torch.Tensor
     abnormal: torch.Tensor
     normal: torch.Tensor
-    expected: torch.Tensor
+    removed: torch.Tensor
 
 
 class Decoupler(nn.Module):
     r"""Removes what is abnormal from each patch embedding.
 
     The latent :math:`z = F(x)` is split by channel into :math:`[z_a, z_n]`. The prior of a normal patch is
-    :math:`z_a = p(z_n)`, its abnormal energy is :math:`H = \mathrm{mean}((z_a - p(z_n))^2 / \sigma^2)`, and removal is
-    :math:`\hat{x} = F^{-1}([p(z_n), z_n])`. p is a :class:`ConditionalPrior`, or 0. F and p act on each patch alone, so
-    removal in one patch changes no other.
+    :math:`z_a = p(z_n)`, removal is :math:`\hat{x} = F^{-1}([p(z_n), z_n])`, and the abnormal energy of a patch is what
+    removal takes from it, :math:`H = \|x - \hat{x}\|^2 / \sigma^2`. p is a :class:`ConditionalPrior`, or 0. F and p act
+    on each patch alone, so removal in one patch changes no other.
 
     Given the grid of the images that the patches make, an :class:`ImagePrior` refines p by other normal patches of the
     same image. An abnormal patch is hardly looked at, so its removal hardly changes others.
 
-    :math:`\sigma^2` is the variance, by channel, of what the prior leaves of normal patches, a running mean over the
-    training: a normal patch has an energy of about 1, however F scales its channels. With a prior of 0 it is 1.
-
-    A prior other than 0 follows the latent, so no loss depends on the scales of the latent's channels. The optimizer
-    would move them all the same, and with them goes the energy: so the ActNorms keep the scales they start with
-    (``benchmarks/NOTES.md``, "Energy").
+    :math:`\sigma^2` is the mean of :math:`\|x - \hat{x}\|^2` over normal patches, a running mean over the training: a
+    normal patch has an energy of about 1. It is measured in the embedding, whose scales are fixed. A prior other than 0
+    follows the latent, so no loss depends on the latent's scales: in long trainings one direction outgrows all others,
+    and would be the energy (``benchmarks/NOTES.md``, "Energy"). For the same reason the ActNorms keep the scales that
+    they start with. With a prior of 0 the latent has scales of its own, and
+    :math:`H = \mathrm{mean}(z_a^2)`, as in the paper.
 
     Args:
         dim (int): Number of channels of an embedding; at least 2.
@@ -72,7 +74,7 @@ class Decoupler(nn.Module):
         (torch.Size([2, 100, 32]), torch.Size([2, 100]))
     """
 
-    residual_variance: torch.Tensor
+    removed_variance: torch.Tensor
 
     def __init__(
         self,
@@ -91,7 +93,7 @@ class Decoupler(nn.Module):
             else None
         )
         self.image_prior = ImagePrior(self.num_abnormal) if options.num_prototypes and options.image_prior else None
-        self.register_buffer("residual_variance", torch.ones(self.num_abnormal))
+        self.register_buffer("removed_variance", torch.ones(()))
         learned = options.num_prototypes == 0
         self.network: InvertibleNetwork | FusedNetwork = InvertibleNetwork(dim, invertible, learned_norms=learned)
 
@@ -109,9 +111,8 @@ class Decoupler(nn.Module):
         with self.folded():
             abnormal, normal = self._split(x)
             expected = self._expect(abnormal, normal, grid)
-            latent = torch.cat([expected, normal], dim=-1)
-            energy = abnormal_energy(abnormal - expected, self.residual_variance)
-            return Decoupled(self.network.inverse(latent), energy, abnormal, normal, expected)
+            x_clean = self.network.inverse(torch.cat([expected, normal], dim=-1))
+            return Decoupled(x_clean, self._energy(abnormal, x - x_clean), abnormal, normal, x - x_clean)
 
     @torch.no_grad()
     def clean(self, x: torch.Tensor, grid: tuple[int, int] | None = None) -> torch.Tensor:
@@ -152,24 +153,29 @@ class Decoupler(nn.Module):
                 abnormal, normal = self._split(x)
             self.prior.fit(normal, abnormal, report=report)
             with torch.no_grad():
-                self.residual_variance.copy_((abnormal - self.prior.predict(normal)).square().mean(0))
+                self.removed_variance.copy_((x - self.clean(x)).square().mean())
 
     @torch.no_grad()
-    def fit_image_prior(self, x: torch.Tensor, grid: tuple[int, int], chosen: torch.Tensor) -> None:
+    def fit_image_prior(self, x: torch.Tensor, grid: tuple[int, int], chosen: torch.Tensor) -> torch.Tensor:
         """Fit what refines the prior by other patches of the same image, if there is such. The prior has been fitted.
 
         Args:
             x (torch.Tensor): Embeddings of normal images, shape (B, N, dim).
             grid (tuple[int, int]): Patch rows and columns, N = rows * columns.
             chosen (torch.Tensor): Indices of patches of each image that stand for all, shape (B, K).
+
+        Returns:
+            torch.Tensor: The chosen patches of ``x``, cleaned, shape (B * K, dim).
         """
-        if self.image_prior is None or self.prior is None:
-            return
         with self.folded():
-            abnormal, normal = self._split(x)
-            expected = self.prior.predict(normal.flatten(0, 1)).view_as(abnormal)
-            left = self.image_prior.fit(abnormal, normal, expected, grid, chosen)
-            self.residual_variance.copy_(left.square().mean(0))
+            if self.image_prior is not None and self.prior is not None:
+                abnormal, normal = self._split(x)
+                expected = self.prior.predict(normal.flatten(0, 1)).view_as(abnormal)
+                self.image_prior.fit(abnormal, normal, expected, grid, chosen)
+            index = chosen[..., None].expand(-1, -1, x.shape[-1])
+            before, clean = (part.gather(1, index).flatten(0, 1) for part in (x, self.clean(x, grid)))
+            self.removed_variance.copy_((before - clean).square().mean())
+            return clean
 
     def fuse(self) -> None:
         """Replace the network by a faster one without spectral normalization, in place, for inference."""
@@ -177,7 +183,7 @@ class Decoupler(nn.Module):
             self.network = self.network.fused()
 
     def energy(self, x: torch.Tensor) -> torch.Tensor:
-        """Compute the abnormal energy H alone, by the prototypes alone, which needs no inverse and no images.
+        """Compute the abnormal energy H alone, by the prototypes alone, which needs no images.
 
         Args:
             x (torch.Tensor): Embeddings of shape (..., dim).
@@ -185,16 +191,17 @@ class Decoupler(nn.Module):
         Returns:
             torch.Tensor: Energies of shape (...), not negative.
         """
-        abnormal, normal = self._split(x)
-        return abnormal_energy(abnormal - self._expect(abnormal, normal), self.residual_variance)
+        if self.prior is None:
+            return self._split(x)[0].square().mean(-1)
+        return self(x).energy
 
     def prior_error(self, output: Decoupled, perturbed: torch.Tensor) -> torch.Tensor | None:
         """Compute how far the prior is from the components of normal patches, as a loss of the prior alone.
 
         No gradient goes into the components: the prior follows the latent. If the latent followed the prior, the
         network would make abnormal components easy to predict instead of telling, and the energy would get worse with
-        training (``benchmarks/NOTES.md``, "Losses"). In training mode the variance of what the prior leaves follows,
-        too. A random half of the patches does as well as all of them, at half the price.
+        training (``benchmarks/NOTES.md``, "Losses"). In training mode the variance of what is removed from normal
+        patches follows, too. A random half of the patches does as well as all of them, at half the price.
 
         Args:
             output (Decoupled): Components of a batch of embeddings.
@@ -213,13 +220,18 @@ class Decoupler(nn.Module):
         expected = self.prior(normal)
         error = (abnormal - expected).square()
         if self.training:
-            left = error.detach()
             if self.image_prior is not None:
                 self.image_prior.follow(abnormal, expected, _MOMENTUM)
-                left = (abnormal - output.expected.detach().flatten(0, 1)[chosen]).square()
-            self.residual_variance.lerp_(left.mean(0), _MOMENTUM)
+            removed = output.removed.detach().flatten(0, 1)[chosen]
+            self.removed_variance.lerp_(removed.square().mean(), _MOMENTUM)
         scale = abnormal.var(0, correction=0)
         return (error / scale.clamp(min=1e-6 * scale.mean().clamp(min=1e-12))).mean(-1)
+
+    def _energy(self, abnormal: torch.Tensor, removed: torch.Tensor) -> torch.Tensor:
+        """Compute energies of abnormal components, shape (..., num_abnormal), and what is removed, (..., dim)."""
+        if self.prior is None:
+            return abnormal.square().mean(-1)
+        return removed.square().mean(-1) / self.removed_variance.clamp(min=_TINY)
 
     def _expect(
         self, abnormal: torch.Tensor, normal: torch.Tensor, grid: tuple[int, int] | None = None

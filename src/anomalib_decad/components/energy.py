@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far an abnormal component is from what is expected of a normal patch."""
+"""How far an abnormal component is from what prototypes expect of a normal patch, in the latent."""
 
 import torch
 
-__all__ = ["abnormal_energy"]
+__all__ = ["latent_energy"]
 
 # Of the mean variance over the channels: what varies far less than the rest is rounding error.
 _FLOOR = 1e-4
 
 
-def abnormal_energy(residual: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:
-    r"""Compute the abnormal energy :math:`H = \mathrm{mean}((z_a - p(z_n))^2 / \sigma^2)`.
+def latent_energy(residual: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:
+    r"""Compute the energy :math:`\mathrm{mean}((z_a - p(z_n))^2 / \sigma^2)` of abnormal components.
 
     Args:
         residual (torch.Tensor): Abnormal components less what is expected, :math:`z_a - p(z_n)`, shape

@@ -4,7 +4,7 @@
 import torch
 from torch import nn
 
-from anomalib_decad.components.energy import abnormal_energy
+from anomalib_decad.components.energy import latent_energy
 from anomalib_decad.components.precision import at_least_float32
 
 __all__ = ["ImagePrior"]
@@ -95,7 +95,7 @@ class ImagePrior(nn.Module):
         expected: torch.Tensor,
         grid: tuple[int, int],
         chosen: torch.Tensor,
-    ) -> torch.Tensor:
+    ) -> None:
         """Fit to normal images.
 
         Args:
@@ -104,9 +104,6 @@ class ImagePrior(nn.Module):
             expected (torch.Tensor): What prototypes expect, shape (B, N, num_abnormal).
             grid (tuple[int, int]): Patch rows and columns, N = rows * columns.
             chosen (torch.Tensor): Indices of the patches of each image that the gains are fitted to, shape (B, K).
-
-        Returns:
-            torch.Tensor: What is left of the abnormal components of these patches, shape (B * K, num_abnormal).
         """
         self.variance.copy_((abnormal - expected).square().flatten(0, 1).mean(0))
         spread = 2 * normal.flatten(0, 1).var(0, correction=0).sum()
@@ -123,13 +120,12 @@ class ImagePrior(nn.Module):
         determinant = a * c - b.square()
         self.prototype_gain.copy_((u * c - v * b) / determinant)
         self.image_gain.copy_((v * a - u * b) / determinant)
-        return target - self.prototype_gain * first - self.image_gain * second
 
     def _look(
         self, abnormal: torch.Tensor, normal: torch.Tensor, expected: torch.Tensor, grid: tuple[int, int]
     ) -> torch.Tensor:
         """Average the abnormal components of the other patches of each image."""
-        energy = abnormal_energy(abnormal - expected, self.variance)
+        energy = latent_energy(abnormal - expected, self.variance)
         beta = self.log_beta.exp()
         # |z_n|^2 of the patch itself is the same for all others: the softmax does not see it.
         of_others = beta * normal.square().sum(-1) + _CAUTION * energy.clamp(max=_LARGEST_ENERGY)

@@ -38,7 +38,7 @@ _ENABLED_KEY = "anomalib_components_enabled"
 _RNG_KEY = "anomalib_decad_rng"
 
 #: Changes when a checkpoint of before no longer fits.
-_FORMAT_KEY, _FORMAT = "anomalib_decad_format", 3
+_FORMAT_KEY, _FORMAT = "anomalib_decad_format", 4
 
 if TYPE_CHECKING:
     _Base = AnomalibModule

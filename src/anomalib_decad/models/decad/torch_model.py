@@ -232,11 +232,9 @@ class DecADModel(nn.Module):
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Fit the prior to images; give about so many cleaned patches of theirs, and their features."""
         chosen = choose_patches(average_features(images), max(count // len(images[0]), 1))
-        x = self.fusion(images)
-        decoupler.fit_image_prior(x, grid, chosen)
-        index = chosen[..., None].expand(-1, -1, x.shape[-1])
-        clean, *rows = (part.gather(1, index).flatten(0, 1) for part in (decoupler.clean(x, grid), *images))
-        return clean, rows
+        clean = decoupler.fit_image_prior(self.fusion(images), grid, chosen)
+        index = chosen[..., None].expand(-1, -1, images[0].shape[-1])
+        return clean, [feature.gather(1, index).flatten(0, 1) for feature in images]
 
     @property
     def float_parts(self) -> list[str]:
