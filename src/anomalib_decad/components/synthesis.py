@@ -35,12 +35,12 @@ class AdversarialSynthesis(nn.Module):
 
     Both the start and the steps keep to directions in which features vary. The start is the difference d of two patches
     of the batch, and the gradient is taken in the metric of such differences, :math:`\mathrm{E}[dd^T]\,\nabla H`.
-    Gaussian noise and the plain gradient go where normal features hardly vary, and are seen at once: before training
-    (``benchmarks/synthesis.py``) the median energy is 1.0 for normal patches and 2.2 for real defects; anomalies of
-    radius 2.5 start at 4.2 as Gaussian noise and at 1.2 as differences, and a step along the plain gradient raises both
-    to 1,000. A full step in the metric lowers the latter to 0.4, more normal than normal patches, which no training
-    could call abnormal. So of several lengths, a step takes the one with the lowest energy that is not below that of
-    the patch before perturbation, or none.
+    Gaussian noise and the plain gradient go where normal features hardly vary. Before training
+    (``benchmarks/synthesis.py``) the median energy is 0.9 for normal patches and 3.9 for real defects; anomalies of
+    radius 2.5 start at 1.9 as Gaussian noise and at 1.7 as differences. A full step along the plain gradient lowers
+    both to 0.5, more normal than normal patches, which no training could call abnormal. So of several lengths, a step
+    takes the one with the lowest energy that is not below that of the patch before perturbation, or none: 1.3 and 1.2,
+    between normal patches and real defects.
 
     The chosen patches are random blobs (smooth noise above a quantile), on some of the images of a batch.
 
