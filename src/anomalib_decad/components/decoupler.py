@@ -56,8 +56,8 @@ class Decoupler(nn.Module):
     normal patch has an energy of about 1. It is measured in the embedding, whose scales are fixed. A prior other than 0
     follows the latent, so no loss depends on the latent's scales: in long trainings one direction outgrows all others,
     and would be the energy (``benchmarks/NOTES.md``, "Energy"). For the same reason the ActNorms keep the scales that
-    they start with. With a prior of 0 the latent has scales of its own, and
-    :math:`H = \mathrm{mean}(z_a^2)`, as in the paper.
+    they start with. With a prior of 0 the latent has scales of its own, and :math:`H = \mathrm{mean}(z_a^2)`, as in the
+    paper.
 
     Args:
         dim (int): Number of channels of an embedding; at least 2.
@@ -112,7 +112,8 @@ class Decoupler(nn.Module):
             abnormal, normal = self._split(x)
             expected = self._expect(abnormal, normal, grid)
             x_clean = self.network.inverse(torch.cat([expected, normal], dim=-1))
-            return Decoupled(x_clean, self._energy(abnormal, x - x_clean), abnormal, normal, x - x_clean)
+            removed = x - x_clean
+            return Decoupled(x_clean, self._energy(abnormal, removed), abnormal, normal, removed)
 
     @torch.no_grad()
     def clean(self, x: torch.Tensor, grid: tuple[int, int] | None = None) -> torch.Tensor:
