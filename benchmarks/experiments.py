@@ -111,10 +111,10 @@ class Progress(Callback):
     Args:
         test (Split): The test images.
         args (argparse.Namespace): Command line; ``score_at`` are the steps.
-        total (CategoryMetrics): Gets the predictions after the last step, if it is one of them.
+        total (CategoryMetrics | None): Gets the predictions after the last step, if it is one of them.
     """
 
-    def __init__(self, test: Split, args: argparse.Namespace, total: CategoryMetrics) -> None:
+    def __init__(self, test: Split, args: argparse.Namespace, total: CategoryMetrics | None) -> None:
         self.test = test
         self.args = args
         self.total = total
@@ -177,7 +177,7 @@ def train(
         collate_fn=lambda indices: normal.batch(indices, model.model.encoder.layers),
         drop_last=True,
     )
-    progress = Progress(splits["test"], args, CategoryMetrics() if total is None else total)
+    progress = Progress(splits["test"], args, total)
     trainer = Trainer(
         max_steps=args.steps,
         accelerator=args.accelerator,

@@ -135,7 +135,7 @@ def test_a_normal_patch_has_an_energy_of_about_one_however_channels_are_scaled()
     decoupler = make_decoupler(num_prototypes=8, prior_dim=8).train()
     x = torch.randn(500, 16)
     decoupler.initialize(x)
-    decoupler.fit_prior(x)
+    torch.testing.assert_close(decoupler.fit_prior(x), decoupler.clean(x), rtol=0, atol=1e-2)
     assert decoupler.energy(x).mean().item() == pytest.approx(1, rel=0.05)
     energy = decoupler.energy(x)
     with torch.no_grad():
@@ -209,6 +209,15 @@ def test_images_are_fitted_to_and_their_variance_is_followed():
     before = decoupler.removed_variance.clone()
     decoupler.prior_error(output._replace(removed=output.removed + 9), torch.zeros(4, 108, dtype=torch.bool))
     assert decoupler.removed_variance > before
+
+
+@pytest.mark.parametrize("options", [{"num_prototypes": 0}, {"num_prototypes": 8, "image_prior": False}])
+def test_there_is_no_image_prior_to_fit(options):
+    decoupler = make_decoupler(**options).train()
+    x = torch.randn(2, 12, 16)
+    decoupler.initialize(x)
+    with pytest.raises(RuntimeError, match="num_prototypes above 0 and image_prior=True"):
+        decoupler.fit_image_prior(x, (3, 4), torch.arange(12).expand(2, -1))
 
 
 def test_many_embeddings_are_cleaned_in_parts(monkeypatch):

@@ -141,24 +141,28 @@ class Decoupler(nn.Module):
         if isinstance(self.network, InvertibleNetwork):
             self.network.initialize(x)
 
-    def fit_prior(self, x: torch.Tensor, report: Callable[[float], None] | None = None) -> None:
+    def fit_prior(self, x: torch.Tensor, report: Callable[[float], None] | None = None) -> torch.Tensor:
         """Fit the prior, if it is not 0. The network has to be initialized.
 
         Args:
             x (torch.Tensor): Normal embeddings of shape (K, dim).
             report (Callable[[float], None] | None): Is told now and then which part has been done, in [0, 1].
                 Defaults to ``None``: nobody is.
+
+        Returns:
+            torch.Tensor: ``x``, cleaned, shape (K, dim).
         """
         if self.prior is not None:
             with torch.no_grad():
                 abnormal, normal = self._split(x)
             self.prior.fit(normal, abnormal, report=report)
-            with torch.no_grad():
-                self.removed_variance.copy_((x - self.clean(x)).square().mean())
+        clean = self.clean(x)
+        self.removed_variance.copy_((x.detach() - clean).square().mean())
+        return clean
 
     @torch.no_grad()
     def fit_image_prior(self, x: torch.Tensor, grid: tuple[int, int], chosen: torch.Tensor) -> torch.Tensor:
-        """Fit what refines the prior by other patches of the same image, if there is such. The prior has been fitted.
+        """Fit what refines the prior by other patches of the same image. The prior has been fitted.
 
         Args:
             x (torch.Tensor): Embeddings of normal images, shape (B, N, dim).
@@ -167,12 +171,17 @@ class Decoupler(nn.Module):
 
         Returns:
             torch.Tensor: The chosen patches of ``x``, cleaned, shape (B * K, dim).
+
+        Raises:
+            RuntimeError: If there is no image prior.
         """
+        if self.prior is None or self.image_prior is None:
+            msg = "there is no image prior to fit: it needs num_prototypes above 0 and image_prior=True"
+            raise RuntimeError(msg)
         with self.folded():
-            if self.image_prior is not None and self.prior is not None:
-                abnormal, normal = self._split(x)
-                expected = self.prior.predict(normal.flatten(0, 1)).view_as(abnormal)
-                self.image_prior.fit(abnormal, normal, expected, grid, chosen)
+            abnormal, normal = self._split(x)
+            expected = self.prior.predict(normal.flatten(0, 1)).view_as(abnormal)
+            self.image_prior.fit(abnormal, normal, expected, grid, chosen)
             index = chosen[..., None].expand(-1, -1, x.shape[-1])
             before, clean = (part.gather(1, index).flatten(0, 1) for part in (x, self.clean(x, grid)))
             self.removed_variance.copy_((before - clean).square().mean())

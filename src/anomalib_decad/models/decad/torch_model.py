@@ -218,10 +218,8 @@ class DecADModel(nn.Module):
             self.decoupler.initialize(x)
             first, last = _FITTED[1:]
             report(first)
-            self.decoupler.fit_prior(x, lambda part: report(first + part * (last - first)))
-            if images is None or not self.refines_by_image:
-                x = self.decoupler.clean(x)
-            else:
+            x = self.decoupler.fit_prior(x, lambda part: report(first + part * (last - first)))
+            if images is not None and self.refines_by_image:
                 x, rows = self._clean_images(self.decoupler, images, grid or square_grid(images[0].shape[1]), len(x))
         self.decoder.initialize(x, self.standardizer(rows))
         self.initialized.fill_(True)
