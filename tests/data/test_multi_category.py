@@ -6,7 +6,7 @@ import pytest
 import torch
 from anomalib.data import Folder, MVTecAD
 from anomalib.data.utils import ValSplitMode
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch.utils.data import RandomSampler, WeightedRandomSampler
 
 from anomalib_decad import MultiCategory
@@ -163,6 +163,11 @@ def test_folders(mvtec_root, with_masks):
     assert set(datamodule.train_data.samples.category) == {"bolts", "cloth"}
 
 
+class CategoriesOfBatches(LightningModule):
+    def predict_step(self, batch):
+        return batch.category
+
+
 def test_list_of_folders_with_and_without_masks(mvtec_root):
     def folder(name, **kwargs):
         return Folder(
@@ -178,10 +183,17 @@ def test_list_of_folders_with_and_without_masks(mvtec_root):
     modules = [folder("bolts", mask_dir="ground_truth/square"), folder("cloth")]
     datamodule = loaded(MultiCategory(modules, num_workers=0, eval_batch_size=12))
     assert datamodule.categories == ["bolts", "cloth"]
-    batch = next(iter(datamodule.test_dataloader()))
-    assert len(batch.image) == 12
-    assert batch.gt_mask is None
-    assert batch.gt_label.sum() == 6
+    # A product without masks takes none from the others, and no batch is lost.
+    for loader in (datamodule.test_dataloader(), datamodule.val_dataloader()):
+        batches = list(loader)
+        assert len(loader) == len(batches) == 2
+        assert [set(batch.category) for batch in batches] == [{"bolts"}, {"cloth"}]
+        assert [batch.gt_mask is not None for batch in batches] == [True, False]
+        assert [int(batch.gt_label.sum()) for batch in batches] == [3, 3]
+    # Lightning makes a sampler of its own for a prediction, as it does for several processes.
+    trainer = Trainer(logger=False, enable_progress_bar=False, enable_model_summary=False, accelerator="cpu")
+    assert trainer.predict(CategoriesOfBatches(), datamodule=datamodule) == [["bolts"] * 6, ["cloth"] * 6]
+    assert trainer.predict(CategoriesOfBatches(), datamodule.test_dataloader()) == [["bolts"] * 6 + ["cloth"] * 6]
 
 
 def test_augmentations_reach_every_category(mvtec_root):

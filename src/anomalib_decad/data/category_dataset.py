@@ -5,7 +5,7 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import cast
+from typing import Any, cast
 
 import pandas as pd
 import torch
@@ -69,6 +69,17 @@ class CategoryDataset(AnomalibDataset):
         for dataset in self.datasets.values():
             dataset.augmentations = augmentations
 
+    @property
+    def differs_in_masks(self) -> bool:
+        """Whether some categories have a mask of each anomalous image, and others do not."""
+        samples = self.samples
+        has_masks = {name: dataset.task != TaskType.CLASSIFICATION for name, dataset in self.datasets.items()}
+        paths = samples["mask_path"] if "mask_path" in samples else [None] * len(samples)
+        for category, label, path in zip(samples["category"], samples["label_index"], paths, strict=True):
+            if label == LabelName.ABNORMAL and not _paths_of(path):
+                has_masks[category] = False
+        return len(set(has_masks.values())) > 1
+
     def subsample(self, indices: Sequence[int], inplace: bool = False) -> "CategoryDataset":
         """Keep only some of the samples.
 
@@ -94,9 +105,7 @@ class CategoryDataset(AnomalibDataset):
             return CategoryItem.from_item(cast("ImageItem", dataset[sample.position]), sample.category)
         image, mask = read_image(sample.image_path, self.whites.get(sample.category, FULL_WHITE)), None
         label = int(sample.label_index)
-        # A product without masks has paths that are empty, or no paths.
-        value = sample.get("mask_path")
-        paths = value if isinstance(value, list) else [value] if isinstance(value, str | Path) and str(value) else []
+        paths = _paths_of(sample.get("mask_path"))
         if dataset.task != TaskType.CLASSIFICATION:
             if label == LabelName.NORMAL:
                 mask = Mask(torch.zeros(image.shape[-2:], dtype=torch.uint8))
@@ -124,3 +133,8 @@ class CategoryDataset(AnomalibDataset):
     def collate_fn(self) -> Callable:
         """Function that makes a :class:`CategoryBatch` of items."""
         return CategoryBatch.collate
+
+
+def _paths_of(value: Any) -> list[Any]:
+    """List the paths of an image's masks: a product without masks has paths that are empty, or no paths."""
+    return value if isinstance(value, list) else [value] if isinstance(value, str | Path) and str(value) else []

@@ -3,7 +3,7 @@
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,11 +12,12 @@ from anomalib.data import AnomalibDataModule, AnomalibDataset
 from anomalib.data.errors import MisMatchError
 from anomalib.data.utils import TestSplitMode, ValSplitMode
 from lightning.pytorch.utilities.types import EVAL_DATALOADERS, TRAIN_DATALOADERS
-from torch.utils.data import DataLoader, WeightedRandomSampler
+from torch.utils.data import DataLoader, SequentialSampler, WeightedRandomSampler
 from torchvision.transforms.v2 import Transform
 
 from anomalib_decad.compat import update_augmentations
 from anomalib_decad.data.categories import create_datamodules, describe_download, is_without_images
+from anomalib_decad.data.category_batch_sampler import CategoryBatchSampler
 from anomalib_decad.data.category_dataset import CategoryDataset
 from anomalib_decad.data.checks import check_category
 from anomalib_decad.data.hold_out import hold_out
@@ -218,7 +219,7 @@ class MultiCategory(AnomalibDataModule):
         subsets = [getattr(self, f"{subset}_data") for subset in _SUBSETS if hasattr(self, f"{subset}_data")]
         paths = [Path(path) for subset in subsets for path in subset.samples.image_path]
         if not all(self._name in path.parts for path in paths):
-            self._name = Path(os.path.commonpath(paths)).name or self._name
+            self._name = _common_folder(paths).name or self._name
         logger.info(
             "%s: %s",
             self.name,
@@ -258,11 +259,33 @@ class MultiCategory(AnomalibDataModule):
 
     def val_dataloader(self) -> EVAL_DATALOADERS:
         """Create the validation dataloader; nothing where there are no validation images, so that training goes on."""
-        return super().val_dataloader() if len(getattr(self, "val_data", ())) else []
+        return self._evaluation_loader("val", super().val_dataloader)
 
     def test_dataloader(self) -> EVAL_DATALOADERS:
         """Create the test dataloader; nothing where there are no test images."""
-        return super().test_dataloader() if len(getattr(self, "test_data", ())) else []
+        return self._evaluation_loader("test", super().test_dataloader)
+
+    def _evaluation_loader(self, subset: str, create: Callable[[], EVAL_DATALOADERS]) -> EVAL_DATALOADERS:
+        dataset: CategoryDataset | None = getattr(self, f"{subset}_data", None)
+        if not dataset:
+            return []
+        if not dataset.differs_in_masks:
+            return create()
+        categories = dataset.samples["category"].tolist()
+        return DataLoader(
+            dataset=dataset,
+            batch_sampler=CategoryBatchSampler(SequentialSampler(dataset), self.eval_batch_size, categories=categories),
+            num_workers=self.num_workers,
+            collate_fn=self.external_collate_fn or dataset.collate_fn,
+        )
+
+
+def _common_folder(paths: Sequence[Path]) -> Path:
+    """Find the folder that all paths are in; the root if there is none, as on two drives."""
+    try:
+        return Path(os.path.commonpath([path.absolute() for path in paths]))
+    except ValueError:
+        return Path("/")
 
 
 def _num_cores() -> int:

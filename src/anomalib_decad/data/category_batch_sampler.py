@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Batches of images of one category each."""
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from torch.utils.data import BatchSampler
+
+__all__ = ["CategoryBatchSampler"]
+
+
+class CategoryBatchSampler(BatchSampler):
+    """Ends a batch where the next image is of another category.
+
+    A batch has masks only if all of its images have them. So the images of a category without masks must not share a
+    batch with those of one that has them.
+
+    Args:
+        sampler (Iterable[int]): Gives the indices of images. Lightning puts one for each process here.
+        batch_size (int): Most images of a batch.
+        drop_last (bool): Must be ``False``; it is here for Lightning, which gives it.
+        categories (Sequence[str] | None): Category of each image of the dataset.
+            Defaults to ``None``: all of one, as where Lightning makes the sampler anew of a loader that it has not seen
+            made.
+
+    Raises:
+        ValueError: If ``drop_last`` is set.
+    """
+
+    def __init__(
+        self, sampler: Iterable[int], batch_size: int, drop_last: bool = False, categories: Sequence[str] | None = None
+    ) -> None:
+        super().__init__(sampler, batch_size, drop_last)
+        if drop_last:
+            msg = "a CategoryBatchSampler drops no image"
+            raise ValueError(msg)
+        self.categories = categories
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Give the indices of each batch."""
+        batch: list[int] = []
+        for index in self.sampler:
+            if batch and (len(batch) == self.batch_size or self._differ(index, batch[-1])):
+                yield batch
+                batch = []
+            batch.append(index)
+        if batch:
+            yield batch
+
+    def _differ(self, index: int, other: int) -> bool:
+        return self.categories is not None and self.categories[index] != self.categories[other]
+
+    def __len__(self) -> int:
+        """Count the batches."""
+        return sum(1 for _ in self)
