@@ -7,6 +7,7 @@ import pytest
 import torch
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
+from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger
 from torchvision.transforms.v2 import Resize
 
@@ -125,6 +126,15 @@ def test_arguments_that_the_checkpoint_has_are_no_error(checkpoint, make_engine,
     arguments = {"layers": [1, 2], "image_size": (112, 112), "decoder_depth": 1}
     loaded(make_engine, make_data, path, **arguments)
     DecAD.load_from_checkpoint(path, **arguments)
+
+
+def test_the_default_size_may_be_named(make_model, tmp_path):
+    model, path = make_model(image_size=None), tmp_path / "model.ckpt"
+    trainer = Trainer(accelerator="cpu", logger=False)
+    trainer.strategy.connect(model)
+    trainer.save_checkpoint(path)
+    size = tuple(model.input_size)
+    assert DecAD.load_from_checkpoint(path, image_size=size).input_size == size
 
 
 def test_what_the_user_asks_of_the_parts_wins(checkpoint, make_engine, make_data):

@@ -7,8 +7,8 @@ import torch
 from anomalib.callbacks import ModelCheckpoint
 from anomalib.models import ReverseDistillation
 from anomalib.pre_processing import PreProcessor
-from lightning.pytorch import seed_everything
-from torchvision.transforms.v2 import Normalize
+from lightning.pytorch import Trainer, seed_everything
+from torchvision.transforms.v2 import Compose, Normalize, Resize
 
 from anomalib_decad import DecoupledMambaAD, DecoupledReverseDistillation, DecoupledUniAD
 from anomalib_decad.components import DecouplerOptions, EncoderWeightsError
@@ -61,6 +61,22 @@ def test_resuming_gives_the_losses_of_an_unbroken_run(cls, make_method, make_eng
     unbroken = losses_of(make_engine, make_method(cls), make_data(), saver, max_epochs=2)
     resumed = losses_of(make_engine, make_method(cls), make_data(), max_epochs=2, ckpt_path=path, seed=1)
     assert resumed == pytest.approx(unbroken[len(unbroken) // 2 :], rel=1e-5)
+
+
+@every_method
+def test_a_checkpoint_knows_the_size_of_an_own_pre_processor(cls, make_method, tmp_path):
+    transform = Compose([Resize((96, 96)), Normalize(mean=[0.5] * 3, std=[0.3] * 3)])
+    model = make_method(cls, image_size=None, pre_processor=PreProcessor(transform)).eval()
+    model.model.encoder.load_weights()
+    trainer = Trainer(accelerator="cpu", logger=False)
+    trainer.strategy.connect(model)
+    trainer.save_checkpoint(tmp_path / "model.ckpt")
+    # Plain values only: whoever reads the checkpoint needs none of the package's classes.
+    torch.load(tmp_path / "model.ckpt", weights_only=True)
+    loaded = cls.load_from_checkpoint(tmp_path / "model.ckpt").eval()
+    assert loaded.input_size == (96, 96)
+    images = torch.rand(2, 3, 96, 96)
+    torch.testing.assert_close(loaded(images).anomaly_map, model(images).anomaly_map)
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
+from enum import Enum
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
@@ -124,6 +125,7 @@ class BaseModule(DeepImagesMixin, _Base):
         self._report = Report() if report else None
         # Checkpoints and loggers hold plain values only.
         plain = {name: asdict(value) for name, value in self.hparams.items() if is_group(value)}
+        plain |= {name: value.value for name, value in self.hparams.items() if isinstance(value, Enum)}
         if plain:
             self.save_hyperparameters(plain)
         if not max_steps > 0:

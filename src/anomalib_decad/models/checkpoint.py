@@ -63,6 +63,10 @@ class CheckpointMixin(_Base):
             checkpoint (dict[str, Any]): The checkpoint.
         """
         super().on_save_checkpoint(checkpoint)
+        arguments = checkpoint.get("hyper_parameters", {})
+        if "pre_processor" in self.given_parts and "image_size" in arguments and self.input_size:
+            # A model may be made for the size, and is made before its pre-processor is there.
+            arguments["image_size"] = list(self.input_size)
         checkpoint[_FORMAT_KEY] = _FORMAT
         checkpoint[_RNG_KEY] = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
@@ -161,7 +165,7 @@ class CheckpointMixin(_Base):
         model = super().load_from_checkpoint(checkpoint_path, *args, **{"encoder_weights": None, **kwargs})
         theirs = _leaves(model.hparams)
         wrong = {name: theirs.get(name) for name, value in _leaves(fixed).items() if value != theirs.get(name)}
-        if model.input_size == _plain(fixed.get("image_size")):
+        if "image_size" in wrong and _plain(model.input_size) == _plain(fixed["image_size"]):
             wrong.pop("image_size", None)
         _refuse(cls, wrong)
         return model  # type: ignore[return-value]

@@ -91,5 +91,5 @@ class DecoupledReverseDistillation(DecoupledModule, AnomalibModule):
 
     @classmethod
     def checkpoint_safe_globals(cls) -> Sequence[Any]:
-        """Allow ``AnomalyMapGenerationMode`` in checkpoints."""
+        """Allow ``AnomalyMapGenerationMode``, which checkpoints of before have, so that their version is named."""
         return (AnomalyMapGenerationMode,)

@@ -34,7 +34,7 @@ class DecoupledReverseDistillationModel(DecoupledModel, ReverseDistillationModel
         layers (Sequence[int] | None): Three stages of a ResNet, counted from 0, or layers of a transformer, counted
             from 1; ``None`` for the paper's, or the layers 3, 6 and 9.
         image_size (tuple[int, int]): Height and width of the images in pixels.
-        anomaly_map_mode (AnomalyMapGenerationMode): How the maps of the stages are joined.
+        anomaly_map_mode (AnomalyMapGenerationMode | str): How the maps of the stages are joined.
         decouple (bool): Whether anomalies are synthesized and removed; without, it is anomalib's method.
         pretrained (bool): Whether the encoder gets weights at all; a random one is good for tests only.
         **kwargs (Any): Further arguments of :class:`EmbeddingDecoupling`.
@@ -53,7 +53,7 @@ class DecoupledReverseDistillationModel(DecoupledModel, ReverseDistillationModel
         encoder_weights: str | Path | None = None,
         layers: Sequence[int] | None = None,
         image_size: tuple[int, int] = (256, 256),
-        anomaly_map_mode: AnomalyMapGenerationMode = AnomalyMapGenerationMode.ADD,
+        anomaly_map_mode: AnomalyMapGenerationMode | str = AnomalyMapGenerationMode.ADD,
         decouple: bool = True,
         pretrained: bool = True,
         **kwargs: Any,
@@ -70,7 +70,8 @@ class DecoupledReverseDistillationModel(DecoupledModel, ReverseDistillationModel
                 raise ValueError(msg) from error
             resnet = _TRANSFORMER_DECODER
         # Its own encoder is replaced, so that weights come lazily, from a file as well, or from the checkpoint.
-        super().__init__(resnet, image_size, ["layer1", "layer2", "layer3"], anomaly_map_mode, pre_trained=False)
+        mode = AnomalyMapGenerationMode(anomaly_map_mode)  # a checkpoint has its value
+        super().__init__(resnet, image_size, ["layer1", "layer2", "layer3"], mode, pre_trained=False)
         self.encoder = frozen
         self.recognizer = CategoryRecognizer()
         # Nothing uses them, and data-parallel training stops at parameters without a gradient.
