@@ -19,6 +19,8 @@ import onnxruntime
 
 # How complete files end that begin so.
 ENDINGS = {b"\xff\xd8": b"\xff\xd9", b"\x89PNG": b"IEND"}
+# Where the model has no file of thresholds.
+NONE = {"unit": "normalized", "image": 0.5, "pixel": 0.5, "categories": []}
 
 
 def load(model: Path):  # noqa: ANN201 - a function from a batch to named arrays
@@ -54,11 +56,11 @@ def find_white(paths: list[Path], bits: int | None) -> float:
 def read_thresholds(model: Path) -> dict:
     """Read the thresholds beside a model; 0.5 for all if there are none."""
     path = model.with_suffix(".thresholds.json")
-    return json.loads(path.read_text()) if path.is_file() else {"image": 0.5, "pixel": 0.5, "categories": []}
+    return {"unit": "normalized", **json.loads(path.read_text())} if path.is_file() else NONE
 
 
-def choose(thresholds: dict, index: int | None, name: str | None) -> tuple[str, float, float]:
-    """Choose the product of an image, by its index or name, and its thresholds for scores and for maps."""
+def choose(thresholds: dict, index: int | None, name: str | None) -> tuple[str, float | None, float | None]:
+    """Choose the product of an image, by its index or name, and its thresholds for scores and for maps, if any."""
     products = thresholds["categories"]
     if name is not None:
         found = [product for product in products if product["name"] == name]
@@ -75,6 +77,15 @@ def choose(thresholds: dict, index: int | None, name: str | None) -> tuple[str, 
             "with the output category (see docs/decisions.md), or give --category"
         )
     return "unknown" if index is not None else "", thresholds["image"], thresholds["pixel"]
+
+
+def free_name(folder: Path, stem: str, written: set[Path]) -> Path:
+    """Name a picture as its image; equally named images of several folders get numbers."""
+    number, target = 2, folder / f"{stem}.png"
+    while target in written:
+        number, target = number + 1, folder / f"{stem}_{number}.png"
+    written.add(target)
+    return target
 
 
 def draw(image: np.ndarray, anomaly_map: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -101,7 +112,7 @@ def main() -> None:
     thresholds = read_thresholds(args.model)
     args.output.mkdir(parents=True, exist_ok=True)
     white = find_white(args.images, args.bits)
-    skipped = []
+    skipped, written = [], set()
     for path in args.images:
         image = read(path)
         if image is None:
@@ -110,11 +121,17 @@ def main() -> None:
         image = (image.astype(np.float32) / (255 if image.dtype == np.uint8 else white)).clip(0, 1)
         batch = np.ascontiguousarray(image[:, :, ::-1].transpose(2, 0, 1)[None])
         result = {name: value[0].squeeze() for name, value in predict(batch).items()}
-        target = args.output / f"{path.stem}.png"
         index = int(result["category"]) if "category" in result else None
         product, image_threshold, pixel_threshold = choose(thresholds, index, args.category)
-        cv2.imwrite(str(target), draw(image, result["anomaly_map"], result["anomaly_map"] > pixel_threshold))
-        verdict = "anomalous" if result["pred_score"] > image_threshold else "normal"
+        target = free_name(args.output, path.stem, written)
+        anomaly_map = result["anomaly_map"]
+        mask = anomaly_map > (np.inf if pixel_threshold is None else pixel_threshold)
+        if thresholds["unit"] == "raw":  # with the threshold in the middle of the colours
+            anomaly_map = anomaly_map / (2 * pixel_threshold if pixel_threshold else max(anomaly_map.max(), 1e-12))
+        cv2.imwrite(str(target), draw(image, anomaly_map, mask))
+        verdict = "without a threshold"
+        if image_threshold is not None:
+            verdict = "anomalous" if result["pred_score"] > image_threshold else "normal"
         what = f"{product}, " if product else ""
         print(f"{path}: {what}score {float(result['pred_score']):.4f}, {verdict}, heatmap {target}")
     if skipped:

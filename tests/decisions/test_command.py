@@ -9,13 +9,19 @@ from anomalib_decad.decisions import CategoryPostProcessor
 from anomalib_decad.decisions.command import main
 
 
-@pytest.fixture
-def checkpoint(tmp_path):
-    post_processor = CategoryPostProcessor()
+def validated(post_processor, names=("bolt", "nut")):
+    """Give a post-processor the limits that a validation would have found."""
     for name in ("image_min", "image_max", "pixel_min", "pixel_max"):
         getattr(post_processor, name).fill_(1.0)
     post_processor.set_threshold(image=0.25, pixel=0.5)
-    post_processor.follow(["bolt", "nut"])
+    post_processor.follow(names)
+    return post_processor
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    post_processor = CategoryPostProcessor()
+    validated(post_processor)
     path = tmp_path / "model.ckpt"
     state = {**post_processor.state_dict(prefix="post_processor."), "model.weight": torch.ones(2)}
     torch.save({"state_dict": state, "epoch": 3}, path)
@@ -25,8 +31,7 @@ def checkpoint(tmp_path):
 @pytest.fixture
 def exported(tmp_path):
     path = tmp_path / "model.thresholds.json"
-    post_processor = CategoryPostProcessor(image_sensitivity=0.4)
-    post_processor.follow(["bolt", "nut"])
+    post_processor = validated(CategoryPostProcessor(image_sensitivity=0.4))
     path.write_text(json.dumps(post_processor.exported_thresholds()))
     return path
 
@@ -73,6 +78,32 @@ def test_an_export_is_shown_and_changed(exported, capsys):
     assert content["image"] == 0.6
 
 
+def test_an_export_of_raw_scores_has_raw_thresholds(tmp_path, capsys):
+    post_processor = validated(CategoryPostProcessor(enable_normalization=False, image_sensitivity=0.25), names=())
+    post_processor.image_max.fill_(5.0)
+    post_processor.follow(["bolt"])
+    path = tmp_path / "model.thresholds.json"
+    path.write_text(json.dumps(post_processor.exported_thresholds()))
+    main([str(path), "--pixel", "7"])
+    assert "raw scores" in capsys.readouterr().out
+    content = json.loads(path.read_text())
+    # A quarter of the range above the threshold, as a sensitivity of a quarter wants.
+    assert content["categories"] == [{"name": "bolt", "image": 1.25, "pixel": 0.5}]
+    assert (content["image"], content["pixel"]) == (1.25, 7)
+
+
+def test_a_model_that_was_never_validated_has_no_thresholds(tmp_path, capsys):
+    post_processor = CategoryPostProcessor()
+    post_processor.follow(["bolt"])
+    path = tmp_path / "model.thresholds.json"
+    path.write_text(json.dumps(post_processor.exported_thresholds()))
+    assert json.loads(path.read_text())["image"] is None
+    main([str(path)])
+    assert capsys.readouterr().out.count("-") >= 4
+    main([str(path), "--category", "bolt", "--image", "3"])
+    assert json.loads(path.read_text())["categories"] == [{"name": "bolt", "image": 3, "pixel": None}]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -110,7 +141,16 @@ def test_a_file_that_is_no_checkpoint(content, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "content", ["[]", "{}", '{"image": 0.5, "pixel": 0.5}', '{"image": "0.5", "pixel": 0.5, "categories": []}', "{"]
+    "content",
+    [
+        "[]",
+        "{}",
+        '{"image": 0.5, "pixel": 0.5}',
+        '{"unit": "metre", "image": 0.5, "pixel": 0.5, "categories": []}',
+        '{"image": null, "pixel": 0.5, "categories": []}',
+        '{"image": "0.5", "pixel": 0.5, "categories": []}',
+        "{",
+    ],
 )
 def test_an_edited_file_that_is_wrong(content, tmp_path, capsys):
     path = tmp_path / "model.thresholds.json"
@@ -123,8 +163,7 @@ def test_an_edited_file_that_is_wrong(content, tmp_path, capsys):
 
 def test_odd_names_links_and_modes(tmp_path, capsys):
     names = ["[/x]", "[red]nut", "Größe ü", "a/b.c"]
-    post_processor = CategoryPostProcessor()
-    post_processor.follow(names)
+    post_processor = validated(CategoryPostProcessor(), names)
     path, link = tmp_path / "model.thresholds.json", tmp_path / "link.json"
     path.write_text(json.dumps(post_processor.exported_thresholds()))
     path.chmod(0o640)

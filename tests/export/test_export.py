@@ -275,6 +275,46 @@ def test_a_model_that_was_never_validated(kind, compression, checkpoint, datamod
         (assert_resembles if compression else assert_agrees)(run(array(read(image))), item)
 
 
+@pytest.mark.parametrize("settings", [{}, {"category": "gear"}])
+def test_thresholds_beside_an_export_of_raw_scores(settings, checkpoint, images, tmp_path):
+    """The file beside an export makes the export's own decisions, and so does the example."""
+    post_processor = CategoryPostProcessor(enable_normalization=False, category_output=True, **settings)
+    model = DecAD.load_from_checkpoint(checkpoint, post_processor=post_processor)
+    path = Engine(logger=False, accelerator="cpu").export(model, "onnx", export_root=tmp_path)
+    content = json.loads(path.with_suffix(".thresholds.json").read_text())
+    assert content["unit"] == "raw"
+    assert [row["name"] for row in content["categories"]] == ([*settings.values()] or ["brick", "gear"])
+    lines, run = run_example("onnx", path, images, tmp_path / "out"), onnx_session(path)
+    for image, line in zip(images, lines, strict=True):
+        outputs = run(array(read(image)))
+        index = int(outputs["category"][0])
+        assert not settings or index == 0
+        row = content["categories"][index] if index >= 0 else content
+        decided = bool(outputs["pred_label"][0])
+        assert decided == (float(outputs["pred_score"][0]) > row["image"])
+        assert ("anomalous" in line) == decided
+        assert row.get("name", "unknown") in line
+
+
+def test_the_example_of_a_model_without_thresholds(checkpoint, images, tmp_path):
+    path = Engine(logger=False, accelerator="cpu").export(never_validated(checkpoint), "onnx", export_root=tmp_path)
+    # Equally named images of two folders.
+    (tmp_path / "other").mkdir()
+    shutil.copy(images[0], tmp_path / "other")
+    lines = run_example("onnx", path, [images[0], tmp_path / "other" / images[0].name], tmp_path / "out")
+    assert all("without a threshold" in line for line in lines)
+    assert len(list((tmp_path / "out").glob("*.png"))) == 2
+
+
+def run_example(kind, path, images, output):
+    """Run an example, and give the line of each image."""
+    script = ROOT / "examples" / f"{kind}_inference.py"
+    command = [sys.executable, str(script), str(path), *map(str, images), "--output", str(output)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.splitlines()
+
+
 @pytest.mark.parametrize(("runtime", "kind"), [(onnx_session, "onnx"), (openvino_model, "openvino")])
 def test_the_product_is_an_output_on_request(runtime, kind, checkpoint, images, expected, tmp_path):
     """Decisions are those of the recognized products, whose thresholds differ."""

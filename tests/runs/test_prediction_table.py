@@ -71,6 +71,18 @@ def test_a_folder_says_which_product_it_shows(make_engine, make_model, make_data
     assert [line["product"] for line in lines] == ["cloth"] * 6
 
 
+def test_without_thresholds_nothing_is_decided(make_engine, make_model, make_data, tmp_path):
+    model, data = make_model(), make_data()
+    engine = make_engine(limit_val_batches=0)
+    engine.fit(model, datamodule=data)
+    engine.test(model, datamodule=data)
+    lines = read(next(tmp_path.rglob("predictions.csv")))
+    assert len(lines) == len(data.test_data)
+    for line in lines:
+        assert float(line["score"]) == float(line["raw_score"])
+        assert {line[name] for name in ("label", "defect_x", "defect_width", "defect_share")} == {""}
+
+
 def test_other_models_have_it_too(make_data, tmp_path):
     table = PredictionTable()
     model = Padim(

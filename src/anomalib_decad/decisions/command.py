@@ -7,11 +7,12 @@ usage: decad-thresholds model.ckpt                                     # shows t
        decad-thresholds model.thresholds.json --category bottle --image 0.55    # of an exported model
 
 Thresholds of a checkpoint are in raw scores, the column raw_score of predictions.csv. Those of an exported model are in
-normalized scores, the column score, where 0.5 is the threshold that it was exported with.
+normalized scores, the column score, where 0.5 is the threshold that it was exported with, unless it gives raw scores.
 """
 
 import argparse
 import json
+import math
 import pickle
 import shutil
 from collections.abc import Sequence
@@ -31,6 +32,9 @@ __all__ = ["main"]
 
 _PREFIX = "post_processor."
 _ALL = "(no known product)"
+_NORMALIZED = "normalized"
+#: What the scores of an export are like, by their unit.
+_RANGES = {_NORMALIZED: "in [0, 1]", "raw": "finite"}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -63,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     table.add_column("image", justify="right")
     table.add_column("pixel", justify="right")
     for name, image, pixel in lines:
-        table.add_row(Text(name), f"{image:.6g}", f"{pixel:.6g}")
+        table.add_row(Text(name), *("-" if value is None else f"{value:.6g}" for value in (image, pixel)))
     Console().print(table)
 
 
@@ -78,7 +82,7 @@ def _is_change(args: argparse.Namespace) -> bool:
     return is_change
 
 
-def _change_checkpoint(args: argparse.Namespace) -> tuple[list[tuple[str, float, float]], str]:
+def _change_checkpoint(args: argparse.Namespace) -> tuple[list[tuple[str, float | None, float | None]], str]:
     checkpoint = torch.load(args.model, map_location="cpu", weights_only=True)
     state = checkpoint.get("state_dict", {}) if isinstance(checkpoint, dict) else {}
     own = {name.removeprefix(_PREFIX): value for name, value in state.items() if name.startswith(_PREFIX)}
@@ -100,8 +104,9 @@ def _change_checkpoint(args: argparse.Namespace) -> tuple[list[tuple[str, float,
     return [(name or _ALL, row.image_threshold, row.pixel_threshold) for name, row in limits], "raw scores"
 
 
-def _change_export(args: argparse.Namespace) -> tuple[list[tuple[str, float, float]], str]:
+def _change_export(args: argparse.Namespace) -> tuple[list[tuple[str, float | None, float | None]], str]:
     content = _read_export(args.model)
+    unit = content.get("unit", _NORMALIZED)
     if _is_change(args):
         rows = [row for row in content["categories"] if row["name"] == args.category]
         if args.category is not None and not rows:
@@ -112,28 +117,37 @@ def _change_export(args: argparse.Namespace) -> tuple[list[tuple[str, float, flo
             value = getattr(args, kind)
             if value is None:
                 continue
-            if not 0 <= value <= 1:
-                msg = f"normalized scores are in [0, 1], a threshold of {value} is not"
+            if not _is_threshold(value, unit):
+                msg = f"{unit} scores are {_RANGES[unit]}, a threshold of {value} is not"
                 raise ValueError(msg)
             chosen[kind] = value
         _write(args, lambda path: path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8"))
     lines = [(row["name"], row["image"], row["pixel"]) for row in content["categories"]]
-    return [*lines, (_ALL, content["image"], content["pixel"])], "normalized scores"
+    return [*lines, (_ALL, content["image"], content["pixel"])], f"{unit} scores"
 
 
 def _read_export(path: Path) -> dict[str, Any]:
     """Read the thresholds beside an exported model, which may have been edited."""
     content = json.loads(path.read_text(encoding="utf-8"))
-    rows = [content, *content["categories"]] if isinstance(content, dict) and "categories" in content else []
-    for row in rows:
-        values = [row.get("image"), row.get("pixel")] if isinstance(row, dict) else []
-        if not values or not all(isinstance(value, int | float) and 0 <= value <= 1 for value in values):
-            rows = []
-            break
-    if not rows:
-        msg = "no thresholds of an export: a dictionary with image, pixel and categories, numbers in [0, 1]"
+    is_whole = isinstance(content, dict) and isinstance(content.get("categories"), list)
+    unit = str(content.get("unit", _NORMALIZED)) if is_whole else ""
+    rows = [content, *content["categories"]] if unit in _RANGES else []
+    if not rows or not all(
+        isinstance(row, dict) and all(_is_threshold(row.get(kind, math.nan), unit) for kind in ("image", "pixel"))
+        for row in rows
+    ):
+        msg = (
+            f"no thresholds of an export: a dictionary with image, pixel and categories, numbers {_RANGES[_NORMALIZED]}"
+        )
         raise ValueError(msg)
     return content
+
+
+def _is_threshold(value: Any, unit: str) -> bool:
+    """Tell whether a value can be a threshold; that of an export without thresholds is ``None``."""
+    if value is None:
+        return unit != _NORMALIZED
+    return isinstance(value, int | float) and math.isfinite(value) and (unit != _NORMALIZED or 0 <= value <= 1)
 
 
 def _write(args: argparse.Namespace, write: Any) -> None:

@@ -2,7 +2,6 @@
 """From a trained model to torch, ONNX, OpenVINO and 8-bit integers."""
 
 from anomalib_decad.export.mixin import ParityExportMixin
-from anomalib_decad.export.post_processor import lacks_threshold
 from anomalib_decad.export.pre_processor import MatrixResize, for_export
 
-__all__ = ["MatrixResize", "ParityExportMixin", "for_export", "lacks_threshold"]
+__all__ = ["MatrixResize", "ParityExportMixin", "for_export"]

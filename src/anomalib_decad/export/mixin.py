@@ -20,9 +20,10 @@ from typing_extensions import Self
 
 from anomalib_decad.compat import shallow_copy
 from anomalib_decad.decisions import CategoryPostProcessor
-from anomalib_decad.export.post_processor import lacks_threshold, without_unknown_range
+from anomalib_decad.export.post_processor import without_unknown_range
 from anomalib_decad.export.pre_processor import for_export
 from anomalib_decad.export.quantization import compress, quantize, quantize_with_accuracy_control
+from anomalib_decad.metrics import lacks_threshold
 from anomalib_decad.whole_files import write_text
 
 __all__ = ["ParityExportMixin"]

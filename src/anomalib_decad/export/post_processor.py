@@ -3,25 +3,12 @@
 
 import copy
 import logging
-from typing import Any
 
 from anomalib.post_processing import PostProcessor
 
-__all__ = ["lacks_threshold", "without_unknown_range"]
+__all__ = ["without_unknown_range"]
 
 logger = logging.getLogger(__name__)
-
-
-def lacks_threshold(post_processor: Any) -> bool:
-    """Tell whether a post-processor has no threshold for its labels, because it has seen no validation.
-
-    Args:
-        post_processor (Any): Any of anomalib's post-processors; another object, or ``None``, needs none.
-
-    Returns:
-        bool: Whether the threshold of images is missing.
-    """
-    return isinstance(post_processor, PostProcessor) and bool(post_processor.image_threshold.isnan())
 
 
 def without_unknown_range(post_processor: PostProcessor) -> PostProcessor:

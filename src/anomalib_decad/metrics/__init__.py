@@ -6,7 +6,7 @@ from anomalib_decad.metrics.category_metrics import MEAN, METRICS, CategoryMetri
 from anomalib_decad.metrics.decision_metrics import DECISIONS, DecisionMetrics
 from anomalib_decad.metrics.evaluator import CategoryEvaluator, categories_of
 from anomalib_decad.metrics.gather import gather
-from anomalib_decad.metrics.raw_scores import RawScores, score_of, threshold_of
+from anomalib_decad.metrics.raw_scores import RawScores, lacks_threshold, score_of, threshold_of
 from anomalib_decad.metrics.score_histogram import ScoreHistogram
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "ScoreHistogram",
     "categories_of",
     "gather",
+    "lacks_threshold",
     "put_before_post_processor",
     "put_last",
     "region_weights",

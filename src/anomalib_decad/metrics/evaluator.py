@@ -21,7 +21,7 @@ from rich.table import Table
 from anomalib_decad.metrics.callback_order import put_before_post_processor, put_last
 from anomalib_decad.metrics.category_metrics import MEAN, METRICS, CategoryMetrics
 from anomalib_decad.metrics.decision_metrics import DECISIONS, DecisionMetrics
-from anomalib_decad.metrics.raw_scores import score_of
+from anomalib_decad.metrics.raw_scores import lacks_threshold, score_of
 from anomalib_decad.whole_files import write_text
 
 __all__ = ["CategoryEvaluator", "categories_of"]
@@ -237,8 +237,7 @@ class _DecisionCounter(Callback):
         del outputs, batch_idx, dataloader_idx
         post_processor = getattr(pl_module, "post_processor", None)
         # Without thresholds, labels mean nothing.
-        threshold = getattr(post_processor, "image_threshold", None)
-        if batch.gt_label is None or batch.pred_label is None or (threshold is not None and bool(threshold.isnan())):
+        if batch.gt_label is None or batch.pred_label is None or lacks_threshold(post_processor):
             return
         self.metrics.update(
             categories_of(trainer, batch), batch.pred_label, batch.gt_label, batch.pred_mask, batch.gt_mask

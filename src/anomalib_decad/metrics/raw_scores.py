@@ -2,7 +2,7 @@
 """The scores of a batch as the model gave them, and the threshold in their unit."""
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from anomalib.post_processing import PostProcessor
@@ -107,6 +107,20 @@ def score_of(batch: Any) -> torch.Tensor | None:
     if score is None and maps is not None:
         return maps.flatten(1).amax(1)
     return score
+
+
+def lacks_threshold(post_processor: Any, kind: Literal["image", "pixel"] = "image") -> bool:
+    """Tell whether a post-processor has no threshold, because it has seen no validation: its labels mean nothing.
+
+    Args:
+        post_processor (Any): Any of anomalib's post-processors; another object, or ``None``, needs none.
+        kind (Literal["image", "pixel"]): The threshold of images and their labels, or of pixels and their masks.
+            Defaults to ``"image"``.
+
+    Returns:
+        bool: Whether the threshold is missing.
+    """
+    return isinstance(post_processor, PostProcessor) and bool(getattr(post_processor, f"{kind}_threshold").isnan())
 
 
 def threshold_of(post_processor: Any, category: str | None = None) -> float | None:

@@ -9,7 +9,7 @@ from anomalib.data import Batch, InferenceBatch
 from anomalib.models.components import AnomalibModule
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
-from anomalib_decad.export import lacks_threshold
+from anomalib_decad.metrics import lacks_threshold
 
 __all__ = ["PredictingMixin"]
 

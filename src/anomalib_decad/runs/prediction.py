@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from anomalib_decad.compat import predict_datasets
 from anomalib_decad.data import find_unreadable
-from anomalib_decad.metrics import gather
+from anomalib_decad.metrics import gather, lacks_threshold
 
 __all__ = ["PredictionSummary"]
 
@@ -96,8 +96,7 @@ class PredictionSummary(Callback):
             more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
             print(f"Skipped {len(names)} files that cannot be read: {', '.join(names[:_MOST_NAMES])}{more}")
         images, anomalous, unlike = self._counts
-        threshold = getattr(getattr(pl_module, "post_processor", None), "image_threshold", None)
-        knows = self._has_labels and threshold is not None and not bool(threshold.isnan())
+        knows = self._has_labels and not lacks_threshold(getattr(pl_module, "post_processor", None))
         found = f"{anomalous} of them anomalous" if knows else "without labels, as the model has no thresholds"
         if unlike:
             found += f", {unlike} unlike every product that the model knows"

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from PIL import Image
 
-from anomalib_decad.metrics import RawScores, gather, put_last
+from anomalib_decad.metrics import RawScores, gather, lacks_threshold, put_last
 from anomalib_decad.whole_files import replacing
 
 __all__ = ["COLUMNS", "PredictionTable"]
@@ -32,8 +32,8 @@ class PredictionTable(Callback):
 
     A line has the path of the image, its product (the one that the data names, or that the model has recognized), the
     normalized score, the score as it was before, the label, and where the largest defect is: its left edge, upper edge,
-    width and height in pixels of the image file, and the share of the image that all defects take. The file appears
-    when it is complete.
+    width and height in pixels of the image file, and the share of the image that all defects take. A model that was
+    never validated has no threshold, and the label and what follows are empty. The file appears when it is complete.
 
     It works with every anomalib model: ``Engine(callbacks=[PredictionTable()])``.
     """
@@ -121,8 +121,11 @@ class PredictionTable(Callback):
         products = [name or "" for name in products]
         raw = self._raw.scores if self._raw else None
         paths = batch.image_path or [""] * length
-        columns = [_numbers(values, length) for values in (batch.pred_score, raw, batch.pred_label)]
-        masks = [None] * length if batch.pred_mask is None else batch.pred_mask
+        # Without a threshold anomalib compares with a number that means nothing.
+        labels = None if lacks_threshold(post_processor) else batch.pred_label
+        found = None if lacks_threshold(post_processor, "pixel") else batch.pred_mask
+        columns = [_numbers(values, length) for values in (batch.pred_score, raw, labels)]
+        masks = [None] * length if found is None else found
         writer = csv.writer(self._file, lineterminator="\n")  # type: ignore[arg-type]
         for path, product, score, plain, label, mask in zip(paths, products, *columns, masks, strict=True):
             verdict = "" if label is None else "anomalous" if label else "normal"
