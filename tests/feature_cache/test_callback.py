@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import torch
 from anomalib.callbacks import ModelCheckpoint
 from anomalib.data import MVTecAD
 from lightning.pytorch import seed_everything
-from torchvision.transforms.v2 import ColorJitter, RandomHorizontalFlip
+from torchvision.transforms.v2 import ColorJitter, GaussianBlur, RandomApply, RandomHorizontalFlip, Transform
 
 from anomalib_decad.components import DecouplerOptions, ViTEncoder
 from conftest import ROOT, losses_of
@@ -161,7 +162,18 @@ def test_the_datamodule_has_its_images_back(make_engine, make_model, make_data):
     assert data.train_data[0].image.ndim == 3
 
 
-@pytest.mark.parametrize("augmentation", [RandomHorizontalFlip(0.5), ColorJitter(brightness=0.5)])
+class PythonsOwn(Transform):
+    """Darkens one image in a million."""
+
+    def transform(self, inpt, params):
+        del params
+        return inpt * 0.5 if random.random() < 1e-6 else inpt
+
+
+@pytest.mark.parametrize(
+    "augmentation",
+    [RandomHorizontalFlip(0.5), ColorJitter(brightness=0.5), RandomApply([GaussianBlur(3)], p=1e-6), PythonsOwn()],
+)
 def test_random_augmentations_are_refused(augmentation, make_engine, make_model, make_data):
     data = make_data(train_augmentations=augmentation)
     with pytest.raises(ValueError, match="augmented at random.*feature_cache=off"):

@@ -62,6 +62,11 @@ def test_fingerprint_changes_with_every_part(tmp_path):
     assert len({first, *others}) == 6
 
 
+def names(folder):
+    """List a folder of caches, without the lock of all."""
+    return sorted(path.name for path in folder.iterdir() if path.name != ".lock")
+
+
 def write(file, shape=(3, 2, 4, 5), limit=1.0, value=1.0):
     file.create(shape, limit)
     file.write_code(FeatureCode(torch.zeros(2, 1, 5), torch.ones(2, 1, 5)))
@@ -75,7 +80,7 @@ def test_a_file_appears_when_it_is_complete(tmp_path):
     assert not file.is_complete
     assert not FeatureFile(tmp_path, "key").is_complete
     file.discard()
-    assert not list(tmp_path.iterdir())
+    assert names(tmp_path) == []
     write(file)
     assert FeatureFile(tmp_path, "key").is_complete
     assert (file.read() == 1).all()
@@ -90,7 +95,7 @@ def test_what_an_interrupted_run_left_is_written_anew(tmp_path):
     assert not again.is_complete
     write(again, value=2.0)
     assert (again.read() == 2).all()
-    assert [path.name for path in tmp_path.iterdir()] == ["key"]
+    assert names(tmp_path) == ["key"]
 
 
 def test_least_recently_used_files_make_room(tmp_path):
@@ -107,11 +112,26 @@ def test_least_recently_used_files_make_room(tmp_path):
     assert not (tmp_path / "b").exists()
 
 
+def test_a_file_that_a_run_holds_stays(tmp_path):
+    shape, limit = (1000, 1, 16, 64), 3e6 / 2**30  # one of 2 MB
+    held = FeatureFile(tmp_path, "held")
+    held.hold()
+    write(held, shape, limit)
+    write(FeatureFile(tmp_path, "other"), shape, limit)
+    assert held.is_complete
+    held.release()
+    held.release()
+    # A run that was killed has left its mark.
+    (tmp_path / "held.0123.use").touch()
+    write(FeatureFile(tmp_path, "third"), shape, limit)
+    assert names(tmp_path) == ["third"]
+
+
 def test_a_full_disk_is_one_clear_error(tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 10}))
     with pytest.raises(OSError, match=r"feature_cache_dir.*feature_cache=off"):
         FeatureFile(tmp_path, "key").create((3, 2, 4, 5), 1.0)
-    assert not list(tmp_path.iterdir())
+    assert names(tmp_path) == []
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])

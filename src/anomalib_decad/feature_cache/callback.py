@@ -55,6 +55,7 @@ class FeatureCaching(Callback):
         self.limit = limit
         self._datamodule: AnomalibDataModule | None = None
         self._on_device: FeatureBatch | None = None
+        self._file: FeatureFile | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Replace the training dataset; the features come later, when the encoder has its weights.
@@ -137,6 +138,9 @@ class FeatureCaching(Callback):
             self._datamodule.train_data = cast("CachedFeatures", self._datamodule.train_data).images
             self._datamodule = None
             self._on_device = None
+        if self._file is not None:
+            self._file.release()
+            self._file = None
 
     def _find_or_build(self, trainer: Trainer, source: FeatureSource) -> tuple[np.ndarray | Path, FeatureCode]:
         shape = source.shape
@@ -163,6 +167,10 @@ class FeatureCaching(Callback):
     def _build_file(self, trainer: Trainer, source: FeatureSource, file: FeatureFile, size: int) -> None:
         """Build a file unless it is there, each process its share of the images."""
         leads = trainer.is_global_zero
+        if leads and self.mode == "disk":
+            # The workers of a dataloader open it anew in each epoch.
+            self._file = file
+            file.hold()
         with file.lock() if leads else nullcontext():
             complete = trainer.strategy.broadcast(file.is_complete)
             if complete:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The images of a training dataset, and the encoder of their features."""
 
+import random
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -22,7 +23,7 @@ __all__ = ["FeatureSource"]
 
 # Images that choose the code of the features.
 _CODE_IMAGES = 32
-# An image is prepared so many times to find out whether that is random.
+# An image is prepared so many times to find out whether that is random, by a generator of its own.
 _TRIALS = 8
 
 
@@ -70,12 +71,15 @@ class FeatureSource:
         """Refuse images that are not the same each time.
 
         Raises:
-            ValueError: If preparing an image twice gives two different ones.
+            ValueError: If preparing an image draws random numbers, or twice gives two different ones.
         """
+        before = _random_states()
         first = self.prepare(self.dataset[0].image)
+        # An augmentation that is rare still draws a number each time, for whether it is its turn.
+        draws = _random_states() != before
         for _ in range(_TRIALS):
             again = self.prepare(self.dataset[0].image)
-            if again.shape != first.shape or not torch.equal(again, first):
+            if draws or again.shape != first.shape or not torch.equal(again, first):
                 msg = (
                     "feature_cache: training images are augmented at random, so their features cannot be kept: remove "
                     "the augmentations, or train with feature_cache=off"
@@ -134,3 +138,8 @@ class FeatureSource:
 
 def _only_images(items: Sequence[Any]) -> list[torch.Tensor]:
     return [item.image for item in items]
+
+
+def _random_states() -> tuple[bytes, Any, str]:
+    """Give the states of the random number generators that augmentations use."""
+    return torch.get_rng_state().numpy().tobytes(), random.getstate(), repr(np.random.get_state())

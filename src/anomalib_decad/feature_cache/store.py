@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import shutil
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,7 @@ __all__ = ["GIB", "FeatureFile", "default_folder", "fingerprint", "num_bytes", "
 logger = logging.getLogger(__name__)
 
 _FEATURES, _CODE, _DONE = "features.npy", "code.npy", "done.json"
+_USE = ".use"
 GIB = 2**30
 
 
@@ -87,6 +89,8 @@ class FeatureFile:
         self.path = folder / key
         self.partial = folder / f"{key}.partial"
         self.features = self.path / _FEATURES
+        # The lock is released when the process ends, however it does. Its name is that of one run.
+        self._use = FileLock(folder / f"{key}.{uuid.uuid4().hex}{_USE}")
 
     @property
     def is_complete(self) -> bool:
@@ -100,12 +104,28 @@ class FeatureFile:
         with FileLock(f"{self.path}.lock"):
             yield
 
+    def hold(self) -> None:
+        """Keep other runs from deleting the cache to make room, until :meth:`release` or the end of the process."""
+        with self._folder_lock():
+            self._use.acquire()
+
+    def release(self) -> None:
+        """Allow other runs to delete the cache, unless some of them hold it."""
+        if self._use.is_locked:
+            self._use.release()
+            Path(self._use.lock_file).unlink(missing_ok=True)
+
+    def _folder_lock(self) -> FileLock:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return FileLock(self.folder / ".lock")
+
     def create(self, shape: tuple[int, ...], limit: float) -> None:
         """Begin to write: make room, and allocate a partial file.
 
         Args:
             shape (tuple[int, ...]): Shape (images, layers, N, dim).
-            limit (float): GiB that all caches in the folder may take. The least recently used ones are deleted.
+            limit (float): GiB that all caches in the folder may take. The least recently used ones are deleted, but
+                none that a run holds.
 
         Raises:
             OSError: If the disk has too little space.
@@ -179,12 +199,29 @@ class FeatureFile:
 
     def _make_room(self, allowed: float) -> None:
         """Delete the least recently used caches until the rest takes no more than some bytes."""
-        allowed -= sum(path.stat().st_size for path in self.folder.glob(f"*.partial/{_FEATURES}"))
-        done = sorted(self.folder.glob(f"*/{_DONE}"), key=lambda path: path.stat().st_mtime, reverse=True)
-        for path in done:
-            allowed -= (path.parent / _FEATURES).stat().st_size
-            if allowed < 0:
-                logger.info("Deleting the feature cache %s to keep to feature_cache_limit.", path.parent)
-                # The mark first: what is left of a deletion that is cut short is no cache.
-                path.unlink()
-                shutil.rmtree(path.parent, ignore_errors=True)
+        with self._folder_lock():
+            allowed -= sum(path.stat().st_size for path in self.folder.glob(f"*.partial/{_FEATURES}"))
+            done = sorted(self.folder.glob(f"*/{_DONE}"), key=lambda path: path.stat().st_mtime, reverse=True)
+            for path in done:
+                allowed -= (path.parent / _FEATURES).stat().st_size
+                if allowed < 0 and not self._is_held(path.parent):
+                    logger.info("Deleting the feature cache %s to keep to feature_cache_limit.", path.parent)
+                    # The mark first: what is left of a deletion that is cut short is no cache.
+                    path.unlink()
+                    shutil.rmtree(path.parent, ignore_errors=True)
+
+    def _is_held(self, path: Path) -> bool:
+        """Tell whether a run holds a cache, and forget runs that have ended."""
+        for mark in self.folder.glob(f"{path.name}.*{_USE}"):
+            if _is_locked(mark):
+                return True
+            mark.unlink()
+        return False
+
+
+def _is_locked(path: Path) -> bool:
+    try:
+        with FileLock(path).acquire(timeout=0):
+            return False
+    except Timeout:
+        return True
