@@ -73,6 +73,16 @@ def test_a_resumed_training_has_all_its_losses(make_engine, make_model, make_dat
     assert "2 points from step 1 to 2" in report_of(again)
 
 
+def test_the_losses_of_a_tested_checkpoint_are_not_those_of_the_next_training(make_engine, make_model, make_data):
+    engine, model = make_engine(max_steps=4), make_model()
+    engine.fit(make_model(), datamodule=make_data())
+    other = make_engine(max_steps=2)
+    other.test(model, datamodule=make_data(), ckpt_path=engine.trainer.checkpoint_callback.best_model_path)
+    other.fit(model, datamodule=make_data())
+    other.test(model, datamodule=make_data())
+    assert "2 points from step 1 to 2" in report_of(other)
+
+
 def test_it_can_be_switched_off(make_engine, make_model, make_data, capsys):
     engine = make_engine()
     engine.train(make_model(report=False), datamodule=make_data())

@@ -69,6 +69,8 @@ class Report(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Step behind the post-processor, which gives labels and masks, and have the scores kept before it."""
         del pl_module
+        # Lightning restores callbacks behind this, also for a test, whose checkpoint no training goes on from.
+        self._resumed = {}
         if stage == "test":
             self._raw = RawScores.of(trainer)
             put_last(trainer, self)
