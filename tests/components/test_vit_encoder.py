@@ -123,6 +123,17 @@ def test_state_dict_makes_the_weights_unnecessary():
     torch.testing.assert_close(encoder(images), source(images))
 
 
+def test_a_state_dict_without_the_encoder_leaves_its_weights_wanted():
+    """As that of the trained parts alone."""
+    model = torch.nn.ModuleDict({"encoder": ViTEncoder("test_vit", [1, 3]), "head": torch.nn.Linear(2, 2)})
+    whole = model.state_dict()
+    own = {name: value for name, value in whole.items() if not name.startswith("encoder.")}
+    model.load_state_dict(own, strict=False)
+    assert model["encoder"]._pending
+    model.load_state_dict(whole)
+    assert not model["encoder"]._pending
+
+
 def test_downloading_weights_uses_no_random_numbers(monkeypatch):
     create = timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda name, **kwargs: create(name, **{**kwargs, "pretrained": False}))

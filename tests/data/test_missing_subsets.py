@@ -41,6 +41,8 @@ def test_few_normal_images_are_enough(count, arguments, tmp_path):
     datamodule = MultiCategory(**FOLDER, root=tmp_path, num_workers=0, seed=0, **arguments)
     datamodule.setup()
     assert len(datamodule.train_data) >= max(1, 0.8 * count - 1)
+    if not arguments and count > 1:
+        assert len(datamodule.val_data)
 
 
 @pytest.mark.parametrize("count", [2, 8, 40])

@@ -123,7 +123,9 @@ def _find_class(datamodule: str | type[AnomalibDataModule]) -> type[AnomalibData
     module, _, name = datamodule.rpartition(".")
     try:
         found = getattr(importlib.import_module(module) if module else anomalib.data, name, None)
-    except ModuleNotFoundError:
+    except ModuleNotFoundError as error:
+        if not f"{module}.".startswith(f"{error.name}."):
+            raise  # the module is there, and lacks another one
         found = None
     if not (inspect.isclass(found) and issubclass(found, AnomalibDataModule)):
         msg = f"datamodule: anomalib has no {datamodule!r}; those with categories are {', '.join(_with_categories())}"

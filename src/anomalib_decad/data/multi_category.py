@@ -190,6 +190,8 @@ class MultiCategory(AnomalibDataModule):
         for category, module in self.datamodules.items():
             module.num_workers = 0  # its loaders read nothing: only their datasets are wanted
             list_by_name(module)
+            # Where there is nothing to split, the module has no validation after its setup, either.
+            wants_no_validation = self._wants_no_validation(module)
             try:
                 module.setup(_stage)
                 datasets = {
@@ -198,7 +200,7 @@ class MultiCategory(AnomalibDataModule):
                     for subset in _SUBSETS
                     if hasattr(module, f"{subset}_data")
                 }
-                held_out = 0 if self._wants_no_validation(module) else hold_out(datasets)
+                held_out = 0 if wants_no_validation else hold_out(datasets)
                 white = check_category(category, datasets, held_out)
             except (OSError, RuntimeError, ValueError, MisMatchError) as error:
                 msg = f"the category {category!r} cannot be read: {error}"

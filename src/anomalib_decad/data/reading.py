@@ -3,7 +3,7 @@
 
 import logging
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -146,19 +146,25 @@ def naming(path: str | Path) -> Iterator[None]:
         raise OSError(msg) from error
 
 
-def find_unreadable(paths: Iterable[str | Path]) -> dict[str, str]:
+def find_unreadable(paths: Iterable[str | Path], report: Callable[[float], None] = lambda _: None) -> dict[str, str]:
     """Read files whole, several at once, and find those that are no images or only a part of one.
 
     Args:
         paths (Iterable[str | Path]): Files.
+        report (Callable[[float], None]): Is told which part has been read, in [0, 1].
+            Defaults to a function that tells nobody.
 
     Returns:
         dict[str, str]: The reason for each file that cannot be read, by its path.
     """
     paths = list(paths)
     with ThreadPoolExecutor() as pool:
-        reasons = pool.map(_reason_against, paths)
-        return {str(path): reason for path, reason in zip(paths, reasons, strict=True) if reason}
+        reasons = {}
+        for number, (path, reason) in enumerate(zip(paths, pool.map(_reason_against, paths), strict=True), 1):
+            report(number / len(paths))
+            if reason:
+                reasons[str(path)] = reason
+        return reasons
 
 
 def _reason_against(path: str | Path) -> str | None:

@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from anomalib_decad.compat import predict_datasets
 from anomalib_decad.data import find_unreadable
 from anomalib_decad.metrics import gather, lacks_threshold
+from anomalib_decad.progress import showing_progress
 
 __all__ = ["PredictionSummary"]
 
@@ -47,7 +48,8 @@ class PredictionSummary(Callback):
         for dataset in predict_datasets(trainer):
             if not isinstance(dataset, PredictDataset):
                 continue
-            unreadable = find_unreadable(dataset.image_filenames)
+            with showing_progress("Checking the images", trainer.is_global_zero) as report:
+                unreadable = find_unreadable(dataset.image_filenames, report)
             self._unreadable |= unreadable
             for path, reason in unreadable.items():
                 logger.warning("%s cannot be read and is skipped: %s", path, reason)

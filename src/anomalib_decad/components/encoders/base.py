@@ -106,9 +106,12 @@ class FrozenEncoder(nn.Module):
         return convert_checkpoint(self.network, state)
 
     @staticmethod
-    def _on_state_dict(module: "FrozenEncoder", incompatible_keys: object) -> None:
-        del incompatible_keys
-        module._pending = False
+    def _on_state_dict(module: "FrozenEncoder", incompatible_keys: Any) -> None:
+        """Note that weights have been loaded, unless the state dict has none of the encoder's, as a partial one."""
+        missing = {f".{name}" for name in incompatible_keys.missing_keys}
+        names = [f".{name}" for name in module.state_dict()]
+        if not all(any(key.endswith(name) for key in missing) for name in names):
+            module._pending = False
 
     def _missing_weights(self, error: Exception) -> str:
         reason = str(error).strip().partition("\n")[0]
