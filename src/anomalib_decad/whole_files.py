@@ -23,6 +23,7 @@ def replacing(path: Path) -> Iterator[Path]:
     Yields:
         Path: Where to write it. After an error it is gone, and what was in the file's place is still there.
     """
+    # The same name each time: what a killed process has left is written over.
     partial = path.with_name(f".{path.name}.partial")
     try:
         yield partial

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from anomalib_decad.decisions import CategoryPostProcessor
+from anomalib_decad.decisions import CategoryPostProcessor, exported_thresholds
 from anomalib_decad.decisions.command import main
 
 
@@ -32,7 +32,7 @@ def checkpoint(tmp_path):
 def exported(tmp_path):
     path = tmp_path / "model.thresholds.json"
     post_processor = validated(CategoryPostProcessor(image_sensitivity=0.4))
-    path.write_text(json.dumps(post_processor.exported_thresholds()))
+    path.write_text(json.dumps(exported_thresholds(post_processor)))
     return path
 
 
@@ -83,7 +83,7 @@ def test_an_export_of_raw_scores_has_raw_thresholds(tmp_path, capsys):
     post_processor.image_max.fill_(5.0)
     post_processor.follow(["bolt"])
     path = tmp_path / "model.thresholds.json"
-    path.write_text(json.dumps(post_processor.exported_thresholds()))
+    path.write_text(json.dumps(exported_thresholds(post_processor)))
     main([str(path), "--pixel", "7"])
     assert "raw scores" in capsys.readouterr().out
     content = json.loads(path.read_text())
@@ -96,7 +96,7 @@ def test_a_model_that_was_never_validated_has_no_thresholds(tmp_path, capsys):
     post_processor = CategoryPostProcessor()
     post_processor.follow(["bolt"])
     path = tmp_path / "model.thresholds.json"
-    path.write_text(json.dumps(post_processor.exported_thresholds()))
+    path.write_text(json.dumps(exported_thresholds(post_processor)))
     assert json.loads(path.read_text())["image"] is None
     main([str(path)])
     assert capsys.readouterr().out.count("-") >= 4
@@ -165,7 +165,7 @@ def test_odd_names_links_and_modes(tmp_path, capsys):
     names = ["[/x]", "[red]nut", "Größe ü", "a/b.c"]
     post_processor = validated(CategoryPostProcessor(), names)
     path, link = tmp_path / "model.thresholds.json", tmp_path / "link.json"
-    path.write_text(json.dumps(post_processor.exported_thresholds()))
+    path.write_text(json.dumps(exported_thresholds(post_processor)))
     path.chmod(0o640)
     link.symlink_to(path)
     for name in names:

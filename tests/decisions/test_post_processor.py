@@ -16,7 +16,14 @@ from sklearn.metrics import f1_score
 
 from anomalib_decad.components import CategoryPrediction
 from anomalib_decad.data import CategoryBatch
-from anomalib_decad.decisions import BestF1, CategoryPostProcessor, FalseAlarmRate, FixedThreshold, Limits
+from anomalib_decad.decisions import (
+    BestF1,
+    CategoryPostProcessor,
+    FalseAlarmRate,
+    FixedThreshold,
+    Limits,
+    exported_thresholds,
+)
 from anomalib_decad.decisions.validation_scores import ValidationScores
 from anomalib_decad.metrics import threshold_of
 
@@ -338,5 +345,5 @@ def test_scores_that_are_not_finite_are_refused():
 
 def test_an_export_for_one_product_has_its_thresholds_alone():
     post_processor = validate(CategoryPostProcessor(category="nut"), *two_products())
-    assert [row["name"] for row in post_processor.exported_thresholds()["categories"]] == ["nut"]
+    assert [row["name"] for row in exported_thresholds(post_processor)["categories"]] == ["nut"]
     assert threshold_of(post_processor) == pytest.approx(post_processor.limits("nut").image_threshold)

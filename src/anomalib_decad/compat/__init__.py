@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from anomalib.data import AnomalibDataModule
     from anomalib.post_processing import PostProcessor
-    from lightning.pytorch import Trainer
+    from lightning.pytorch import LightningModule, Trainer
     from torch import nn
 
     Module = TypeVar("Module", bound=nn.Module)
@@ -45,6 +45,7 @@ __all__ = [
     "set_thresholds",
     "set_training_steps",
     "shallow_copy",
+    "trainer_of",
     "training_iterator",
     "update_augmentations",
 ]
@@ -176,6 +177,18 @@ def shallow_copy(module: Module) -> Module:
     copied = copy.copy(module)
     copied._modules = dict(module._modules)
     return copied
+
+
+def trainer_of(module: LightningModule) -> Trainer | None:
+    """Give the trainer of a module; ``None`` if it is in none.
+
+    Args:
+        module (LightningModule): The module.
+
+    Returns:
+        Trainer | None: The trainer.
+    """
+    return module._trainer
 
 
 def training_iterator(trainer: Trainer) -> Iterator[Any]:

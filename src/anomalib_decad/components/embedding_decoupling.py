@@ -45,7 +45,7 @@ class EmbeddingDecoupling(nn.Module):
     Learned embeddings have no principal axes to start from as DecAD's have. So a smaller share of the latent is
     removed, of which the decoder misses less, and anomalies start at Gaussian noise, the easier ones: a latent that
     knows nothing yet cannot tell a difference of patches from a normal patch. After 300 steps of reverse distillation
-    (README, "Decoupling in other methods") the mean of the seven metrics is 69.8 with these defaults and 64.2 with
+    (``docs/other-methods.md``) the mean of the seven metrics is 69.8 with these defaults and 64.2 with
     those of DecAD.
 
     The method's encoder gets the gradient of the method's loss as if the layer were the identity, and none of the

@@ -4,10 +4,9 @@
 import torch
 from torch import nn
 
-from anomalib_decad.components.energy import latent_energy
 from anomalib_decad.components.precision import at_least_float32
 
-__all__ = ["ImagePrior"]
+__all__ = ["ImagePrior", "latent_energy"]
 
 # Start of beta times the mean squared distance between normal components.
 _SHARPNESS = 20.0
@@ -23,6 +22,9 @@ _RADIUS = 3
 _NEVER = -3e4
 
 _RIDGE = 1e-3
+
+# Of the mean variance over the channels: what varies far less than the rest is rounding error.
+_FLOOR = 1e-4
 
 
 class ImagePrior(nn.Module):
@@ -141,3 +143,18 @@ def _near(grid: tuple[int, int], device: torch.device) -> torch.Tensor:
     column = torch.arange(columns, device=device).repeat(rows)
     distance = torch.maximum((row[:, None] - row).abs(), (column[:, None] - column).abs())
     return (distance <= radius).float()
+
+
+def latent_energy(residual: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:
+    r"""Compute the energy :math:`\mathrm{mean}((z_a - p(z_n))^2 / \sigma^2)` of abnormal components.
+
+    Args:
+        residual (torch.Tensor): Abnormal components less what is expected, :math:`z_a - p(z_n)`, shape
+            (..., num_abnormal).
+        variance (torch.Tensor): Variance :math:`\sigma^2` of each channel's residual over normal patches, shape
+            (num_abnormal,).
+
+    Returns:
+        torch.Tensor: Energies of shape (...), not negative, about 1 for normal patches.
+    """
+    return (residual.square() / variance.clamp(min=_FLOOR * variance.mean())).mean(-1)

@@ -131,7 +131,7 @@ class ConditionalPrior(nn.Module):
             normal (torch.Tensor): Shape (K, num_normal).
             abnormal (torch.Tensor): Shape (K, num_abnormal).
             num_epochs (int): How often the network r sees each patch.
-                Defaults to ``16``: 256 steps for the 32,768 patches that DecAD samples.
+                Defaults to ``16``: 256 steps for the 32,768 patches that DecAD samples of up to five products.
             batch_size (int): Patches in a step.
                 Defaults to ``2048``.
             report (Callable[[float], None] | None): Is told now and then which part has been done, in [0, 1].

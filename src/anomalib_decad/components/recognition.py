@@ -14,8 +14,8 @@ __all__ = ["UNKNOWN", "CategoryPrediction", "CategoryRecognizer", "decode_names"
 UNKNOWN = -1
 
 # An image is unlike a category from this many times the largest distance that is to be expected of an image of it.
-# Measured on five products, 16 images each: 99.8 % of the images of a product that was left out are found to be unlike
-# the others, and 0.1 % of those of the others (docs/decisions.md).
+# Measured on five products, 16 images each: 99.9 % of the images of a product that was left out are found to be unlike
+# the others, and none of those of the others (docs/decisions.md).
 _LIMIT = 2.2
 
 # With fewer images beyond one of each category, nothing is known of how far others lie.

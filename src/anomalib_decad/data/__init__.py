@@ -4,7 +4,6 @@
 from anomalib_decad.data.category_batch import CategoryBatch, CategoryItem
 from anomalib_decad.data.category_dataset import CategoryDataset
 from anomalib_decad.data.multi_category import MultiCategory
-from anomalib_decad.data.prediction import DeepImagesMixin
 from anomalib_decad.data.prediction_root import PredictionRoot
 from anomalib_decad.data.reading import find_unreadable
 from anomalib_decad.data.visualizer import CategoryVisualizer
@@ -14,7 +13,6 @@ __all__ = [
     "CategoryDataset",
     "CategoryItem",
     "CategoryVisualizer",
-    "DeepImagesMixin",
     "MultiCategory",
     "PredictionRoot",
     "find_unreadable",

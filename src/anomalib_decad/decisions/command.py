@@ -12,7 +12,6 @@ normalized scores, the column score, where 0.5 is the threshold that it was expo
 
 import argparse
 import json
-import math
 import pickle
 import shutil
 from collections.abc import Sequence
@@ -26,15 +25,13 @@ from rich.text import Text
 
 from anomalib_decad.decisions.limits import Limits
 from anomalib_decad.decisions.post_processor import CategoryPostProcessor
+from anomalib_decad.decisions.thresholds_file import RANGES, is_threshold, read_thresholds
 from anomalib_decad.whole_files import replacing
 
 __all__ = ["main"]
 
 _PREFIX = "post_processor."
 _ALL = "(no known product)"
-_NORMALIZED = "normalized"
-#: What the scores of an export are like, by their unit.
-_RANGES = {_NORMALIZED: "in [0, 1]", "raw": "finite"}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -105,8 +102,8 @@ def _change_checkpoint(args: argparse.Namespace) -> tuple[list[tuple[str, float 
 
 
 def _change_export(args: argparse.Namespace) -> tuple[list[tuple[str, float | None, float | None]], str]:
-    content = _read_export(args.model)
-    unit = content.get("unit", _NORMALIZED)
+    content = read_thresholds(args.model)
+    unit = content["unit"]
     if _is_change(args):
         rows = [row for row in content["categories"] if row["name"] == args.category]
         if args.category is not None and not rows:
@@ -117,37 +114,13 @@ def _change_export(args: argparse.Namespace) -> tuple[list[tuple[str, float | No
             value = getattr(args, kind)
             if value is None:
                 continue
-            if not _is_threshold(value, unit):
-                msg = f"{unit} scores are {_RANGES[unit]}, a threshold of {value} is not"
+            if not is_threshold(value, unit):
+                msg = f"{unit} scores are {RANGES[unit]}, a threshold of {value} is not"
                 raise ValueError(msg)
             chosen[kind] = value
         _write(args, lambda path: path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8"))
     lines = [(row["name"], row["image"], row["pixel"]) for row in content["categories"]]
     return [*lines, (_ALL, content["image"], content["pixel"])], f"{unit} scores"
-
-
-def _read_export(path: Path) -> dict[str, Any]:
-    """Read the thresholds beside an exported model, which may have been edited."""
-    content = json.loads(path.read_text(encoding="utf-8"))
-    is_whole = isinstance(content, dict) and isinstance(content.get("categories"), list)
-    unit = str(content.get("unit", _NORMALIZED)) if is_whole else ""
-    rows = [content, *content["categories"]] if unit in _RANGES else []
-    if not rows or not all(
-        isinstance(row, dict) and all(_is_threshold(row.get(kind, math.nan), unit) for kind in ("image", "pixel"))
-        for row in rows
-    ):
-        msg = (
-            f"no thresholds of an export: a dictionary with image, pixel and categories, numbers {_RANGES[_NORMALIZED]}"
-        )
-        raise ValueError(msg)
-    return content
-
-
-def _is_threshold(value: Any, unit: str) -> bool:
-    """Tell whether a value can be a threshold; that of an export without thresholds is ``None``."""
-    if value is None:
-        return unit != _NORMALIZED
-    return isinstance(value, int | float) and math.isfinite(value) and (unit != _NORMALIZED or 0 <= value <= 1)
 
 
 def _write(args: argparse.Namespace, write: Any) -> None:

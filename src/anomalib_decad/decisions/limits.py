@@ -2,7 +2,7 @@
 """What the scores of a product are compared with."""
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -27,6 +27,20 @@ class Limits(NamedTuple):
     pixel_threshold: Any = math.nan
     pixel_min: Any = math.nan
     pixel_max: Any = math.nan
+
+    def raw_threshold(self, kind: Literal["image", "pixel"], sensitivity: float) -> float | None:
+        """Give the raw score that is normalized to one minus a sensitivity.
+
+        Args:
+            kind (Literal["image", "pixel"]): Of the scores of images or of pixels.
+            sensitivity (float): In [0, 1]; 0.5 gives the threshold itself.
+
+        Returns:
+            float | None: The score; ``None`` before a validation.
+        """
+        threshold, smallest, largest = self[:3] if kind == "image" else self[3:]
+        value = float(threshold + (0.5 - sensitivity) * (largest - smallest))
+        return None if math.isnan(value) else value
 
 
 def normalize(

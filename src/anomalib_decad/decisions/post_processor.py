@@ -2,7 +2,6 @@
 """anomalib's post-processor with thresholds of each product."""
 
 import logging
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,7 +42,7 @@ class CategoryPostProcessor(PostProcessor):
             example for the export of a model for one product.
             Defaults to ``None``: it is recognized.
         category_output (bool): Whether an export has a fifth output, ``category``: the index of the category in
-            :meth:`exported_thresholds`, -1 for an unknown one. Runtimes can have it; anomalib's inferencers for
+            ``model.thresholds.json``, -1 for an unknown one. Runtimes can have it; anomalib's inferencers for
             exported models fail with it.
             Defaults to ``False``.
         **kwargs (Any): Arguments of anomalib's ``PostProcessor``: ``enable_normalization``, ``enable_thresholding``,
@@ -170,32 +169,6 @@ class CategoryPostProcessor(PostProcessor):
             return
         for name, value in values.items():
             self.category_limits[Limits._fields.index(f"{name}_threshold"), index] = value
-
-    def exported_thresholds(self) -> dict[str, Any]:
-        """Give the thresholds that the scores and maps of an export are to be compared with.
-
-        Returns:
-            dict[str, Any]: ``image`` and ``pixel``, the thresholds of all images, and ``categories``, a list of
-                dictionaries with ``name``, ``image`` and ``pixel``, in the order of the output ``category``. The
-                ``unit`` is ``"normalized"``, where 0.5 is the threshold that the file has been exported with, or
-                ``"raw"`` where the export does not normalize scores: ``enable_normalization`` is off, or the model was
-                never validated. In the latter case all thresholds are ``None``.
-        """
-        names = self.categories if self.category is None else [self.category]
-        limits = [self.limits(name if name in self.categories else None) for name in (None, *names)]
-        is_raw = not self.enable_normalization or math.isnan(limits[0].image_min)
-        rows = [self._raw_thresholds(row) if is_raw else self._normalized_thresholds() for row in limits]
-        categories = [{"name": name, **row} for name, row in zip(names, rows[1:], strict=True)]
-        return {"unit": "raw" if is_raw else "normalized", **rows[0], "categories": categories}
-
-    def _normalized_thresholds(self) -> dict[str, float | None]:
-        return {"image": 1 - self.image_sensitivity, "pixel": 1 - self.pixel_sensitivity}
-
-    def _raw_thresholds(self, limits: Limits) -> dict[str, float | None]:
-        """Give the raw scores that are normalized to :meth:`_normalized_thresholds`."""
-        image = limits.image_threshold + (0.5 - self.image_sensitivity) * (limits.image_max - limits.image_min)
-        pixel = limits.pixel_threshold + (0.5 - self.pixel_sensitivity) * (limits.pixel_max - limits.pixel_min)
-        return {name: None if math.isnan(value) else value for name, value in (("image", image), ("pixel", pixel))}
 
     def follow(self, names: Sequence[str]) -> None:
         """Give the categories the order of a model that recognizes them; new ones have the limits of all together.

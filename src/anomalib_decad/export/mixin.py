@@ -19,7 +19,7 @@ from torchmetrics import Metric
 from typing_extensions import Self
 
 from anomalib_decad.compat import shallow_copy
-from anomalib_decad.decisions import CategoryPostProcessor
+from anomalib_decad.decisions import CategoryPostProcessor, exported_thresholds
 from anomalib_decad.export.post_processor import without_unknown_range
 from anomalib_decad.export.pre_processor import for_export
 from anomalib_decad.export.quantization import compress, quantize, quantize_with_accuracy_control
@@ -194,7 +194,7 @@ class ParityExportMixin(_Base):
     def _write_thresholds(self, path: Path) -> None:
         """Write the thresholds of an exported file beside it, where a change of them needs no new export."""
         if isinstance(self.post_processor, CategoryPostProcessor):
-            content = json.dumps(self.post_processor.exported_thresholds(), indent=2)
+            content = json.dumps(exported_thresholds(self.post_processor), indent=2)
             write_text(path.with_name(f"{path.stem}.thresholds.json"), content + "\n")
 
     def _for_export(self, input_size: tuple[int, int] | None = None, native: bool = False) -> Self:

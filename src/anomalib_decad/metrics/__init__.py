@@ -4,7 +4,7 @@
 from anomalib_decad.metrics.callback_order import put_before_post_processor, put_last
 from anomalib_decad.metrics.category_metrics import MEAN, METRICS, CategoryMetrics, region_weights
 from anomalib_decad.metrics.decision_metrics import DECISIONS, DecisionMetrics
-from anomalib_decad.metrics.evaluator import CategoryEvaluator, categories_of
+from anomalib_decad.metrics.evaluator import MEAN_OF_SEVEN, CategoryEvaluator, categories_of
 from anomalib_decad.metrics.gather import gather
 from anomalib_decad.metrics.raw_scores import RawScores, lacks_threshold, score_of, threshold_of
 from anomalib_decad.metrics.score_histogram import ScoreHistogram
@@ -12,6 +12,7 @@ from anomalib_decad.metrics.score_histogram import ScoreHistogram
 __all__ = [
     "DECISIONS",
     "MEAN",
+    "MEAN_OF_SEVEN",
     "METRICS",
     "CategoryEvaluator",
     "CategoryMetrics",

@@ -145,8 +145,7 @@ def threshold_of(post_processor: Any, category: str | None = None) -> float | No
     if hasattr(of_each, "limits"):
         known = category if category in of_each.categories else of_each.category
         limits = of_each.limits(known if known in of_each.categories else None)
-        threshold, extent = limits.image_threshold, limits.image_max - limits.image_min
-        return None if math.isnan(threshold) else threshold + (0.5 - post_processor.image_sensitivity) * extent
+        return limits.raw_threshold("image", post_processor.image_sensitivity)
     threshold = float(post_processor.image_threshold)
     if math.isnan(threshold):
         return None

@@ -21,12 +21,12 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 
-from anomalib_decad.compat import set_training_steps
-from anomalib_decad.data import DeepImagesMixin
+from anomalib_decad.compat import set_training_steps, trainer_of
 from anomalib_decad.decisions import CategoryPostProcessor
 from anomalib_decad.export import ParityExportMixin
 from anomalib_decad.metrics import CategoryEvaluator
 from anomalib_decad.models.checkpoint import CheckpointMixin, is_group
+from anomalib_decad.models.deep_images import DeepImagesMixin
 from anomalib_decad.models.describe_categories import category_names, describe_categories
 from anomalib_decad.models.display import tidy_display
 from anomalib_decad.models.pinned import pinned
@@ -168,14 +168,15 @@ class BaseModule(DeepImagesMixin, _Base):
 
     def configure_callbacks(self) -> Sequence[Callback] | Callback:
         """Configure anomalib's callbacks, and those that see to the run."""
-        if self._trainer is not None:
-            self._run_folder.choose(self.trainer, self.name)
+        trainer = trainer_of(self)
+        if trainer is not None:
+            self._run_folder.choose(trainer, self.name)
         callbacks = super().configure_callbacks()
         components = [callbacks] if isinstance(callbacks, Callback) else callbacks
         writers: list[Callback] = [PredictionTable()]
         if self.save_maps != "off":
             writers.append(MapWriter(self.save_maps))
-        given = self._trainer.callbacks if self._trainer is not None else []  # type: ignore[attr-defined]
+        given = trainer.callbacks if trainer is not None else []  # type: ignore[attr-defined]
         # The user's own takes its place; Lightning would keep the model's.
         is_given = any(isinstance(callback, Report) and callback is not self._report for callback in given)
         if self._report is not None and not is_given:

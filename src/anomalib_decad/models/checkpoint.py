@@ -12,6 +12,8 @@ import torch
 from anomalib.models.components import AnomalibModule
 from typing_extensions import Self
 
+from anomalib_decad.compat import trainer_of
+
 __all__ = ["TRAINING_ARGUMENTS", "CheckpointMixin", "is_group"]
 
 #: Arguments that matter in training alone, or for what a run writes: a checkpoint can be used, and a training resumed,
@@ -93,9 +95,10 @@ class CheckpointMixin(_Base):
         self._keep_given_parts(checkpoint)
         super().on_load_checkpoint(checkpoint)
         # Before the dataloaders draw their seeds, as when the checkpoint was saved.
-        if self._trainer is not None and self.trainer.training and _RNG_KEY in checkpoint:
+        trainer = trainer_of(self)
+        if trainer is not None and trainer.training and _RNG_KEY in checkpoint:
             torch.set_rng_state(checkpoint[_RNG_KEY]["cpu"].cpu())
-            device = self.trainer.strategy.root_device
+            device = trainer.strategy.root_device
             if device.type == "cuda" and "cuda" in checkpoint[_RNG_KEY]:
                 torch.cuda.set_rng_state(checkpoint[_RNG_KEY]["cuda"].cpu(), device)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
 
-from anomalib_decad.metrics import MEAN, METRICS
+from anomalib_decad.metrics import MEAN, MEAN_OF_SEVEN, METRICS
 from anomalib_decad.report.charts import Chart, histogram_chart, loss_chart, precision_recall_chart, roc_chart
 from anomalib_decad.report.facts import Facts
 from anomalib_decad.report.pictures import data_uri, heatmap
@@ -21,7 +21,6 @@ __all__ = ["render"]
 #: Images of all products together: a page of more than some 30 MB is slow to open.
 _MOST_IMAGES = 3000
 
-_SEVEN = "mean_of_seven"
 #: A dash, in the place of a number.
 _MISSING = "\N{EN DASH}"
 _TITLES = {
@@ -32,7 +31,7 @@ _TITLES = {
     "pixel_AP": "Pixel AP",
     "pixel_F1Max": "Pixel F1-max",
     "pixel_AUPRO": "Pixel AUPRO",
-    _SEVEN: "Mean of seven",
+    MEAN_OF_SEVEN: "Mean of seven",
 }
 #: What the page calls a decision, its style, and whether it is right.
 _VERDICTS = {
@@ -148,9 +147,9 @@ def render(
         types=types,
         num_shown=count,
         num_images=sum(record.num_images for record in records.values()),
-        columns=[_TITLES[name] for name in (*METRICS, _SEVEN)],
+        columns=[_TITLES[name] for name in (*METRICS, MEAN_OF_SEVEN)],
         rows=[_row(name, metrics[name], names) for name in metrics if name != MEAN],
-        mean=[_percent(metrics[MEAN][key]) for key in (*METRICS, _SEVEN)] if metrics else [],
+        mean=[_percent(metrics[MEAN][key]) for key in (*METRICS, MEAN_OF_SEVEN)] if metrics else [],
         why_no_metrics=why_no_metrics,
         losses=[loss_chart(name, points) for name, points in losses.items() if points],
     )
@@ -228,7 +227,7 @@ def _totals(products: Sequence[_Product], metrics: Mapping[str, Mapping[str, flo
 
 def _row(name: str, row: Mapping[str, float], names: Sequence[str]) -> tuple[str, int | None, list[_Cell]]:
     """Give a row of the table of metrics, with the number of the product's part of the page."""
-    return name, names.index(name) if name in names else None, [_percent(row[key]) for key in (*METRICS, _SEVEN)]
+    return name, names.index(name) if name in names else None, [_percent(row[key]) for key in (*METRICS, MEAN_OF_SEVEN)]
 
 
 def _number(value: float) -> str:

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints that are whole or not there."""
 
-import contextlib
 import io
 import os
 from pathlib import Path
@@ -11,6 +10,8 @@ import torch
 from anomalib.engine.plugins import AnomalibCheckpointIO
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from anomalib_decad.whole_files import replacing
 
 __all__ = ["save_whole_checkpoints"]
 
@@ -37,20 +38,15 @@ class _WholeCheckpoints(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         target = Path(path)
-        # The same name each time: what a killed process has left is written over.
-        partial = target.with_name(f".{target.name}.partial")
         content = io.BytesIO()
         torch.save(checkpoint, content)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            with partial.open("wb") as file:
+            with replacing(target) as partial, partial.open("wb") as file:
                 file.write(content.getbuffer())
                 file.flush()
                 os.fsync(file.fileno())
-            partial.replace(target)
         except OSError as error:
-            with contextlib.suppress(OSError):
-                partial.unlink()
             size = content.getbuffer().nbytes / 2**20
             msg = (
                 f"the checkpoint {target} of {size:.0f} MiB cannot be written ({error.strerror or error}): make room, "

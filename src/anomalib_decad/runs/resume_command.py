@@ -11,7 +11,7 @@ __all__ = ["is_command_line", "resume_command"]
 
 def is_command_line() -> bool:
     """Tell whether this process is the ``anomalib`` command."""
-    return Path(sys.argv[0]).stem == "anomalib"
+    return Path(sys.argv[0]).stem.removesuffix("-script") == "anomalib"
 
 
 def resume_command(checkpoint: Path, max_steps: int | None = None, arguments: Sequence[str] | None = None) -> str:

@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 from torchvision.transforms.v2.functional import resize
 
+from anomalib_decad.compat import trainer_of
 from anomalib_decad.data.category_batch import CategoryBatch
 from anomalib_decad.data.category_dataset import CategoryDataset
 from anomalib_decad.data.checks import look_at_subsets
@@ -89,7 +90,7 @@ class DeepImagesMixin(_Base):
 
     def _known_whites(self) -> Mapping[str, float]:
         """Give the values of white of the data at hand, or else of the training."""
-        return getattr(getattr(self._trainer, "datamodule", None), "whites", None) or self._whites
+        return getattr(getattr(trainer_of(self), "datamodule", None), "whites", None) or self._whites
 
     def configure_callbacks(self) -> Sequence[Callback] | Callback:
         """Give the model's callbacks, behind one that reads images of more than 8 bits again.
