@@ -93,7 +93,7 @@ def score(
 
 def main() -> None:
     """Print a table."""
-    args = experiments.parse()
+    args = experiments.parse(__doc__, varies=False)
     splits = experiments.load(args, args.layers)
     lines: dict[str, list[dict[str, Any]]] = {}
     for seed in args.seeds:

@@ -8,8 +8,9 @@ ROOT is a folder in MVTec AD's layout; one model is trained for all of its categ
 own, one after the other. --steps gives methods that are trained in steps equal numbers of them; --minutes gives them
 equal training times, by the time of a step that a short run measures first. Memory banks are filled once.
 Written to --output after each run: results.csv, results.md, results.png (accuracy against training time) and the log of
-each run; runs that are there are not repeated. With --score-every, the metrics of each category on the way are lines of
-runs/<run>/curve.jsonl and a second table of results.md, and a run that was cut off goes on from its last one.
+each run; runs that are there are not repeated, and those of other settings are refused. With --score-every, the metrics
+of each category on the way are lines of runs/<run>/curve.jsonl and a second table of results.md, and a run that was cut
+off goes on from its last one.
 """
 
 from __future__ import annotations
@@ -33,6 +34,11 @@ import peers
 
 MEMORY_BANKS = {"Patchcore", "AnomalyDINO", "NearestNeighbor"}
 _PROBE_STEPS = 20
+#: Arguments that results depend on.
+_SETTINGS = (
+    "categories", "encoder", "image_size", "batch_size", "coreset_ratio", "sampling", "precision", "feature_cache",
+    "preload",
+)  # fmt: skip
 _COLUMNS = (
     "model", "budget", "steps", "image_AUROC", "image_AP", "image_F1Max", "pixel_AUROC", "pixel_AP", "pixel_F1Max",
     "pixel_AUPRO", "mean_of_seven", "training_seconds", "images_per_second", "peak_MiB", "learnable_parameters",
@@ -49,6 +55,7 @@ def run(args: argparse.Namespace, name: str, steps: int | None) -> dict[str, Any
     from anomalib_decad.metrics import METRICS, CategoryEvaluator
     from count import multiply_adds
     from curve import Curve, preload
+    from throughput import time_of
     from training import Recorder
 
     seed_everything(args.seed)
@@ -94,12 +101,7 @@ def run(args: argparse.Namespace, name: str, steps: int | None) -> dict[str, Any
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     images = torch.rand(args.batch_size, 3, args.image_size, args.image_size, device=model.device)
     with torch.inference_mode():
-        model.model(images)
-        start, count = time.perf_counter(), 0
-        while time.perf_counter() < start + 5:
-            model.model(images)
-            count += len(images)
-        result["images_per_second"] = count / (time.perf_counter() - start)
+        result["images_per_second"] = len(images) / time_of(lambda: model.model(images), 5, model.device)
     # Memory banks leave their frozen encoder's parameters with requires_grad, but learn none.
     learnable = [] if name in MEMORY_BANKS else [p for p in model.parameters() if p.requires_grad]
     result["learnable_parameters"] = sum(parameter.numel() for parameter in learnable)
@@ -115,6 +117,7 @@ def start(args: argparse.Namespace, name: str, steps: int | None, probe: bool = 
     folder.mkdir(parents=True, exist_ok=True)
     stem = f"{name}-{'probe-' if probe else ''}{steps or 'once'}-seed{args.seed}"
     result = folder / f"{stem}.json"
+    check_settings(args, name, folder / f"{stem}.settings.json")
     if result.is_file():
         return json.loads(result.read_text())
     print(f"{time.strftime('%H:%M:%S')} {stem}", flush=True)
@@ -129,6 +132,27 @@ def start(args: argparse.Namespace, name: str, steps: int | None, probe: bool = 
         print(f"    failed, see {folder / f'{stem}.log'}", flush=True)
         return None
     return json.loads(result.read_text())
+
+
+def check_settings(args: argparse.Namespace, name: str, file: Path) -> None:
+    """Note the settings of a run, or end with one line where those of a run that is there are others.
+
+    Args:
+        args (argparse.Namespace): Command line.
+        name (str): Name of the model.
+        file (Path): Where the settings are noted.
+    """
+    settings = {key: getattr(args, key) for key in _SETTINGS}
+    settings |= {"data": str(args.data.resolve()), "arguments": json.loads(args.arguments).get(name, {})}
+    known = json.loads(file.read_text()) if file.is_file() else settings
+    different = [key for key, value in settings.items() if known.get(key) != value]
+    if different:
+        raise SystemExit(
+            f"--output: {file.parent} has a run of {name} with "
+            f"{', '.join(f'{key} {known.get(key)} instead of {settings[key]}' for key in different)}: "
+            "give another folder"
+        )
+    file.write_text(json.dumps(settings))
 
 
 def main() -> None:
@@ -151,7 +175,9 @@ def main() -> None:
             budgets: list[tuple[str, int | None]] = [("memory bank", None)]
         else:
             budgets = [(f"{steps} steps", steps) for steps in args.steps]
-            budgets += [(f"{minutes:g} min", steps_in(args, name, minutes)) for minutes in args.minutes]
+            for minutes in args.minutes:
+                steps = steps_in(args, name, minutes)
+                budgets += [(f"{minutes:g} min", steps)] if steps else []
         for label, steps in budgets:
             result = start(args, name, steps)
             if result is not None:
@@ -160,11 +186,11 @@ def main() -> None:
     print((args.output / "results.md").read_text() if rows else "nothing ran")
 
 
-def steps_in(args: argparse.Namespace, name: str, minutes: float) -> int:
-    """Find how many steps a model can do in a time, by a short run."""
+def steps_in(args: argparse.Namespace, name: str, minutes: float) -> int | None:
+    """Find how many steps a model can do in a time, by a short run; ``None`` if that fails."""
     probe = start(args, name, _PROBE_STEPS, probe=True)
     if probe is None:
-        return 1
+        return None
     return max(1 + int((minutes * 60 - probe["first_step_seconds"]) / probe["step_seconds"]), 1)
 
 

@@ -25,7 +25,8 @@ class Curve(Callback):
     """Scores the test images every so many steps, and keeps a checkpoint there.
 
     The points are lines of ``curve.jsonl`` in a folder, with steps, seconds of training so far and the metrics of each
-    category. Seconds are those of preparing and training alone, over all parts of a training that was cut off.
+    category, and in the checkpoint, too. Seconds are those of preparing and training alone, over all parts of a
+    training that was cut off.
 
     Args:
         folder (Path): Where the points and the checkpoint ``last.ckpt`` are.
@@ -37,15 +38,28 @@ class Curve(Callback):
         self.file = folder / "curve.jsonl"
         self.checkpoint = folder / "last.ckpt"
         self.every = every
-        lines = self.file.read_text().splitlines() if self.file.is_file() and self.checkpoint.is_file() else []
-        self.points: list[dict[str, Any]] = [json.loads(line) for line in lines]
-        self.seconds = self.points[-1]["training_seconds"] if self.points else 0.0
+        self.points: list[dict[str, Any]] = []
+        self.seconds = 0.0
         self._start = time.perf_counter()
 
     @property
     def resume_from(self) -> Path | None:
         """The checkpoint of a training that was cut off, if there is one."""
-        return self.checkpoint if self.points else None
+        return self.checkpoint if self.checkpoint.is_file() else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Keep the points in the checkpoint, which so has all of them, whenever the training is cut off."""
+        return {"points": self.points}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from the points of a checkpoint."""
+        self.points = state_dict["points"]
+        self.seconds = self.points[-1]["training_seconds"]
+        self._write()
+
+    def _write(self) -> None:
+        with self.file.open("w") as file:
+            file.writelines(json.dumps(point) + "\n" for point in self.points)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Do not count again what a training did before it was cut off."""
@@ -67,8 +81,7 @@ class Curve(Callback):
         self.points.append({"step": step, "training_seconds": round(self.seconds, 2), "metrics": table})
         trainer.save_checkpoint(self.checkpoint.with_suffix(".partial"))
         self.checkpoint.with_suffix(".partial").replace(self.checkpoint)
-        with self.file.open("w") as file:
-            file.writelines(json.dumps(point) + "\n" for point in self.points)
+        self._write()
         print(f"{step} steps, {self.seconds:.0f} s: {100 * table['mean']['mean_of_seven']:.1f}", flush=True)
         self._start = time.perf_counter()
 
@@ -137,7 +150,6 @@ class _Resized(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> Any:
-        torch.set_num_threads(1)
         item = self.dataset[index]
         image = functional.interpolate(item.image[None], self.size, mode="bilinear", antialias=True)[0]
         mask = item.gt_mask

@@ -151,7 +151,7 @@ def recognize(splits: dict[str, Split], layers: Sequence[int]) -> dict[str, floa
 
 def main() -> None:
     """Train and measure, once for each seed."""
-    args: argparse.Namespace = parse(__doc__)
+    args: argparse.Namespace = parse(__doc__, varies=False, log="decisions.jsonl")
     splits = load(args, args.layers)
     normal = splits["train"]
     held: dict[str, list[int]] = {}

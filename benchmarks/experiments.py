@@ -119,6 +119,8 @@ class Progress(Callback):
         self.args = args
         self.total = total
         self.points: list[dict[str, Any]] = []
+        #: What measuring has taken.
+        self.seconds = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure before training."""
@@ -131,6 +133,7 @@ class Progress(Callback):
     def _measure(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.global_step not in self.args.score_at:
             return
+        start = time.perf_counter()
         losses = {name: round(float(value), 5) for name, value in trainer.callback_metrics.items()}
         total = self.total if trainer.global_step == self.args.steps else None
         point = {"step": trainer.global_step, "losses": losses, **measure(pl_module, self.test, total)}
@@ -138,6 +141,7 @@ class Progress(Callback):
         mean = {name: f"{100 * row['mean']['mean_of_seven']:.1f}" for name, row in point["metrics"].items()}
         print(f"    {trainer.global_step} steps: {mean}", flush=True)
         pl_module.train()
+        self.seconds += time.perf_counter() - start
 
 
 def train(
@@ -159,7 +163,8 @@ def train(
         total (CategoryMetrics | None): Gets the predictions after the last step, if ``score_at`` has it.
 
     Returns:
-        tuple[DecAD, float, list[dict[str, Any]]]: The model, the seconds of the training, and what was measured.
+        tuple[DecAD, float, list[dict[str, Any]]]: The model, the seconds of the training without those of measuring,
+            and what was measured.
     """
     seed_everything(seed, verbose=False)
     model = create(args, settings, evaluator=False)
@@ -190,7 +195,7 @@ def train(
     )
     start = time.perf_counter()
     trainer.fit(model, loader)
-    seconds = time.perf_counter() - start
+    seconds = time.perf_counter() - start - progress.seconds
     if args.checkpoints:
         name = "-".join([args.name or "run", *(f"{key}={value}" for key, value in settings.items()), f"seed{seed}"])
         part = f"-{categories[0]}" if args.one_class else ""
@@ -265,20 +270,32 @@ def _setting(text: str) -> tuple[str, str]:
     return name, value
 
 
-def parse(doc: str | None = __doc__) -> argparse.Namespace:
-    """Read the command line."""
+def parse(doc: str | None = __doc__, varies: bool = True, log: str = "experiments.jsonl") -> argparse.Namespace:
+    """Read the command line.
+
+    Args:
+        doc (str | None): Docstring of the script.
+        varies (bool): Whether the script runs several settings, or a model for each category.
+            Defaults to ``True``.
+        log (str): Name of the default file of results, in this folder.
+
+    Returns:
+        argparse.Namespace: The arguments.
+    """
     parser = common.argument_parser(doc)
     parser.add_argument("--name", default="", help="noted in the log")
     parser.add_argument("--set", type=_setting, nargs="+", default=[], help="arguments of DecAD, as name=value")
-    parser.add_argument("--vary", type=_setting, action="append", default=[], help="name=value,value,...")
-    parser.add_argument("--ablation", choices=ABLATIONS)
+    parser.set_defaults(vary=[], ablation=None, one_class=False)
+    if varies:
+        parser.add_argument("--vary", type=_setting, action="append", help="name=value,value,...")
+        parser.add_argument("--ablation", choices=ABLATIONS, help="settings that are compared, by their name")
+        parser.add_argument("--one-class", action="store_true", help="one model for each category, not one for all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--sampling", choices=["balanced", "natural"], default="balanced")
     parser.add_argument("--precision", default="bf16-mixed", help="of Lightning's trainer")
     parser.add_argument("--accelerator", choices=["cpu", "gpu", "mps"], default="cpu", help="of Lightning's trainer")
     parser.add_argument("--workers", type=int, default=0, help="processes that read images to encode")
-    parser.add_argument("--one-class", action="store_true", help="one model for each category, not one for all")
     parser.add_argument("--choose", nargs="+", default=[], help="categories that choices are made by")
     parser.add_argument(
         "--score-at", type=int, nargs="+", default=[], help="also measure after so many steps, and look into the model"
@@ -287,14 +304,16 @@ def parse(doc: str | None = __doc__) -> argparse.Namespace:
     parser.add_argument("--encoder-weights", type=Path, help="a local file instead of timm's")
     parser.add_argument("--layers", type=int, nargs="+", default=[3, 6, 9])
     parser.add_argument("--features", type=Path, default=Path("results/features"), help="folder of the features")
-    parser.add_argument("--log", type=Path, default=Path(__file__).parent / "experiments.jsonl")
+    parser.add_argument("--log", type=Path, default=Path(__file__).parent / log, help="file of results")
     parser.add_argument("--progress", action="store_true", help="progress bars of the training")
     args = parser.parse_args()
     args.settings = {name: _value(value) for name, value in args.set}
     lists = [[(name, _value(value)) for value in values.split(",")] for name, values in args.vary]
     args.configurations = ABLATIONS[args.ablation] if args.ablation else [dict(c) for c in itertools.product(*lists)]
     common.check_data(args)
-    if not set(args.choose) < set(args.categories):
+    if unknown := sorted(set(args.choose) - set(args.categories)):
+        parser.error(f"--choose: no category {', '.join(unknown)}: there are {', '.join(args.categories)}")
+    if set(args.choose) == set(args.categories):
         args.choose = []
     return args
 

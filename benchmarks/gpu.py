@@ -16,6 +16,7 @@ import argparse
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -49,8 +50,15 @@ class Job:
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
         with (folder / f"{self.name}.log").open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, *map(str, self.command)], stdout=log, stderr=subprocess.STDOUT, env=environment
-            )
+                [sys.executable, *map(str, self.command)], stdout=log, stderr=subprocess.STDOUT, env=environment,
+                start_new_session=True,
+            )  # fmt: skip
+
+    def stop(self) -> None:
+        """End the process, and those that it has started."""
+        if self.process is not None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
 
     def is_over(self) -> bool:
         """Whether the process has ended."""
@@ -82,12 +90,13 @@ def race(args: argparse.Namespace, model: str, number: int, size: int, **options
 def experiment(args: argparse.Namespace, name: str, steps: int, seeds: Sequence[int], *settings: str) -> Job:
     """Train and score DecAD with some settings, for so many steps of 8."""
     options = [*(["cuda_graph=true"] if args.on_gpu else []), *settings]
+    chosen = [name for name in ("screw", "toothbrush") if name in args.categories]
     points = sorted({0, *(steps_of(args, number) for number in (100, 300, 1000, 5000) if number <= steps)})
-    return Job(f"{name}-{steps}", script(
+    return Job(f"{name}-{steps}-seeds-{'-'.join(map(str, seeds))}", script(
         "experiments", args, "--steps", steps_of(args, steps), "--score-at", *points, "--seeds", *seeds,
         "--name", f"{name}-{steps}", "--accelerator", args.accelerator, "--features", args.scratch / "features",
         "--log", args.output / "experiments.jsonl", "--workers", args.workers,
-        "--choose", "screw", "toothbrush", *(["--set", *options] if options else []),
+        *(["--choose", *chosen] if chosen else []), *(["--set", *options] if options else []),
     ))  # fmt: skip
 
 
@@ -121,8 +130,8 @@ def jobs_of(args: argparse.Namespace) -> list[Job]:
             experiment(args, "random-differences", 1000, seeds, "synthesis.num_steps=0"),
             *(experiment(args, f"rate-{rate}", 1000, first, f"learning_rate={rate}") for rate in (3e-4, 3e-3)),
             *(experiment(args, f"depth-{depth}", 1000, first, f"decoder_depth={depth}") for depth in (1, 3)),
-            experiment(args, "decoupled", 5000, seeds[1:]),
-            experiment(args, "plain", 5000, seeds[1:], *plain),
+            *(experiment(args, "decoupled", 5000, [seed]) for seed in seeds[1:]),
+            *(experiment(args, "plain", 5000, [seed], *plain) for seed in seeds[1:]),
         ],
     }
     wanted = [jobs[phase] for phase in ("race", "experiments") if phase in args.phases]
@@ -146,9 +155,7 @@ def run(args: argparse.Namespace, jobs: list[Job], lanes: int, threads: int) -> 
             print(f"{time.strftime('%H:%M:%S')} {job.name}: {'done' if not code else f'failed ({code})'}", flush=True)
         collect(args)
     for job in running:
-        if job.process:
-            job.process.kill()
-            job.process.wait()
+        job.stop()
         print(f"{job.name}: cut off", flush=True)
     collect(args)
 

@@ -70,7 +70,7 @@ def energies(args: Namespace) -> dict[str, torch.Tensor]:
 
 def main() -> None:
     """Print a table."""
-    args = experiments.parse()
+    args = experiments.parse(__doc__, varies=False)
     seed_everything(args.seeds[0], verbose=False)
     print("| patches | median energy |\n|---|---|")
     for name, values in energies(args).items():

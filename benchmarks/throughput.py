@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import gc
 import itertools
 import json
 import time
@@ -72,14 +73,21 @@ def train(args: argparse.Namespace, name: str, batch_size: int, cached: bool, **
     model = peers.create(name, args.encoder, args.image_size, evaluator=False, visualizer=False, **options)
     features = (len(model.model.encoder.layers), model.model.encoder.dim) if cached else None
     timer = StepTimer(_WARM_UP)
-    if args.accelerator == "gpu":
-        torch.cuda.reset_peak_memory_stats()
+    forget_memory(args)
     trainer = Trainer(
         max_steps=_WARM_UP + args.steps, accelerator=args.accelerator, precision=args.precision, logger=False,
         enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=False, callbacks=[timer],
     )  # fmt: skip
     trainer.fit(model, batches(args, batch_size, features))
     return {"step_ms": 1000 * timer.seconds, "images_per_second": batch_size / timer.seconds, **memory(args)}
+
+
+def forget_memory(args: argparse.Namespace) -> None:
+    """Free what earlier measurements have left, and measure the peak from here on."""
+    gc.collect()
+    if args.accelerator == "gpu":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 def memory(args: argparse.Namespace) -> dict[str, float]:
@@ -91,8 +99,7 @@ def infer(args: argparse.Namespace, name: str, batch_size: int, precision: str, 
     """Measure inference: the model as it is exported, compiled, or recorded as a CUDA graph."""
     device, size = common.device_of(args), args.image_size
     net, adds = network(name, args.encoder, size, device)
-    if args.accelerator == "gpu":
-        torch.cuda.reset_peak_memory_stats()
+    forget_memory(args)
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     images = torch.rand(batch_size, 3, size, size, device=device)
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
@@ -112,7 +119,7 @@ def infer(args: argparse.Namespace, name: str, batch_size: int, precision: str, 
     }
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1)  # another one would count as memory of this one
 def network(name: str, encoder: str, size: int, device: torch.device) -> tuple[Any, int]:
     """Create a model as it is exported, on the device, and count its multiply-adds for an image."""
     seed_everything(0, verbose=False)

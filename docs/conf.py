@@ -86,6 +86,8 @@ def relink(text: str, origin: Path, page: Path) -> str:
 def generate() -> None:
     """Write the pages of what lies outside docs/."""
     GENERATED.mkdir(exist_ok=True)
+    for path in GENERATED.glob("*.md"):
+        path.unlink()  # what was there before may be gone
     for name, page in PAGES.items():
         path = ROOT / name
         write(page, relink(path.read_text(encoding="utf-8"), path.parent, GENERATED))

@@ -17,6 +17,8 @@ from tempfile import TemporaryDirectory
 import cv2
 import numpy as np
 
+from anomalib_decad.models.decad import AnomalyMapOptions
+
 DOCS = Path(__file__).resolve().parent
 sys.path.append(str(DOCS.parent / "demo"))
 
@@ -100,7 +102,6 @@ def architecture() -> str:
     """Draw the way of an image through the model, as SVG with a background of its own."""
     z_a, z_n = "z<tspan dy='4' font-size='10'>a</tspan>", "z<tspan dy='4' font-size='10'>n</tspan>"
     reset = "<tspan dy='-4'>&#8203;</tspan>"
-    energy = f"energy: distance of {z_a}{reset} from the prior"
     parts = [
         _box(20, 40, 100, ("image", "280 x 280"), "#ffffff"),
         _box(160, 40, 160, ("frozen encoder", "DINOv2, layers 3, 6, 9"), _BLUE),
@@ -112,7 +113,7 @@ def architecture() -> str:
         _box(560, 190, 130, ("F inverse", "the cleaned", "embedding"), _GREEN),
         _box(370, 190, 140, ("decoder", "transformer blocks"), _GREEN),
         _box(160, 190, 160, ("error", "layers, reconstructed?"), "#ffffff"),
-        _box(160, 320, 160, ("map", "error x energy^0.25"), _ORANGE),
+        _box(160, 320, 160, ("map", f"error x energy^{AnomalyMapOptions().energy_power:g}"), _ORANGE),
         _arrow((120, 77), (160, 77)),
         _arrow((320, 77), (370, 77)),
         _arrow((510, 77), (560, 77)),
@@ -125,8 +126,7 @@ def architecture() -> str:
         _arrow((370, 227), (320, 227)),
         _arrow((240, 114), (240, 190), label="the layers", at=(280, 156)),
         _arrow((240, 264), (240, 320)),
-        _arrow((940, 42), (970, 42), (970, 357), (320, 357), label=energy, at=(640, 348)),
-        _arrow((940, 227), (970, 227)),
+        _arrow((625, 264), (625, 357), (320, 357), label="energy: how much removal takes", at=(473, 348)),
     ]
     style = (
         f"text {{ font-family: Helvetica, Arial, sans-serif; text-anchor: middle; fill: {_INK}; }} "

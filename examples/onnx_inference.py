@@ -41,7 +41,9 @@ def read(path: Path) -> np.ndarray | None:
     ending = next((end for start, end in ENDINGS.items() if content.startswith(start)), b"")
     if not content or ending not in content[-4096:]:
         return None
-    return cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH)
+    # As in training: the pixels as they are stored, whatever orientation a camera has noted.
+    flags = cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION
+    return cv2.imdecode(np.frombuffer(content, np.uint8), flags)
 
 
 def find_white(paths: list[Path], bits: int | None) -> float:
@@ -50,6 +52,8 @@ def find_white(paths: list[Path], bits: int | None) -> float:
         return 2.0**bits - 1
     images = (image for image in map(read, paths) if image is not None and image.dtype != np.uint8)
     largest = max((float(image.max()) for image in images), default=0)
+    if 0 < largest <= 1:
+        return 1.0  # fractions
     return next((white for white in (255.0, 1023.0, 4095.0, 65535.0) if largest <= white), largest)
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 import yaml
 
 from conftest import ANOMALIB, ENCODER, IMAGE_SIZE, anomalib
@@ -167,9 +168,22 @@ def test_resume_from_the_command_line(trained, tmp_path, model_args, data_args, 
     checkpoint = trained[1] / "weights" / "lightning" / "model.ckpt"
     result = anomalib(
         "fit", "--model", "DecAD", *model_args, *data_args, *trainer_args, "--trainer.max_steps", 5,
-        "--ckpt_path", checkpoint, "--default_root_dir", tmp_path,
+        "--ckpt_path", checkpoint, "--default_root_dir", tmp_path, "--seed_everything", 123,
     )  # fmt: skip
     assert "`max_steps=5` reached" in result.stderr + result.stdout
+    # A training from the start, with this seed, would have other losses.
+    before = losses_in(checkpoint)
+    assert [step for step, _ in before] == [1, 2, 3]
+    after = losses_in(next(tmp_path.rglob("model.ckpt")))
+    assert [step for step, _ in after] == [1, 2, 3, 4, 5]
+    assert after[:3] == before
+
+
+def losses_in(checkpoint):
+    """Give the losses of each step that a checkpoint keeps for the report."""
+    callbacks = torch.load(checkpoint, weights_only=True)["callbacks"].values()
+    (losses,) = [state["losses"] for state in callbacks if isinstance(state, dict) and "losses" in state]
+    return losses["points"]["loss"]
 
 
 def test_two_process_data_parallel(tmp_path, model_args, data_args):

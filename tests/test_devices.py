@@ -293,10 +293,16 @@ def test_metrics_are_those_of_the_cpu(device):
             histogram.update(*(value[part].to(target) for value in (scores, labels, weights)))
         histograms.append(histogram.metrics())
     assert histograms[1] == pytest.approx(histograms[0], rel=1e-9)
-    metrics = CategoryMetrics()
-    metrics.update(["a", "b"], torch.rand(2).to(device), torch.tensor([True, False]), torch.rand(2, 8, 8).to(device),
-                   torch.rand(2, 8, 8) < 0.5)  # fmt: skip
-    assert set(metrics.compute()) == {"a", "b", "mean"}
+    scores, labels, maps = torch.rand(6), torch.arange(6) % 3 == 0, torch.rand(6, 8, 8)
+    masks = (torch.rand(6, 8, 8) < 0.5) & labels[:, None, None]
+    tables = []
+    for target in ("cpu", device):
+        metrics = CategoryMetrics()
+        metrics.update(["a", "b"] * 3, scores.to(target), labels.to(target), maps.to(target), masks.to(target))
+        tables.append(metrics.compute())
+    assert set(tables[0]) == {"a", "b", "mean"}
+    for name, row in tables[0].items():
+        assert tables[1][name] == pytest.approx(row, rel=1e-6, nan_ok=True)
 
 
 @pytest.mark.slow

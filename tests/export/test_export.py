@@ -230,14 +230,11 @@ def test_half_precision_arithmetic_keeps_the_resizing(export, images, expected):
         ("INT8", None),
         pytest.param("INT8_PTQ", None, marks=pytest.mark.exhaustive),
         ("INT8_ACQ", (48, 64)),
-        pytest.param("INT8", (48, 64), marks=pytest.mark.exhaustive),
         pytest.param("INT8_PTQ", (48, 64), marks=pytest.mark.exhaustive),
         pytest.param("INT8_ACQ", None, marks=pytest.mark.exhaustive),
     ],
 )
 def test_integers(compression, input_size, export, images, expected):
-    if input_size and compression == "INT8":
-        pytest.skip("needs no images")
     path = export("openvino", input_size=input_size, compression=compression)
     assert path.with_suffix(".bin").stat().st_size < 0.8 * export("openvino").with_suffix(".bin").stat().st_size
     model = openvino_model(path)

@@ -231,6 +231,7 @@ def test_the_command_line_prints_the_command_that_resumes(number, devices, tmp_p
     step = torch.load(path, weights_only=True)["global_step"]
     program, *rest = shlex.split(command)
     assert program == "anomalib"
+    assert rest[rest.index("--ckpt_path") + 1] == str(path)
     result = subprocess.run(
         [ANOMALIB, *rest, "--trainer.max_steps", str(step + 2)], env=env, capture_output=True, text=True, check=False
     )
