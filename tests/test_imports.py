@@ -2,9 +2,11 @@
 
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from conftest import ROOT
 
@@ -22,3 +24,11 @@ def test_no_module_is_long(folder):
     lengths = {path: len(path.read_text().splitlines()) for path in (ROOT / folder).rglob("*.py")}
     assert lengths
     assert not {path for path, length in lengths.items() if length > LONGEST}
+
+
+def test_every_dependency_has_a_lowest_version():
+    """Those of CI's job with the lowest versions would be the first that ever were."""
+    requirements = [Requirement(text) for text in metadata.requires("anomalib-decad") or ()]
+    others = [requirement for requirement in requirements if requirement.name != "anomalib-decad"]
+    assert len(others) > 20
+    assert not [r.name for r in others if not any(part.operator == ">=" for part in r.specifier)]
