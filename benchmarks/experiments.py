@@ -176,7 +176,7 @@ def train(
         weights = [1 / categories.count(category) for category in categories]
     count = len(rows)
     loader = DataLoader(
-        rows,  # type: ignore[arg-type]
+        rows,
         batch_size=args.batch_size,
         sampler=WeightedRandomSampler(weights or [1.0] * count, count, replacement=weights is not None),
         collate_fn=lambda indices: normal.batch(indices, model.model.encoder.layers),

@@ -76,7 +76,7 @@ def main() -> None:
         metrics = {name: CategoryMetrics() for name in predictors}
         errors: dict[str, list[tuple[float, float]]] = {name: [] for name in predictors}
         for index in track(range(0, len(datamodule.test_data), args.every), "Predicting"):
-            item = datamodule.test_data[index]
+            item: Any = datamodule.test_data[index]
             image = item.image[None].numpy()
             reference: tuple[torch.Tensor, torch.Tensor] | None = None
             for name, predictor in predictors.items():

@@ -107,7 +107,7 @@ def _split(model: DecAD, dataset: Any, folder: Path, num_workers: int) -> Split:
         if not file.is_complete:
             file.create(source.shape, _LIMIT)
             file.write_code(source.choose_code())
-            features = file.open_partial()
+            features: Any = file.open_partial()  # a memory map
             source.encode_into(features, range(len(dataset)), file.read_code())
             features.flush()
             file.complete()

@@ -68,7 +68,8 @@ def measure(model: DecAD, test: Split, total: CategoryMetrics | None = None) -> 
         values["share"].append(test.defect_shares(chunk))
     if total is not None:
         total.merge(metrics["both"])
-    share, patches = torch.cat(values.pop("share")), {name: torch.cat(parts) for name, parts in values.items()}
+    share = torch.cat(values.pop("share"))
+    of_all = {name: torch.cat(parts) for name, parts in values.items()}
     aurocs: dict[str, dict[str, float]] = {}
     for category in dict.fromkeys(test.categories):
         rows = [index for index, name in enumerate(test.categories) if name == category]
@@ -77,13 +78,13 @@ def measure(model: DecAD, test: Split, total: CategoryMetrics | None = None) -> 
         if target.any() and not target.all():
             aurocs[category] = {
                 name: round(float(roc_auc_score(target, value[rows][known].numpy())), 5)
-                for name, value in patches.items()
+                for name, value in of_all.items()
             }
     return {
         "metrics": {name: rounded(table_of(metric)) for name, metric in metrics.items()},
         "patch_auroc": aurocs,
         "energy": {
-            "normal": round(patches["energy"][share == 0].mean().item(), 5),
-            "defect": round(patches["energy"][share > 0.5].mean().item(), 5),
+            "normal": round(of_all["energy"][share == 0].mean().item(), 5),
+            "defect": round(of_all["energy"][share > 0.5].mean().item(), 5),
         },
     }

@@ -64,7 +64,7 @@ def batches(args: argparse.Namespace, batch_size: int, features: tuple[int, int]
         codes = torch.randn(batch_size, layers, side * side, dim, dtype=torch.float16, device=device)
         ones = torch.ones(layers, 1, dim, device=device)
         batch = FeatureBatch(codes, FeatureCode(0 * ones, ones), (side, side))
-    return DataLoader(range(10**6), batch_size=1, collate_fn=lambda _: batch)  # type: ignore[arg-type]
+    return DataLoader(range(10**6), batch_size=1, collate_fn=lambda _: batch)
 
 
 def train(args: argparse.Namespace, name: str, batch_size: int, cached: bool, **options: Any) -> dict[str, float]:

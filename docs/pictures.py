@@ -13,6 +13,7 @@ import argparse
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import cv2
 import numpy as np
@@ -48,9 +49,9 @@ def strip(model_path: Path, target: Path) -> None:
             drawing = draw(product, number, kind=kind, strength=strength, size=_TILE)
             file = Path(folder) / f"{product}.png"
             write(file, drawing.image)
-            (batch,) = Engine(logger=False, enable_progress_bar=False, default_root_dir=folder).predict(
-                model, dataset=PredictDataset(file)
-            ) or [None]
+            engine = Engine(logger=False, enable_progress_bar=False, default_root_dir=folder)
+            predicted: Any = engine.predict(model, dataset=PredictDataset(file))
+            (batch,) = predicted
             heat = cv2.resize(batch.anomaly_map.squeeze().float().numpy(), (_TILE, _TILE))
             columns.append(np.vstack([drawing.image, _gap(_TILE), overlay(drawing.image, heat, drawing.mask)]))
     separated = [part for column in columns for part in (column, _gap(_GAP, 2 * _TILE + _GAP))][:-1]

@@ -116,7 +116,8 @@ def main() -> None:
     thresholds = read_thresholds(args.model)
     args.output.mkdir(parents=True, exist_ok=True)
     white = find_white(args.images, args.bits)
-    skipped, written = [], set()
+    skipped: list[str] = []
+    written: set[Path] = set()
     for path in args.images:
         image = read(path)
         if image is None:
