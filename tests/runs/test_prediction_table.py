@@ -154,6 +154,9 @@ def test_parts_of_processes_are_joined(tmp_path, monkeypatch):
         trainer = SimpleNamespace(default_root_dir=tmp_path, global_rank=rank, is_global_zero=rank == 0)
         table = PredictionTable()
         record(table, trainer, f"{rank}.png")
+        if rank:  # as Lightning does where the number of images cannot be divided
+            batch = ImageBatch(image=torch.zeros(1, 3, 4, 4), pred_score=torch.tensor([0.5]), image_path=["0.png"])
+            table.on_predict_batch_end(trainer, SimpleNamespace(), batch, batch, 1)
         tables.append((trainer, table))
     names = [str(tmp_path / f"predictions.csv.{rank}.partial") for rank in (0, 1)]
     monkeypatch.setattr(prediction_table, "gather", lambda _: names)

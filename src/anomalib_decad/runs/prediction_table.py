@@ -2,7 +2,6 @@
 """A line for each predicted image, in a file that other programs read."""
 
 import csv
-import shutil
 from pathlib import Path
 from typing import IO, Any
 
@@ -143,10 +142,15 @@ class PredictionTable(Callback):
                 replacing(self.path) as whole,
                 whole.open("w", newline="", encoding="utf-8", errors="surrogateescape") as target,
             ):
-                csv.writer(target, lineterminator="\n").writerow(COLUMNS)
+                writer = csv.writer(target, lineterminator="\n")
+                writer.writerow(COLUMNS)
+                # Lightning gives each process of a test as many images, some of them twice.
+                seen: set[str] = set()
                 for part in parts:
                     with Path(part).open(newline="", encoding="utf-8", errors="surrogateescape") as source:
-                        shutil.copyfileobj(source, target)
+                        lines = [line for line in csv.reader(source) if not line[0] or line[0] not in seen]
+                        writer.writerows(lines)
+                        seen.update(line[0] for line in lines if len(parts) > 1)
             for part in parts:
                 Path(part).unlink()
 
