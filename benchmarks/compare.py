@@ -244,30 +244,40 @@ def _format(column: str, value: Any) -> str:
 
 
 def plot(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    """Draw accuracy against training time."""
+    """Draw accuracy against training time, and where there are curves, against steps."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    has_curves = any("curve" in row for row in rows)
+    figure, all_axes = plt.subplots(
+        1, 1 + has_curves, figsize=(10 if has_curves else 7, 4.5), layout="constrained", sharey=True, squeeze=False
+    )
+    over_time, *over_steps = all_axes[0]
     for name in dict.fromkeys(row["model"] for row in rows):
         mine = [row for row in rows if row["model"] == name]
         points = sorted(
             (row["training_seconds"] / 60, 100 * row["mean_of_seven"]) for row in mine if "curve" not in row
         )
         if points:
-            axes.plot(*zip(*points, strict=True), marker="o", label=name)
+            over_time.plot(*zip(*points, strict=True), marker="o", label=name)
         for row in mine:
-            if "curve" in row:
-                on_the_way = [
-                    (point["training_seconds"] / 60, 100 * point["metrics"]["mean"]["mean_of_seven"])
-                    for point in row["curve"]
-                ]
-                axes.plot(*zip(*on_the_way, strict=True), marker=".", label=f"{name}, {row['budget']}")
-    axes.set(xscale="log", xlabel="training time in minutes", ylabel="mean of the seven metrics in %")
-    axes.grid(alpha=0.3)
-    axes.legend()
+            curve = row.get("curve", ())
+            values = [100 * point["metrics"]["mean"]["mean_of_seven"] for point in curve]
+            label = f"{name}, {row['budget']}"
+            if curve:
+                over_time.plot([point["training_seconds"] / 60 for point in curve], values, marker=".", label=label)
+            for axes in over_steps if curve else ():
+                axes.plot([point["step"] for point in curve], values, marker=".", label=label)
+    over_time.set(xlabel="training time in minutes", ylabel="mean of the seven metrics in %")
+    if not has_curves:
+        over_time.set_xscale("log")
+    for axes in over_steps:
+        axes.set_xlabel("steps")
+    for axes in all_axes[0]:
+        axes.grid(alpha=0.3)
+        axes.legend()
     figure.savefig(args.output / "results.png", dpi=120)
     plt.close(figure)
 
