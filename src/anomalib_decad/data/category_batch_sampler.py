@@ -12,10 +12,11 @@ class CategoryBatchSampler(BatchSampler):
     """Ends a batch where the next image is of another category.
 
     A batch has masks only if all of its images have them. So the images of a category without masks must not share a
-    batch with those of one that has them.
+    batch with those of one that has them. Where images go to several processes, all of these have as many batches,
+    since they wait for each other.
 
     Args:
-        sampler (Iterable[int]): Gives the indices of images. Lightning puts one for each process here.
+        sampler (Iterable[int]): Gives the indices of images, in their order. Lightning puts one for each process here.
         batch_size (int): Most images of a batch.
         drop_last (bool): Must be ``False``; it is here for Lightning, which gives it.
         categories (Sequence[str] | None): Category of each image of the dataset.
@@ -38,16 +39,26 @@ class CategoryBatchSampler(BatchSampler):
     def __iter__(self) -> Iterator[list[int]]:
         """Give the indices of each batch."""
         batch: list[int] = []
-        for index in self.sampler:
-            if batch and (len(batch) == self.batch_size or self._differ(index, batch[-1])):
+        before: tuple[str, ...] = ()
+        for index, categories in self._indices():
+            if batch and (len(batch) == self.batch_size or categories != before):
                 yield batch
                 batch = []
             batch.append(index)
+            before = categories
         if batch:
             yield batch
 
-    def _differ(self, index: int, other: int) -> bool:
-        return self.categories is not None and self.categories[index] != self.categories[other]
+    def _indices(self) -> Iterator[tuple[int, tuple[str, ...]]]:
+        """Give each index, with the categories of the images that all processes have at this place."""
+        processes = getattr(self.sampler, "num_replicas", 1)
+        for place, index in enumerate(self.sampler):
+            if self.categories is None:
+                yield index, ()
+                continue
+            # What a distributed sampler gives to each process; at its end it begins anew.
+            others = range(place * processes, (place + 1) * processes) if processes > 1 else [index]
+            yield index, tuple(self.categories[other % len(self.categories)] for other in others)
 
     def __len__(self) -> int:
         """Count the batches."""
