@@ -21,6 +21,9 @@ logger = logging.getLogger(__name__)
 # Names of files in the line; each has a warning of its own with the reason.
 _MOST_NAMES = 20
 
+# So many files take seconds to look at.
+_MANY = 200
+
 
 class PredictionSummary(Callback):
     """Skips the files of a folder that cannot be read, and says in the last lines what a prediction has found."""
@@ -48,7 +51,8 @@ class PredictionSummary(Callback):
         for dataset in predict_datasets(trainer):
             if not isinstance(dataset, PredictDataset):
                 continue
-            with showing_progress("Checking the images", trainer.is_global_zero) as report:
+            takes_long = len(dataset.image_filenames) >= _MANY
+            with showing_progress("Checking the images", takes_long and trainer.is_global_zero) as report:
                 unreadable = find_unreadable(dataset.image_filenames, report)
             self._unreadable |= unreadable
             for path, reason in unreadable.items():
