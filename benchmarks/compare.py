@@ -263,13 +263,12 @@ def plot(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
         if points:
             over_time.plot(*zip(*points, strict=True), marker="o", label=name)
         for row in mine:
-            curve = row.get("curve", ())
+            if "curve" not in row:
+                continue
+            curve, label = row["curve"], f"{name}, {row['budget']}"
             values = [100 * point["metrics"]["mean"]["mean_of_seven"] for point in curve]
-            label = f"{name}, {row['budget']}"
-            if curve:
-                over_time.plot([point["training_seconds"] / 60 for point in curve], values, marker=".", label=label)
-            for axes in over_steps if curve else ():
-                axes.plot([point["step"] for point in curve], values, marker=".", label=label)
+            over_time.plot([point["training_seconds"] / 60 for point in curve], values, marker=".", label=label)
+            over_steps[0].plot([point["step"] for point in curve], values, marker=".", label=label)
     over_time.set(xlabel="training time in minutes", ylabel="mean of the seven metrics in %")
     if not has_curves:
         over_time.set_xscale("log")

@@ -177,3 +177,12 @@ def make_dataset(root: Path, categories: tuple[str, ...], num_train: int = 6, nu
 def _write(path: Path, image: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     assert cv2.imwrite(str(path), image)
+
+
+def validated(post_processor, names=("bolt", "nut")):
+    """Give a post-processor the limits that a validation would have found."""
+    for name in ("image_min", "image_max", "pixel_min", "pixel_max"):
+        getattr(post_processor, name).fill_(1.0)
+    post_processor.set_threshold(image=0.25, pixel=0.5)
+    post_processor.follow(names)
+    return post_processor

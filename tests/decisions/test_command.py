@@ -7,15 +7,7 @@ import torch
 
 from anomalib_decad.decisions import CategoryPostProcessor, exported_thresholds
 from anomalib_decad.decisions.command import main
-
-
-def validated(post_processor, names=("bolt", "nut")):
-    """Give a post-processor the limits that a validation would have found."""
-    for name in ("image_min", "image_max", "pixel_min", "pixel_max"):
-        getattr(post_processor, name).fill_(1.0)
-    post_processor.set_threshold(image=0.25, pixel=0.5)
-    post_processor.follow(names)
-    return post_processor
+from conftest import validated
 
 
 @pytest.fixture

@@ -8,26 +8,19 @@ from hypothesis import strategies as st
 
 from anomalib_decad.decisions import CategoryPostProcessor, Limits, exported_thresholds
 from anomalib_decad.decisions.thresholds_file import is_threshold, read_thresholds
+from conftest import validated
 
 
 @pytest.mark.parametrize("normalized", [True, False])
 @pytest.mark.parametrize("names", [[], ["bolt"], ["bolt", "nut"]])
 def test_what_is_written_can_be_read(normalized, names, tmp_path):
     post_processor = CategoryPostProcessor(enable_normalization=normalized)
-    for content in (exported_thresholds(post_processor), exported_thresholds(named(post_processor, names))):
+    for content in (exported_thresholds(post_processor), exported_thresholds(validated(post_processor, names))):
         path = tmp_path / "model.thresholds.json"
         path.write_text(json.dumps(content))
         assert read_thresholds(path) == content
     assert [row["name"] for row in content["categories"]] == names
     assert content["unit"] == ("normalized" if normalized else "raw")
-
-
-def named(post_processor, names):
-    for name in ("image_min", "image_max", "pixel_min", "pixel_max"):
-        getattr(post_processor, name).fill_(2.0)
-    post_processor.set_threshold(image=2.0, pixel=2.0)
-    post_processor.follow(names)
-    return post_processor
 
 
 @given(threshold=st.floats(-5, 5), extent=st.floats(0.1, 5), sensitivity=st.floats(0, 1))

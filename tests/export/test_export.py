@@ -331,15 +331,11 @@ def test_the_product_is_an_output_on_request(runtime, kind, checkpoint, images, 
     assert [row["name"] for row in content["categories"]] == ["brick", "gear"]
 
     # The examples name the product, and obey a threshold of it that was changed.
-    script = ROOT / "examples" / f"{kind}_inference.py"
     for threshold in (0.0, 1.0):
         for row in content["categories"]:
             row["image"] = threshold
         path.with_suffix(".thresholds.json").write_text(json.dumps(content))
-        command = [sys.executable, str(script), str(path), *map(str, images), "--output", str(tmp_path / "out")]
-        result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-        assert result.returncode == 0, result.stderr
-        for line, index in zip(result.stdout.splitlines(), indices, strict=True):
+        for line, index in zip(run_example(kind, path, images, tmp_path / "out"), indices, strict=True):
             assert ["brick", "gear", "unknown"][index] in line
             if index != -1:
                 assert ("anomalous" in line) == (threshold == 0.0)

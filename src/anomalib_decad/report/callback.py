@@ -78,7 +78,7 @@ class Report(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget an earlier training, unless it is resumed."""
         del trainer, pl_module
-        resumed, self._resumed = self._resumed, {}
+        resumed = self._resumed
         self._losses, self._fit_seconds = LossCurves(), None
         self._began = time.monotonic() - resumed.get("seconds", 0.0)
         if resumed:
