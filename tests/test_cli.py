@@ -52,8 +52,15 @@ def test_train_prints_a_table_and_writes_results(trained):
     assert heatmaps[0] == "bolts/test/good/000.png"
 
 
-@pytest.mark.parametrize("name", ["anomalib_decad.DecAD", "anomalib.models.DecAD"])
-@pytest.mark.parametrize("command", ["fit", "train"])
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        ("fit", "anomalib_decad.DecAD"),
+        ("train", "anomalib.models.DecAD"),
+        pytest.param("fit", "anomalib.models.DecAD", marks=pytest.mark.exhaustive),
+        pytest.param("train", "anomalib_decad.DecAD", marks=pytest.mark.exhaustive),
+    ],
+)
 def test_other_names(command, name, tmp_path, model_args, data_args, trainer_args):
     anomalib(
         command, "--model", name, *model_args, *data_args, *trainer_args,
@@ -129,7 +136,14 @@ def test_export(kind, suffix, args, trained, tmp_path, model_args, data_args, tr
     assert list(tmp_path.rglob(f"*.{suffix}"))
 
 
-@pytest.mark.parametrize("name", ["DecAD", "anomalib_decad.DecAD", "anomalib.models.DecAD"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "DecAD",
+        pytest.param("anomalib_decad.DecAD", marks=pytest.mark.exhaustive),
+        pytest.param("anomalib.models.DecAD", marks=pytest.mark.exhaustive),
+    ],
+)
 def test_config_file(name, tmp_path, encoder_weights, mvtec_root):
     config = {
         "model": {
@@ -244,20 +258,3 @@ def test_help_describes_the_arguments():
     for text in ("--model.decouple", "--model.scan", "Curve that it scans along"):
         assert text in output
     assert "--data.sampling" in anomalib("train", "--data.help", "MultiCategory").stdout
-
-
-@pytest.mark.parametrize(
-    ("args", "message"),
-    [
-        (["--model.encoder", "vit_tiny"], "timm has no model 'vit_tiny'"),
-        (["--model.image_size", "[70,64]"], "64 x 64 would do"),
-        (["--data.categories", "[bolt]"], "no category 'bolt'; valid names are"),
-    ],
-)
-def test_bad_input_is_refused_early(args, message, tmp_path, model_args, data_args):
-    result = anomalib(
-        "train", "--model", "DecAD", *model_args, *data_args, *args, "--default_root_dir", tmp_path, check=False
-    )
-    assert result.returncode != 0
-    assert message in result.stderr.replace("\n", " ") or message in " ".join((result.stderr + result.stdout).split())
-    assert not list(tmp_path.iterdir())

@@ -1,5 +1,6 @@
 """What the real anomalib command prints."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -22,30 +23,72 @@ def model_args(encoder_weights):
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("args", "message"),
-    [
-        (["--model.encoder", "vit_tiny"], "timm has no model 'vit_tiny'"),
-        (["--model.image_size", "[70,64]"], "64 x 64 would do"),
-        (["--model.layers", "[1,2,30]"], "layers"),
-        (["--model.decoupler.abnormal_fraction", 2], "abnormal_fraction"),
-        (["--data.categories", "[bolt]"], "no category 'bolt'; valid names are"),
-        (["--model.encoder_weights", "nowhere.pth"], "nowhere.pth"),
-        (["--model.encoder_weights", "null"], "encoder_weights"),
-        (["--ckpt_path", "nowhere.ckpt"], "nowhere.ckpt"),
-        (["--trainer.accelerator", "tpu"], "torch_xla"),
-    ],
-)
-def test_a_wrong_argument_is_one_line(args, message, tmp_path, model_args, data_args):
-    result = anomalib(
-        "train", "--model", "DecAD", *model_args, *data_args, *args, "--trainer.max_steps", 2,
-        "--default_root_dir", tmp_path, check=False,
-    )  # fmt: skip
-    (line,) = result.stderr.splitlines()
+# Runs the command for each list of arguments, in forks of a process that has imported it once.
+FORKS = """
+import json, os, sys
+from anomalib.cli.cli import main
+codes = []
+for number, arguments in enumerate(json.loads(sys.argv[1])):
+    if not os.fork():
+        for descriptor in (1, 2):
+            os.dup2(os.open(f"{number}.{descriptor}", os.O_WRONLY | os.O_CREAT), descriptor)
+        sys.argv, code = ["anomalib", *arguments], 0
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+            code = 1
+        sys.stderr.flush()
+        os._exit(code)  # what the parent has begun is its own to end
+    codes.append(os.waitstatus_to_exitcode(os.wait()[1]))
+print(json.dumps(codes))
+"""
+
+WRONG = [
+    (["--model.encoder", "vit_tiny"], "timm has no model 'vit_tiny'"),
+    (["--model.image_size", "[70,64]"], "64 x 64 would do"),
+    (["--model.layers", "[1,2,30]"], "layers"),
+    (["--model.decoupler.abnormal_fraction", "2"], "abnormal_fraction"),
+    (["--data.categories", "[bolt]"], "no category 'bolt'; valid names are"),
+    (["--model.encoder_weights", "nowhere.pth"], "nowhere.pth"),
+    (["--model.encoder_weights", "null"], "encoder_weights"),
+    (["--ckpt_path", "nowhere.ckpt"], "nowhere.ckpt"),
+    (["--trainer.accelerator", "tpu"], "torch_xla"),
+]
+
+
+def assert_one_line(returncode, stderr, message):
+    (line,) = stderr.splitlines()
     assert line.startswith("error: ")
     assert message in line
-    assert result.returncode == 2
+    assert returncode == 2
+
+
+def test_a_wrong_argument_is_one_line(tmp_path, model_args, data_args):
+    args, message = WRONG[0]
+    result = anomalib(
+        "train", "--model", "DecAD", *model_args, *data_args, *args, "--default_root_dir", tmp_path, check=False
+    )
+    assert_one_line(result.returncode, result.stderr, message)
     assert not list(tmp_path.iterdir())
+
+
+def test_so_is_each_other(tmp_path, model_args, data_args):
+    root, output = tmp_path / "root", tmp_path / "output"
+    output.mkdir()
+    fixed = ["train", "--model", "DecAD", *model_args, *data_args, "--default_root_dir", root]
+    commands = [list(map(str, [*fixed, *args])) for args, _ in WRONG[1:]]
+    result = subprocess.run(
+        [sys.executable, "-c", FORKS, json.dumps(commands)], cwd=output, capture_output=True, text=True, timeout=200,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}, check=False,
+    )  # fmt: skip
+    codes = json.loads(result.stdout)
+    assert len(codes) == len(commands)
+    for number, (code, (_, message)) in enumerate(zip(codes, WRONG[1:], strict=True)):
+        assert_one_line(code, (output / f"{number}.2").read_text(), message)
+    assert not root.exists()
 
 
 @pytest.mark.parametrize("args", [["--data.categories", "[bolt]"], ["--model.encoder_weights", "null"]])

@@ -188,7 +188,10 @@ def test_plain_runtimes_with_images_of_any_size(runtime, kind, export, images, e
         assert_agrees(model(array(read(path))), item)
 
 
-@pytest.mark.parametrize(("runtime", "kind"), [(onnx_session, "onnx"), (openvino_model, "openvino")])
+@pytest.mark.parametrize(
+    ("runtime", "kind"),
+    [pytest.param(onnx_session, "onnx", marks=pytest.mark.exhaustive), (openvino_model, "openvino")],
+)
 @pytest.mark.parametrize("index", [pytest.param(0, marks=pytest.mark.exhaustive), 1])
 def test_exports_for_one_size_take_batches(runtime, kind, index, export, images, expected):
     image = array(read(images[index]))
@@ -227,7 +230,7 @@ def test_half_precision_arithmetic_keeps_the_resizing(export, images, expected):
 @pytest.mark.parametrize(
     ("compression", "input_size"),
     [
-        ("INT8", None),
+        pytest.param("INT8", None, marks=pytest.mark.exhaustive),
         pytest.param("INT8_PTQ", None, marks=pytest.mark.exhaustive),
         ("INT8_ACQ", (48, 64)),
         pytest.param("INT8_PTQ", (48, 64), marks=pytest.mark.exhaustive),
@@ -312,7 +315,10 @@ def run_example(kind, path, images, output):
     return result.stdout.splitlines()
 
 
-@pytest.mark.parametrize(("runtime", "kind"), [(onnx_session, "onnx"), (openvino_model, "openvino")])
+@pytest.mark.parametrize(
+    ("runtime", "kind"),
+    [(onnx_session, "onnx"), pytest.param(openvino_model, "openvino", marks=pytest.mark.exhaustive)],
+)
 def test_the_product_is_an_output_on_request(runtime, kind, checkpoint, images, expected, tmp_path):
     """Decisions are those of the recognized products, whose thresholds differ."""
     model = DecAD.load_from_checkpoint(checkpoint, post_processor=CategoryPostProcessor(category_output=True))
