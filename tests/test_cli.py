@@ -2,13 +2,16 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 import yaml
+from anomalib.engine import Engine
 
+from anomalib_decad import DecAD, MultiCategory
 from conftest import ANOMALIB, ENCODER, IMAGE_SIZE, anomalib
 
 pytestmark = pytest.mark.slow
@@ -200,17 +203,41 @@ def losses_in(checkpoint):
     return losses["points"]["loss"]
 
 
-def test_two_process_data_parallel(tmp_path, model_args, data_args):
+def test_two_process_data_parallel(tmp_path, model_args, data_args, mvtec_root):
+    """Their number of test images cannot be divided, and a test by one process counts the same."""
+    root = tmp_path / mvtec_root.name
+    shutil.copytree(mvtec_root, root)
+    (root / "cloth" / "test" / "good" / "002.png").unlink()
+    data_args = [root if arg == mvtec_root else arg for arg in data_args]
     anomalib(
         "train", "--model", "DecAD", *model_args, *data_args, "--seed_everything", 1, "--trainer.max_steps", 2,
-        "--trainer.accelerator", "cpu", "--trainer.devices", 2, "--trainer.strategy", "ddp",
-        "--default_root_dir", tmp_path,
+        "--trainer.accelerator", "cpu", "--trainer.devices", 2, "--trainer.strategy", "ddp", "--default_root_dir",
+        tmp_path / "two",
     )  # fmt: skip
-    (metrics,) = tmp_path.glob("DecAD/**/metrics.json")
+    (metrics,) = tmp_path.glob("two/DecAD/**/metrics.json")
     assert json.loads(metrics.read_text())["mean"]["image_AUROC"] is not None
     # One report, of the images of both.
-    (report,) = tmp_path.glob("DecAD/**/report.html")
-    assert report.read_text().count("6 of 6 shown") == 2
+    report = metrics.with_name("report.html").read_text()
+    assert report.count("6 of 6 shown") == 1
+    assert report.count("5 of 5 shown") == 1
+    checkpoint = metrics.parent / "weights" / "lightning" / "model.ckpt"
+    anomalib(
+        "test", "--model", "DecAD", *model_args, *data_args, "--trainer.accelerator", "cpu", "--ckpt_path", checkpoint,
+        "--default_root_dir", tmp_path / "one",
+    )  # fmt: skip
+    (other,) = tmp_path.glob("one/DecAD/**/metrics.json")
+    one, two = (json.loads(path.read_text()) for path in (other, metrics))
+    assert one["categories"].keys() == two["categories"].keys()
+    for name, row in {**one["categories"], "mean": one["mean"]}.items():
+        assert {**two["categories"], "mean": two["mean"]}[name] == pytest.approx(row, abs=1e-5), name
+    # So are the thresholds of a validation by one process.
+    model = DecAD.load_from_checkpoint(checkpoint, visualizer=False)
+    before = [model.post_processor.limits(name) for name in (None, "bolts", "cloth")]
+    assert before[1] != before[2]
+    data = MultiCategory("MVTecAD", root=root, num_workers=0)
+    Engine(accelerator="cpu", logger=False, default_root_dir=tmp_path).validate(model, datamodule=data)
+    for name, limits in zip((None, "bolts", "cloth"), before, strict=True):
+        assert model.post_processor.limits(name) == pytest.approx(limits, rel=1e-4), name
 
 
 def test_benchmark(tmp_path, mvtec_root, encoder_weights):

@@ -42,11 +42,14 @@ def make_batch(categories, scores, labels, maps=None, masks=None):
     return cls(**fields, **extra, pred_score=scores, anomaly_map=maps)
 
 
+ALONE = SimpleNamespace(world_size=1)
+
+
 def validate(post_processor, *batches, recognized=()):
     module = SimpleNamespace(model=SimpleNamespace(recognizer=SimpleNamespace(names=list(recognized))))
     post_processor.on_validation_epoch_start(None, module)
     for batch in batches:
-        post_processor.on_validation_batch_end(None, module, batch, batch, 0)
+        post_processor.on_validation_batch_end(ALONE, module, batch, batch, 0)
     post_processor.on_validation_epoch_end(None, module)
     return post_processor
 
@@ -253,7 +256,7 @@ def test_processes_find_what_one_finds(monkeypatch):
         for batch in two_products(count=40):
             rows = range(rank, 40, 3)
             piece = make_batch([batch.category[r] for r in rows], batch.pred_score[rows], batch.gt_label[rows])
-            part.on_validation_batch_end(None, None, piece, piece, 0)
+            part.on_validation_batch_end(ALONE, None, piece, piece, 0)
         parts.append(part._scores.products)
     monkeypatch.setattr(scores, "gather", lambda _: parts)
     gathered = validate(CategoryPostProcessor())
@@ -268,7 +271,7 @@ def test_memory_is_bounded():
         maps = torch.rand(4, 64, 64) + step
         batch = make_batch(["nut"] * 4, maps.amax((1, 2)), [False, True] * 2, maps, maps > step + 0.9)
         batch.image = torch.zeros(4, 3, 64, 64)
-        post_processor.on_validation_batch_end(None, None, batch, batch, 0)
+        post_processor.on_validation_batch_end(ALONE, None, batch, batch, 0)
         sizes.append(post_processor._scores.products["nut"].pixel.histogram.codes.nbytes)
     assert max(sizes) <= 2**17 * 8
 

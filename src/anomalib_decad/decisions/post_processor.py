@@ -15,6 +15,7 @@ from anomalib_decad.components.recognition import UNKNOWN, CategoryPrediction, d
 from anomalib_decad.decisions.limits import Limits, normalize
 from anomalib_decad.decisions.policies import BestF1, FixedThreshold, ThresholdPolicy
 from anomalib_decad.decisions.validation_scores import ValidationScores
+from anomalib_decad.metrics import without_repeated
 
 __all__ = ["CategoryPostProcessor"]
 
@@ -213,11 +214,19 @@ class CategoryPostProcessor(PostProcessor):
         self._scores = ValidationScores()
 
     def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any, **kwargs: Any
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         """Count the scores of a batch."""
-        del trainer, pl_module, args, kwargs
-        self._scores.update(outputs)
+        del pl_module, batch
+        own = without_repeated(trainer, outputs, batch_idx, dataloader_idx)
+        if own is not None:
+            self._scores.update(own)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the limits."""

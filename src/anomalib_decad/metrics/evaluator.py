@@ -22,6 +22,7 @@ from anomalib_decad.metrics.callback_order import put_before_post_processor, put
 from anomalib_decad.metrics.category_metrics import MEAN, METRICS, CategoryMetrics
 from anomalib_decad.metrics.decision_metrics import DECISIONS, DecisionMetrics
 from anomalib_decad.metrics.raw_scores import lacks_threshold, score_of
+from anomalib_decad.metrics.repeated_images import without_repeated
 from anomalib_decad.whole_files import write_text
 
 __all__ = ["CategoryEvaluator", "categories_of"]
@@ -95,7 +96,7 @@ class CategoryEvaluator(Evaluator):
     ) -> None:
         """Add the predictions of a batch."""
         super().on_validation_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
-        self._add(trainer, batch)
+        self._add(trainer, without_repeated(trainer, batch, batch_idx, dataloader_idx))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the metrics."""
@@ -123,7 +124,7 @@ class CategoryEvaluator(Evaluator):
     ) -> None:
         """Add the predictions of a batch."""
         super().on_test_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
-        self._add(trainer, batch)
+        self._add(trainer, without_repeated(trainer, batch, batch_idx, dataloader_idx))
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log, print and write the metrics."""
@@ -141,8 +142,10 @@ class CategoryEvaluator(Evaluator):
         if trainer.is_global_zero:
             self._report(rows, means, decisions, Path(trainer.default_root_dir))
 
-    def _add(self, trainer: Trainer, batch: Batch) -> None:
+    def _add(self, trainer: Trainer, batch: Any) -> None:
         """Add the predictions of a batch with labels."""
+        if batch is None:
+            return
         score = score_of(batch)
         if batch.gt_label is not None and score is not None:
             self.metrics.update(categories_of(trainer, batch), score, batch.gt_label, batch.anomaly_map, batch.gt_mask)
@@ -234,10 +237,11 @@ class _DecisionCounter(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Add the decisions on a batch."""
-        del outputs, batch_idx, dataloader_idx
+        del outputs
+        batch = without_repeated(trainer, batch, batch_idx, dataloader_idx)
         post_processor = getattr(pl_module, "post_processor", None)
         # Without thresholds, labels mean nothing.
-        if batch.gt_label is None or batch.pred_label is None or lacks_threshold(post_processor):
+        if batch is None or batch.gt_label is None or batch.pred_label is None or lacks_threshold(post_processor):
             return
         self.metrics.update(
             categories_of(trainer, batch), batch.pred_label, batch.gt_label, batch.pred_mask, batch.gt_mask

@@ -14,7 +14,15 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from PIL import Image
 from torchvision.transforms.v2 import Normalize
 
-from anomalib_decad.metrics import CategoryEvaluator, RawScores, categories_of, gather, put_last, threshold_of
+from anomalib_decad.metrics import (
+    CategoryEvaluator,
+    RawScores,
+    categories_of,
+    gather,
+    num_own_images,
+    put_last,
+    threshold_of,
+)
 from anomalib_decad.report.facts import collect_facts, seconds
 from anomalib_decad.report.losses import LossCurves
 from anomalib_decad.report.page import render
@@ -122,11 +130,12 @@ class Report(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Count the predictions of a batch, and keep the images that are worth a look."""
-        del outputs, batch_idx, dataloader_idx
+        del outputs
         if self._raw.scores is None:
             return
         scores = self._raw.scores.tolist()
         count = len(scores)
+        own = num_own_images(trainer, count, batch_idx, dataloader_idx)
         post_processor = getattr(pl_module, "post_processor", None)
         categories = categories_of(trainer, batch)
         paths = [str(path or "") for path in getattr(batch, "image_path", None) or [""] * count]
@@ -134,7 +143,7 @@ class Report(Callback):
         flags = _booleans(getattr(batch, "pred_label", None), count)
         thresholds = {category: threshold_of(post_processor, category) for category in set(categories)}
         ranges = _ranges(getattr(batch, "anomaly_map", None), count)
-        for index, category in enumerate(categories):
+        for index, category in enumerate(categories[:own]):
             record = self._records.setdefault(category, ProductRecord(self.max_images))
             label = labels[index]
             kind: Kind = "unlabelled" if label is None else "defect" if label else "normal"
