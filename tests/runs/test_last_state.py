@@ -30,6 +30,18 @@ class Signal(Callback):
             os.kill(os.getpid(), self.number)
 
 
+class SignalInBatch(Callback):
+    """Sends this process SIGINT in one of its batches, counted from 1."""
+
+    def __init__(self, batch):
+        self.left = batch
+
+    def on_before_backward(self, trainer, pl_module, loss):
+        self.left -= 1
+        if not self.left:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
 class Fail(Callback):
     """Fails in a step, with weights that are finite or not."""
 
@@ -126,6 +138,60 @@ def test_an_interrupt_of_the_last_validation_needs_one_more_step(make_engine, ma
     model = make_model()
     assert len(losses_of(make_engine, model, make_data(), max_steps=3, ckpt_path=path)) == 1
     assert math.isfinite(model.post_processor.image_threshold)
+
+
+@pytest.mark.parametrize(("step", "validates"), [(3, False), (3, True), (6, True)])
+def test_so_does_one_of_the_last_epoch(step, validates, make_engine, make_model, make_data, capsys):
+    """Epochs of three steps: an interrupt in the last one lets the training end."""
+    epochs = step // 3
+    engine = make_engine(Signal(signal.SIGINT, step, validates=validates), max_epochs=epochs)
+    model = make_model()
+    if not validates:
+        engine.fit(model, datamodule=make_data())
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        assert math.isfinite(model.post_processor.image_threshold)
+        return
+    with pytest.raises(SystemExit):
+        engine.fit(model, datamodule=make_data())
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    assert f"Engine(max_steps={step + 1}, max_epochs={epochs + 1}, ...).fit(model" in capsys.readouterr().out
+    path = Path(engine.trainer.default_root_dir) / "weights" / "last.ckpt"
+    model = make_model()
+    more = {"max_steps": step + 1, "max_epochs": epochs + 1}
+    assert len(losses_of(make_engine, model, make_data(), ckpt_path=path, **more)) == 1
+    assert math.isfinite(model.post_processor.image_threshold)
+
+
+@pytest.mark.parametrize("step", [1, 2, 4])
+def test_accumulated_batches_are_not_torn_apart(step, make_engine, make_model, make_data):
+    """Six batches an epoch of which two make a step: an interrupt in the first of them waits for the second."""
+    options = {"max_steps": 6, "accumulate_grad_batches": 2, "check_val_every_n_epoch": None, "val_check_interval": 12}
+    data = {"train_batch_size": 2}
+    seed_everything(7)
+    unbroken = losses_of(make_engine, make_model(), make_data(**data), **options)
+    engine = make_engine(SignalInBatch(step), **options)
+    seed_everything(7)
+    model = make_model()
+    seed_everything(7)
+    with pytest.raises(SystemExit):
+        engine.fit(model, datamodule=make_data(**data))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    path = Path(engine.trainer.default_root_dir) / "weights" / "last.ckpt"
+    done = 2 * torch.load(path, weights_only=True)["global_step"]
+    assert done == step + step % 2
+    resumed = losses_of(make_engine, make_model(), make_data(**data), seed=8, ckpt_path=path, **options)
+    assert resumed == pytest.approx(unbroken[done:], rel=1e-6)
+
+
+@pytest.mark.parametrize("batch_size", [2, 6])
+def test_an_epoch_of_another_length_begins_anew(batch_size, make_engine, make_model, make_data, caplog):
+    engine = make_engine(Signal(signal.SIGTERM, 2), max_steps=9)
+    with pytest.raises(SystemExit):
+        engine.fit(make_model(), datamodule=make_data())
+    path = Path(engine.trainer.default_root_dir) / "weights" / "last.ckpt"
+    losses = losses_of(make_engine, make_model(), make_data(train_batch_size=batch_size), max_steps=9, ckpt_path=path)
+    assert len(losses) == 7
+    assert f"within an epoch of 3 batches, and an epoch has {12 // batch_size} now: it begins anew" in caplog.text
 
 
 def test_an_error_leaves_the_state_of_sound_weights_only(make_engine, make_model, make_data, monkeypatch, capsys):

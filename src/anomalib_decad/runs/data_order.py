@@ -22,13 +22,15 @@ class DataOrder(Callback):
     """Has a training that is resumed within an epoch go on with the images that are left of it.
 
     Lightning draws the order of the epoch's images anew. Here the random numbers of the epoch's beginning are in the
-    checkpoint, with which the order is drawn again, and what has been seen is read once more and left out.
+    checkpoint, with which the order is drawn again, and what has been seen is read once more and left out. Where an
+    epoch has another number of batches now, nobody knows what has been seen, and the epoch begins anew.
     """
 
     def __init__(self) -> None:
         self._beginning: torch.Tensor | None = None
         self._first_epoch = 0
         self._num_seen = 0
+        self._num_batches = 0
         self._now: torch.Tensor | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -43,7 +45,9 @@ class DataOrder(Callback):
         progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
         seen = progress.processed
         if self._beginning is not None and 0 < seen < trainer.num_training_batches:
-            checkpoint[_KEY] = {"rng": self._beginning, "seen": seen}
+            checkpoint[_KEY] = {
+                "rng": self._beginning, "seen": seen, "batches": trainer.num_training_batches,
+            }  # fmt: skip
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Go back to the random numbers of the epoch's beginning, before the trainer draws the order."""
@@ -54,6 +58,7 @@ class DataOrder(Callback):
         self._now = self._beginning = torch.get_rng_state()
         if epoch := checkpoint.get(_KEY):
             self._beginning, self._num_seen = epoch["rng"].cpu(), epoch["seen"]
+            self._num_batches = epoch.get("batches", trainer.num_training_batches)
             torch.set_rng_state(self._beginning)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -61,6 +66,14 @@ class DataOrder(Callback):
         del pl_module
         self._first_epoch = trainer.current_epoch
         if not self._num_seen or self._now is None:
+            return
+        if self._num_batches != trainer.num_training_batches:
+            logger.warning(
+                "The checkpoint is from within an epoch of %s batches, and an epoch has %s now: it begins anew.",
+                self._num_batches, trainer.num_training_batches,
+            )  # fmt: skip
+            trainer.fit_loop.epoch_loop.batch_progress.current.reset()
+            self._num_seen = 0
             return
         logger.info("Resuming within an epoch: reading the %d batches again that it has had.", self._num_seen)
         # It is not so.

@@ -5,7 +5,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-__all__ = ["FinalValidation"]
+__all__ = ["FinalValidation", "is_last_step"]
 
 
 class FinalValidation(Callback):
@@ -24,7 +24,7 @@ class FinalValidation(Callback):
     ) -> None:
         """Stop the trainer at the last step, which validates when it is stopped."""
         del pl_module, outputs, batch, batch_idx
-        if _is_last_step(trainer):
+        if is_last_step(trainer):
             trainer.should_stop = True
         if trainer.should_stop and trainer.check_val_every_n_epoch not in (None, 1):
             # In an epoch without validation a trainer that is stopped has none.
@@ -47,7 +47,7 @@ class FinalValidation(Callback):
             self._schedule = None
 
 
-def _is_last_step(trainer: Trainer) -> bool:
+def is_last_step(trainer: Trainer) -> bool:
     """Tell whether the step that has just been done is the last one."""
     if trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps:
         return True

@@ -18,6 +18,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from anomalib_decad.runs.checkpoint_io import save_whole_checkpoints
+from anomalib_decad.runs.final_validation import is_last_step
 from anomalib_decad.runs.resume_command import is_command_line, resume_command
 
 __all__ = ["LastState"]
@@ -32,7 +33,8 @@ class LastState(Callback):
     """Saves the state of a training every few minutes, and when it is interrupted.
 
     It is in ``weights/last.ckpt`` of the run's folder. SIGINT (Ctrl-C) and SIGTERM end the training behind the step
-    that is being done, of several processes behind the same one, a second SIGINT at once. Behind the last step only the
+    that is being done, of several processes behind the same one, and of several accumulated batches behind the last of
+    them; a second SIGINT ends it at once. Behind the last step only the
     validation is left, which goes on. The last line says how to resume. A training that ends as it should has its own
     checkpoints, and this one is removed.
 
@@ -92,13 +94,16 @@ class LastState(Callback):
             KeyboardInterrupt: If it was SIGINT.
             SIGTERMException: If it was SIGTERM.
         """
-        del pl_module, outputs, batch, batch_idx
+        del pl_module, outputs, batch
+        # Within an accumulation, gradients would be lost.
+        if not trainer.is_last_batch and (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
         # Several processes: Lightning sees to SIGTERM.
         is_terminated = trainer.world_size == 1 and trainer.received_sigterm
         stops = self._is_stopping or is_terminated
         is_due = time.monotonic() - self._saved_at >= self.interval
         self._is_in_step = False
-        if trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps:
+        if is_last_step(trainer):
             return
         if trainer.strategy.reduce_boolean_decision(stops or is_due, all=False):
             stops = trainer.strategy.reduce_boolean_decision(stops, all=False)
@@ -138,10 +143,21 @@ class LastState(Callback):
                 trainer.fit_loop.epoch_loop.val_loop.batch_progress.reset()
             self._save(trainer)
         if self._path is not None and trainer.is_global_zero:
-            # Nothing is left to do for Lightning, but the thresholds are missing: one step more has them found.
-            is_done = trainer.max_steps != -1 and self._saved_step >= trainer.max_steps
-            command = resume_command(self._path, trainer.max_steps + 1 if is_done else None)
+            command = resume_command(self._path, self._limits_for_one_more(trainer))
             _say_last(f"The state of step {self._saved_step} is in {self._path}. Resume the training with: {command}")
+
+    def _limits_for_one_more(self, trainer: Trainer) -> dict[str, int]:
+        """Give the trainer's limits for one more step, where all have been done.
+
+        Nothing is left to do for Lightning then, but the thresholds are missing: one step more has them found.
+        """
+        is_of_now = self._saved_step == trainer.global_step and not self._is_in_step
+        if not (is_of_now and is_last_step(trainer)):
+            return {}
+        limits = {"max_steps": self._saved_step + 1}
+        if trainer.max_epochs is not None and 0 < trainer.max_epochs <= trainer.current_epoch + 1:
+            limits["max_epochs"] = trainer.max_epochs + 1
+        return limits
 
     def _save(self, trainer: Trainer) -> None:
         """Save the state, unless it is there already."""

@@ -3,7 +3,7 @@
 
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 __all__ = ["is_command_line", "resume_command"]
@@ -14,12 +14,15 @@ def is_command_line() -> bool:
     return Path(sys.argv[0]).stem.removesuffix("-script") == "anomalib"
 
 
-def resume_command(checkpoint: Path, max_steps: int | None = None, arguments: Sequence[str] | None = None) -> str:
+def resume_command(
+    checkpoint: Path, limits: Mapping[str, int] | None = None, arguments: Sequence[str] | None = None
+) -> str:
     """Give the command, or the call, that resumes a training.
 
     Args:
         checkpoint (Path): The checkpoint to resume from.
-        max_steps (int | None): Training steps, if not as many as before.
+        limits (Mapping[str, int] | None): Arguments of the trainer that are not as before, as ``max_steps``.
+            Defaults to ``None``: all are.
         arguments (Sequence[str] | None): Arguments of the command that was interrupted.
             Defaults to ``None``: of this process, if it is the ``anomalib`` command.
 
@@ -32,7 +35,8 @@ def resume_command(checkpoint: Path, max_steps: int | None = None, arguments: Se
     """
     if arguments is None:
         if not is_command_line():
-            more = f"Engine(max_steps={max_steps}, ...)" if max_steps else "engine"
+            changed = "".join(f"{name}={value}, " for name, value in (limits or {}).items())
+            more = f"Engine({changed}...)" if changed else "engine"
             return f"{more}.fit(model, datamodule=datamodule, ckpt_path={str(checkpoint)!r})"
         arguments = sys.argv[1:]
     kept: list[str] = []
@@ -45,6 +49,6 @@ def resume_command(checkpoint: Path, max_steps: int | None = None, arguments: Se
         elif not argument.startswith("--ckpt_path="):
             # After "train" anomalib would test the checkpoint that was given, and not what has become of it.
             kept.append("fit" if argument == "train" and not kept else argument)
-    if max_steps:
-        kept += ["--trainer.max_steps", str(max_steps)]
+    for name, value in (limits or {}).items():
+        kept += [f"--trainer.{name}", str(value)]
     return shlex.join(["anomalib", *kept, "--ckpt_path", str(checkpoint)])
