@@ -12,6 +12,7 @@ from anomalib.data import ImageBatch, InferenceBatch
 from anomalib.post_processing import PostProcessor
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lightning.pytorch.trainer.states import TrainerFn
 from sklearn.metrics import f1_score
 
 from anomalib_decad.components import CategoryPrediction
@@ -42,15 +43,16 @@ def make_batch(categories, scores, labels, maps=None, masks=None):
     return cls(**fields, **extra, pred_score=scores, anomaly_map=maps)
 
 
-ALONE = SimpleNamespace(world_size=1)
+FIT = SimpleNamespace(world_size=1, state=SimpleNamespace(fn=TrainerFn.FITTING))
+ALONE = SimpleNamespace(world_size=1, state=SimpleNamespace(fn=TrainerFn.VALIDATING))
 
 
-def validate(post_processor, *batches, recognized=()):
+def validate(post_processor, *batches, recognized=(), trainer=FIT):
     module = SimpleNamespace(model=SimpleNamespace(recognizer=SimpleNamespace(names=list(recognized))))
-    post_processor.on_validation_epoch_start(None, module)
+    post_processor.on_validation_epoch_start(trainer, module)
     for batch in batches:
-        post_processor.on_validation_batch_end(ALONE, module, batch, batch, 0)
-    post_processor.on_validation_epoch_end(None, module)
+        post_processor.on_validation_batch_end(trainer, module, batch, batch, 0)
+    post_processor.on_validation_epoch_end(trainer, module)
     return post_processor
 
 
@@ -262,6 +264,30 @@ def test_processes_find_what_one_finds(monkeypatch):
     gathered = validate(CategoryPostProcessor())
     for name in (None, "bolt", "nut"):
         assert gathered.limits(name) == whole.limits(name)
+
+
+def test_a_validation_of_some_products_leaves_the_others_alone(caplog):
+    nut, bolt = (make_batch([name] * 4, [1.0, 2.0, 3.0, 4.0], [False, False, True, True]) for name in ("nut", "bolt"))
+    post_processor = validate(CategoryPostProcessor(), nut, bolt)
+    nuts = post_processor.limits("nut")
+    again = make_batch(["bolt", "screw"] * 2, [5.0, 6.0, 7.0, 8.0], [False, False, True, True])
+    validate(post_processor, again, trainer=ALONE)
+    assert post_processor.limits("nut") == nuts
+    assert post_processor.limits("bolt").image_threshold == pytest.approx(6.0)
+    assert post_processor.limits("screw").image_threshold == pytest.approx(7.0)
+    assert "No validation image of nut: the thresholds are as they were before." in caplog.text
+    # In a fit the weights are others.
+    validate(post_processor, again)
+    assert post_processor.categories == ["bolt", "screw"]
+
+
+def test_what_a_validation_in_inference_mode_found_can_be_changed():
+    post_processor = CategoryPostProcessor()
+    with torch.inference_mode():
+        validate(post_processor, make_batch(["nut"] * 2, [1.0, 2.0], [False, True]), trainer=ALONE)
+    assert not any(buffer.is_inference() for buffer in post_processor.buffers())
+    post_processor.set_threshold("nut", image=3.0)
+    assert post_processor.limits("nut").image_threshold == 3.0
 
 
 def test_memory_is_bounded():

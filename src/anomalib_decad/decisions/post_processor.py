@@ -9,6 +9,7 @@ import torch
 from anomalib.data import Batch, InferenceBatch
 from anomalib.post_processing import PostProcessor
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 
 from anomalib_decad.compat import set_thresholds
 from anomalib_decad.components.recognition import UNKNOWN, CategoryPrediction, decode_names, encode_names
@@ -180,6 +181,7 @@ class CategoryPostProcessor(PostProcessor):
         limits = [self.limits(name if name in self.categories else None) for name in names]
         self._set_categories(names, limits)
 
+    @torch.inference_mode(False)  # a validation by itself is in that mode, and what it made could not be changed again
     def _set_categories(self, names: Sequence[str], limits: Sequence[Limits]) -> None:
         self.categories = list(names)
         self.encoded_names = encode_names(self.categories).to(self.category_limits.device)
@@ -229,8 +231,13 @@ class CategoryPostProcessor(PostProcessor):
             self._scores.update(own)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the limits."""
-        del trainer
+        """Find the limits.
+
+        A validation by itself leaves products alone of which it has no image.
+        """
+        kept: dict[str, Limits] = {}
+        if trainer.state.fn != TrainerFn.FITTING:
+            kept = {name: self.limits(name) for name in self.categories}
         scores, self._scores = self._scores, ValidationScores()
         scores.synchronise()
         if not scores.products:
@@ -241,10 +248,10 @@ class CategoryPostProcessor(PostProcessor):
             getattr(self, name).fill_(getattr(joint, name))
         # In the order of a model that recognizes them, some of which may have no validation image.
         recognizer = getattr(getattr(pl_module, "model", None), "recognizer", None)
-        names = list(dict.fromkeys([*getattr(recognizer, "names", []), *sorted(limits)]))
-        self._set_categories(names, [limits.get(name, joint) for name in names])
+        names = list(dict.fromkeys([*getattr(recognizer, "names", []), *kept, *sorted(limits)]))
+        self._set_categories(names, [limits.get(name, kept.get(name, joint)) for name in names])
         if self.enable_thresholding:
-            scores.say_what_is_missing(self.image_policy, names)
+            scores.say_what_is_missing(self.image_policy, names, kept)
 
     # Decisions
 

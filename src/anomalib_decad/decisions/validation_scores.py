@@ -3,7 +3,7 @@
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -132,17 +132,22 @@ class ValidationScores:
         }
         return every, limits
 
-    def say_what_is_missing(self, policy: ThresholdPolicy, names: Sequence[str]) -> None:
+    def say_what_is_missing(self, policy: ThresholdPolicy, names: Sequence[str], kept: Collection[str] = ()) -> None:
         """Log where a threshold of images could not be chosen as the policy has it.
 
         Args:
             policy (ThresholdPolicy): How thresholds of images are chosen.
             names (Sequence[str]): All products that the model knows.
+            kept (Collection[str]): Those that have thresholds from before.
+                Defaults to ``()``: none.
         """
-        if missing := [name for name in names if name not in self.products]:
-            logger.warning(
-                "No validation image of %s: the thresholds are those of all products together.", _listed(missing)
-            )
+        missing = [name for name in names if name not in self.products]
+        for products, whose in (
+            ([name for name in missing if name not in kept], "those of all products together"),
+            ([name for name in missing if name in kept], "as they were before"),
+        ):
+            if products:
+                logger.warning("No validation image of %s: the thresholds are %s.", _listed(products), whose)
         without, few, only = [], [], []
         for name, product in self.products.items():
             negatives, positives = product.image.histogram.totals()
