@@ -1,9 +1,12 @@
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
 from anomalib.callbacks import ModelCheckpoint
 from lightning.pytorch.callbacks import EarlyStopping
 
+from anomalib_decad import MultiCategory
 from anomalib_decad.metrics import METRICS
 
 
@@ -27,3 +30,44 @@ def test_callbacks_that_monitor_a_metric(make_engine, make_model, make_data, tmp
     engine.fit(make_model(), datamodule=make_data())
     assert Path(best.best_model_path).is_file()
     assert engine.trainer.global_step == 6
+
+
+class Closed:
+    """An output that nobody reads any more."""
+
+    def isatty(self):
+        return False
+
+    def write(self, text):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    def flush(self):
+        pass
+
+
+def test_names_are_printed_as_they_are(mvtec_root, make_engine, make_model, tmp_path, capsys):
+    """Also what rich reads as markup."""
+    root = tmp_path / "data [1]"
+    for name in ("bolt[m6]", "bolt[m8]"):
+        shutil.copytree(mvtec_root / "bolts", root / name)
+    model, data = make_model(), MultiCategory("MVTecAD", root=root, num_workers=0)
+    engine = make_engine()
+    engine.fit(model, datamodule=data)
+    engine.test(model, datamodule=data)
+    output = capsys.readouterr().out
+    for name in ("bolt[m6]", "bolt[m8]"):
+        assert sum(line.split()[:1] == [name] for line in output.splitlines()) == 2
+    (path,) = tmp_path.rglob("metrics.csv")
+    assert "/data [1]/" in str(path)
+    assert f"Written to {path} and metrics.json" in output
+
+
+def test_an_output_that_is_closed_takes_no_results_with_it(make_engine, make_model, make_data, tmp_path, monkeypatch):
+    model, data, engine = make_model(report=False), make_data(), make_engine()
+    engine.fit(model, datamodule=data)
+    monkeypatch.setattr(sys, "stdout", Closed())
+    with pytest.raises(BaseException):  # noqa: B017, PT011 (rich ends the program)
+        engine.test(model, datamodule=data)
+    (path,) = tmp_path.rglob("metrics.json")
+    assert "mean_of_seven" in path.read_text()
+    assert path.with_suffix(".csv").is_file()

@@ -45,22 +45,23 @@ def _loader(count, processes, rank, batch_size, categories=None):
 
 @pytest.mark.parametrize("testing", [False, True])
 @given(
-    count=st.integers(1, 13), processes=st.integers(2, 5), batch_size=st.integers(1, 4), several=st.booleans(),
-    by_category=st.booleans(),
+    count=st.integers(1, 13), processes=st.integers(2, 5), batch_size=st.integers(1, 4),
+    kind=st.sampled_from(["one", "list", "dict"]), by_category=st.booleans(),
 )  # fmt: skip
-def test_processes_count_each_image_once(testing, count, processes, batch_size, several, by_category):
+def test_processes_count_each_image_once(testing, count, processes, batch_size, kind, by_category):
     categories = [str(number // 3) for number in range(count)] if by_category else None
     counted = []
     for rank in range(processes):
         loader = _loader(count, processes, rank, batch_size, categories)
-        loaders = [loader, loader] if several else loader
+        loaders = {"one": loader, "list": [[], loader], "dict": {"a": [], "b": loader}}[kind]
+        index = int(kind != "one")
         trainer = SimpleNamespace(
             world_size=processes, testing=testing, **{"test_dataloaders" if testing else "val_dataloaders": loaders}
         )
         for number, batch in enumerate(loader):
-            own = without_repeated(trainer, batch, number, int(several))
+            own = without_repeated(trainer, batch, number, index)
             found = [] if own is None else own.pred_score.tolist()
-            assert len(found) == num_own_images(trainer, len(batch.image), number, int(several))
+            assert len(found) == num_own_images(trainer, len(batch.image), number, index)
             if own is not None:
                 assert own.image[:, 0, 0, 0].tolist() == found
                 assert own.gt_label.tolist() == [number > 1 for number in found]

@@ -35,6 +35,7 @@ class CategoryBatchSampler(BatchSampler):
             msg = "a CategoryBatchSampler drops no image"
             raise ValueError(msg)
         self.categories = categories
+        self._count: int | None = None
 
     def __iter__(self) -> Iterator[list[int]]:
         """Give the indices of each batch."""
@@ -62,4 +63,6 @@ class CategoryBatchSampler(BatchSampler):
 
     def __len__(self) -> int:
         """Count the batches."""
-        return sum(1 for _ in self)
+        if self._count is None:
+            self._count = sum(1 for _ in self)
+        return self._count

@@ -17,6 +17,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from anomalib_decad.metrics.callback_order import put_before_post_processor, put_last
 from anomalib_decad.metrics.category_metrics import MEAN, METRICS, CategoryMetrics
@@ -174,21 +175,12 @@ class CategoryEvaluator(Evaluator):
         decisions: dict[str, dict[str, float]],
         folder: Path,
     ) -> None:
-        """Print the tables and write them to ``folder``."""
+        """Write the tables to ``folder`` and print them."""
         folder.mkdir(parents=True, exist_ok=True)
         seven = {category: self.metrics.mean_of_seven(row) for category, row in rows.items()}
         lines = [(category, [*(row[name] for name in METRICS), seven[category]]) for category, row in rows.items()]
         lines.append((MEAN, [*(means[name] for name in METRICS), means[MEAN_OF_SEVEN]]))
         decided = {name: [row[key] for key in DECISIONS] for name, row in decisions.items()}
-
-        console = Console()
-        if not console.is_terminal:
-            console.width = max(console.width, _FILE_WIDTH)
-        console.print(_table("Metrics in %", [*METRICS, MEAN_OF_SEVEN], lines))
-        if decided:
-            console.print(_table("Decisions in %, at the thresholds in use", DECISIONS, list(decided.items())))
-        for note in self._notes(rows):
-            console.print(note)
 
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
@@ -201,7 +193,17 @@ class CategoryEvaluator(Evaluator):
             MEAN: {**means, **decisions.get(MEAN, {})},
         }
         write_text(folder / "metrics.json", json.dumps(_without_nan(content), indent=2) + "\n")
-        console.print(f"Written to {folder / 'metrics.csv'} and metrics.json", soft_wrap=True)
+
+        # Last: an output that cannot show a name, or is closed, takes no results with it.
+        console = Console()
+        if not console.is_terminal:
+            console.width = max(console.width, _FILE_WIDTH)
+        console.print(_table("Metrics in %", [*METRICS, MEAN_OF_SEVEN], lines))
+        if decided:
+            console.print(_table("Decisions in %, at the thresholds in use", DECISIONS, list(decided.items())))
+        for note in self._notes(rows):
+            console.print(note, markup=False)
+        console.print(f"Written to {folder / 'metrics.csv'} and metrics.json", soft_wrap=True, markup=False)
 
     def _notes(self, rows: dict[str, dict[str, float]]) -> list[str]:
         """Say why metrics are missing."""
@@ -270,7 +272,7 @@ def _table(title: str, columns: Sequence[str], lines: Sequence[tuple[str, Sequen
     for column in columns:
         table.add_column(column.replace("_", "\n"), justify="right", no_wrap=True)
     for index, (name, values) in enumerate(lines):
-        table.add_row(name, *map(_percent, values), end_section=index == len(lines) - 2)
+        table.add_row(Text(name), *map(_percent, values), end_section=index == len(lines) - 2)
     return table
 
 

@@ -28,8 +28,10 @@ def num_own_images(trainer: Trainer, batch_size: int, batch_idx: int, dataloader
     """
     if trainer.world_size == 1:
         return batch_size
-    loaders = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
-    loader: Any = loaders[dataloader_idx] if isinstance(loaders, list | tuple) else loaders
+    loaders: Any = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
+    if isinstance(loaders, dict):
+        loaders = list(loaders.values())
+    loader = loaders[dataloader_idx] if isinstance(loaders, list | tuple) else loaders
     sampler = getattr(getattr(loader, "batch_sampler", None), "sampler", None)
     if not isinstance(sampler, DistributedSampler) or batch_idx != len(loader) - 1:
         return batch_size
