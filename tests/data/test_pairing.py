@@ -78,6 +78,26 @@ def test_folders_of_several_defects(mask_dir, tmp_path):
     assert sorted(pairs_of(datamodule)) == [(1, 1), (1, 1), (2, 2), (2, 1024)]
 
 
+def test_of_folders_in_one_another_the_innermost_has_an_image(tmp_path):
+    root = tmp_path / "gear"
+    write_defects(root, ["1", "2", "3"], "{}.png")
+    shutil.move(root / "test" / "good", root / "train" / "good" / "test")
+    shutil.move(root / "ground_truth" / "square", root / "test" / "square" / "masks")
+    arguments = {**FOLDER, "normal_test_dir": "train/good/test", "mask_dir": "test/square/masks"}
+    datamodule = MultiCategory("Folder", root=tmp_path, num_workers=0, val_split_mode="same_as_test",
+                               datamodule_args=arguments)  # fmt: skip
+    assert sorted(pairs_of(datamodule)) == [(1, 1), (2, 2), (3, 3)]
+    assert (len(datamodule.train_data), len(datamodule.test_data)) == (1, 4)
+
+
+def test_a_folder_that_is_named_twice_is_refused(tmp_path):
+    write_defects(tmp_path / "gear", ["1"], "{}.png")
+    arguments = {**FOLDER, "mask_dir": "test/../test/square"}
+    datamodule = MultiCategory("Folder", root=tmp_path, num_workers=0, datamodule_args=arguments)
+    with pytest.raises(ValueError, match=r"abnormal_dir and mask_dir are the same folder, .*/gear/test/square: its im"):
+        datamodule.setup()
+
+
 @pytest.mark.parametrize("layout", ["MVTecAD", "Folder"])
 def test_an_image_without_its_mask_is_named(layout, tmp_path):
     write_defects(tmp_path / "gear", ["1", "10"])

@@ -160,6 +160,34 @@ def test_masks_of_two_values_are_read_as_anomalib_does(tmp_path):
     assert read_mask(path).tolist() == [[0, 1], [1, 1]]
 
 
+@pytest.mark.parametrize(
+    "kind", ["dark red", "dark blue", "palette", "transparent", "grey and alpha", "float", "16 bits"]
+)
+def test_every_value_above_0_is_a_defect(kind, tmp_path):
+    found = np.zeros((6, 7), bool)
+    found[2:4, 3:5] = True
+    colours = np.zeros((6, 7, 3), np.uint8)
+    if kind == "dark red":
+        colours[found] = (1, 0, 0)
+    elif kind in {"dark blue", "palette", "transparent"}:
+        colours[found] = (0, 0, 4)
+    if kind == "palette":
+        image = Image.fromarray(colours).convert("P", palette=Image.Palette.ADAPTIVE)
+    elif kind == "transparent":
+        image = Image.fromarray(np.dstack([colours, np.full((6, 7), 255, np.uint8)]))
+    elif kind == "grey and alpha":
+        image = Image.fromarray(np.dstack([found * 3, np.full((6, 7), 255)]).astype(np.uint8), "LA")
+    elif kind == "float":
+        image = Image.fromarray(found.astype(np.float32) / 2)
+    elif kind == "16 bits":
+        image = Image.fromarray(found.astype(np.uint16))
+    else:
+        image = Image.fromarray(colours)
+    path = tmp_path / ("mask.tiff" if kind == "float" else "mask.png")
+    image.save(path)
+    assert np.array_equal(read_mask(path).numpy(), found)
+
+
 @pytest.mark.parametrize("suffix", ["jpg", "png"])
 def test_noise_in_masks_is_no_defect(suffix, tmp_path):
     mask = np.zeros((64, 64), np.uint8)

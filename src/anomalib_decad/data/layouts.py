@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The images of a category and their masks, in the layouts whose masks anomalib pairs by sort order."""
 
+import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -113,22 +114,13 @@ def _list_mvtec(root: Path, normal: str) -> pd.DataFrame:
     return _make_table(root, files, labels, splits, anomalous, pairs, can_have_masks=True)
 
 
+_FOLDERS = ("normal_dir", "normal_test_dir", "abnormal_dir", "mask_dir")
+
+
 def _list_folders(datamodule: Folder) -> pd.DataFrame:
     """List the folders of a :class:`Folder`. A product may have no defects."""
     root = Path(datamodule.root or ".").resolve()
-    extensions = tuple(extension.lower() for extension in datamodule.extensions or IMG_EXTENSIONS)
-
-    def find(name: str) -> list[tuple[Path, list[Path]]]:
-        wanted = getattr(datamodule, name)
-        folders = [
-            (root / folder).resolve() for folder in ([wanted] if isinstance(wanted, str | Path) else wanted or [])
-        ]
-        for folder in folders:
-            if not folder.is_dir() and name in {"normal_dir", "normal_test_dir"}:
-                msg = f"there is no folder {folder}, which {name} names"
-                raise FileNotFoundError(msg)
-        return [(folder, _images_in(folder, "**/*", extensions)) for folder in folders]
-
+    inside = _images_in_folders(datamodule, root)
     parts = [
         (file, label, split)
         for name, label, split in (
@@ -136,28 +128,54 @@ def _list_folders(datamodule: Folder) -> pd.DataFrame:
             ("normal_test_dir", "normal_test", "test"),
             ("abnormal_dir", "abnormal", "test"),
         )
-        for _, files in find(name)
+        for _, files in inside[name]
         for file in files
     ]
     files, labels, splits = (list(column) for column in zip(*parts, strict=True)) if parts else ([], [], [])
     anomalous = [label == "abnormal" for label in labels]
-    abnormal, mask_folders = find("abnormal_dir"), find("mask_dir")
+    abnormal, mask_folders = inside["abnormal_dir"], inside["mask_dir"]
     # Folders of masks go with those of defects in their order, or one has all.
     is_in_order = len(abnormal) == len(mask_folders)
     wanted, keys, masks = [], [], {}
-    for index, (folder, inside) in enumerate(abnormal):
-        for file in inside:
+    for index, (folder, images) in enumerate(abnormal):
+        for file in images:
             start = Path(str(index) if is_in_order else folder.name)
             wanted.append(file)
             keys.append((str(start / file.parent.relative_to(folder)), file.stem))
-    for index, (folder, inside) in enumerate(mask_folders):
-        for file in inside:
+    for index, (folder, images) in enumerate(mask_folders):
+        for file in images:
             start = Path(str(index) if is_in_order else ".")
             masks[str(start / file.parent.relative_to(folder)), file.stem] = [file]
     found = pair_by_name(keys, masks, anywhere=True)
     remedy = f"{mask_folders[0][0]}/{{0.stem}}.png" if mask_folders else ""
     pairs = _check_pairs(root, wanted, found, masks, remedy)
     return _make_table(root, files, labels, splits, anomalous, pairs, can_have_masks=bool(mask_folders))
+
+
+def _images_in_folders(datamodule: Folder, root: Path) -> dict[str, list[tuple[Path, list[Path]]]]:
+    """List the folders of each argument and their images. Of folders in one another the innermost has an image."""
+    named: dict[str, list[Path]] = {}
+    for name in _FOLDERS:
+        wanted = getattr(datamodule, name)
+        folders = [wanted] if isinstance(wanted, str | Path) else wanted or []
+        named[name] = [(root / folder).resolve() for folder in folders]
+        for folder in named[name]:
+            if not folder.is_dir() and name in {"normal_dir", "normal_test_dir"}:
+                msg = f"there is no folder {folder}, which {name} names"
+                raise FileNotFoundError(msg)
+    for first, second in itertools.combinations(_FOLDERS, 2):
+        if both := set(named[first]) & set(named[second]):
+            msg = f"{first} and {second} are the same folder, {both.pop()}: its images can only be one of both"
+            raise ValueError(msg)
+    every = {folder for folders in named.values() for folder in folders}
+    extensions = tuple(extension.lower() for extension in datamodule.extensions or IMG_EXTENSIONS)
+
+    def images_of(folder: Path) -> list[Path]:
+        inner = [other for other in every if folder in other.parents]
+        files = _images_in(folder, "**/*", extensions)
+        return [file for file in files if not any(other in file.parents for other in inner)]
+
+    return {name: [(folder, images_of(folder)) for folder in folders] for name, folders in named.items()}
 
 
 def _images_in(root: Path, pattern: str, extensions: tuple[str, ...] = IMG_EXTENSIONS) -> list[Path]:

@@ -192,7 +192,10 @@ def read_mask(path: str | Path) -> torch.Tensor:
     """
     with naming(path), PillowImage.open(path) as image:
         is_noisy = image.format in {"JPEG", "MPO", "WEBP"}
-        values = np.asarray(image.convert("L"))
+        # Grey would round dark colours down, and a conversion to it cuts numbers that are not bytes.
+        is_number = image.mode == "F" or image.mode.startswith("I")
+        values = np.asarray(image if is_number else image.convert("RGB"))
+    values = values.max(-1) if values.ndim == 3 else values
     if not is_noisy:
         is_noisy = len(np.unique(values)) > _MOST_CLASSES
     return Mask(torch.from_numpy(values > (values.max() / 2 if is_noisy else 0)), dtype=torch.uint8)
