@@ -1,5 +1,6 @@
 """The real anomalib command, in subprocesses."""
 
+import csv
 import json
 import os
 import shutil
@@ -216,7 +217,10 @@ def test_two_process_data_parallel(tmp_path, model_args, data_args, mvtec_root):
     )  # fmt: skip
     (metrics,) = tmp_path.glob("two/DecAD/**/metrics.json")
     assert json.loads(metrics.read_text())["mean"]["image_AUROC"] is not None
-    # One report, of the images of both.
+    # One table and one report, of the images of both.
+    with metrics.with_name("predictions.csv").open(newline="") as file:
+        paths = [line["path"] for line in csv.DictReader(file)]
+    assert len(paths) == len(set(paths)) == 11
     report = metrics.with_name("report.html").read_text()
     assert report.count("6 of 6 shown") == 1
     assert report.count("5 of 5 shown") == 1

@@ -12,6 +12,7 @@ from anomalib.data import ImageBatch
 from anomalib.engine import Engine
 from anomalib.models import Padim
 from lightning.pytorch import Callback
+from torchvision.transforms.v2 import CenterCrop, Compose, Normalize, Resize
 
 from anomalib_decad.decisions import CategoryPostProcessor
 from anomalib_decad.metrics import CategoryEvaluator
@@ -126,6 +127,37 @@ def test_the_box_is_that_of_the_largest_defect_in_the_file(tmp_path):
     assert _find_defect(None, str(path)) == [None] * 5
 
 
+@pytest.mark.parametrize("step", [CenterCrop(16), Resize(16)])
+def test_a_model_that_crops_knows_no_place_in_the_file(step, tmp_path):
+    """Where a defect is, is not said, and no maps are written that would not fit."""
+    trainer = SimpleNamespace(default_root_dir=tmp_path, global_rank=0, is_global_zero=True, world_size=1, callbacks=[])
+    limits = SimpleNamespace(image_threshold=torch.tensor(0.5), pixel_threshold=torch.tensor(0.5))
+    module = SimpleNamespace(
+        pre_processor=SimpleNamespace(transform=Compose([step, Normalize([0.5], [0.5])])), post_processor=limits
+    )
+    path = tmp_path / "image.png"
+    cv2.imwrite(str(path), np.zeros((32, 32), np.uint8))
+    mask = torch.zeros(1, 16, 16, dtype=torch.bool)
+    mask[0, 4:8, 4:8] = True
+    batch = ImageBatch(
+        image=torch.zeros(1, 3, 16, 16), pred_mask=mask, pred_label=torch.tensor([True]), image_path=[str(path)]
+    )
+    table = PredictionTable()
+    table.on_test_start(trainer, module)
+    table.on_test_batch_end(trainer, module, None, batch, 0)
+    table.on_test_end(trainer, module)
+    (line,) = read(tmp_path / "predictions.csv")
+    assert line["label"] == "anomalous"
+    place = [line[name] for name in COLUMNS[5:]]
+    if isinstance(step, CenterCrop):
+        assert place == [""] * 5
+        with pytest.raises(ValueError, match="save_maps: the model's pre_processor crops images"):
+            MapWriter("float32").setup(trainer, module, "test")
+    else:
+        assert place == ["8", "8", "8", "8", "0.0625"]
+        MapWriter("float32").setup(trainer, module, "test")
+
+
 def record(table, trainer, path):
     """Start a table, and have it take the prediction of one image."""
     table.on_predict_start(trainer, None)
@@ -154,9 +186,6 @@ def test_parts_of_processes_are_joined(tmp_path, monkeypatch):
         trainer = SimpleNamespace(default_root_dir=tmp_path, global_rank=rank, is_global_zero=rank == 0)
         table = PredictionTable()
         record(table, trainer, f"{rank}.png")
-        if rank:  # as Lightning does where the number of images cannot be divided
-            batch = ImageBatch(image=torch.zeros(1, 3, 4, 4), pred_score=torch.tensor([0.5]), image_path=["0.png"])
-            table.on_predict_batch_end(trainer, SimpleNamespace(), batch, batch, 1)
         tables.append((trainer, table))
     names = [str(tmp_path / f"predictions.csv.{rank}.partial") for rank in (0, 1)]
     monkeypatch.setattr(prediction_table, "gather", lambda _: names)

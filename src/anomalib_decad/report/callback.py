@@ -14,6 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from PIL import Image
 from torchvision.transforms.v2 import Normalize
 
+from anomalib_decad.data.transforms import sees_whole_images, steps_of
 from anomalib_decad.metrics import (
     CategoryEvaluator,
     RawScores,
@@ -264,7 +265,7 @@ def _pick(values: torch.Tensor | None, index: int) -> torch.Tensor | None:
 def _as_seen(pl_module: LightningModule, image: torch.Tensor) -> torch.Tensor:
     """Undo the normalization of the colours, so that values are in [0, 1]."""
     image = image.detach().cpu().float()
-    for step in _steps_of(pl_module):
+    for step in steps_of(pl_module):
         if isinstance(step, Normalize) and len(step.mean) == len(image):
             mean, std = (torch.tensor(values).reshape(-1, 1, 1) for values in (step.mean, step.std))
             return image * std + mean
@@ -275,22 +276,12 @@ def _as_seen(pl_module: LightningModule, image: torch.Tensor) -> torch.Tensor:
     return image
 
 
-def _steps_of(pl_module: LightningModule) -> list[Any]:
-    """List the steps of the model's transform."""
-    todo, steps = [getattr(getattr(pl_module, "pre_processor", None), "transform", None)], []
-    while todo:
-        step = todo.pop()
-        steps.append(step)
-        todo += getattr(step, "transforms", [])
-    return steps
-
-
 def _aspect_of(pl_module: LightningModule, path: str) -> float | None:
     """Find width over height of an image file, which the model may have seen as a square.
 
     ``None`` stands for an unknown one, and for that of an image of which only a part was seen.
     """
-    if not path or any("Crop" in type(step).__name__ for step in _steps_of(pl_module)):
+    if not path or not sees_whole_images(pl_module):
         return None
     with contextlib.suppress(OSError, ValueError, Image.DecompressionBombError), Image.open(path) as file:
         return min(max(file.width / file.height, 1 / _MOST_ASPECT), _MOST_ASPECT)

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from anomalib_decad.data import PredictionRoot
 from anomalib_decad.data.prediction_root import plain
+from anomalib_decad.data.transforms import sees_whole_images
 from anomalib_decad.metrics import put_before_post_processor
 from anomalib_decad.whole_files import replacing
 
@@ -36,8 +37,17 @@ class MapWriter(Callback):
         self._root = PredictionRoot()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Step in front of the post-processor, which normalizes and clips the maps."""
-        del pl_module, stage
+        """Step in front of the post-processor, which normalizes and clips the maps.
+
+        Raises:
+            ValueError: If the model crops its images, whose maps are not those of the files then.
+        """
+        if stage in {"test", "predict"} and not sees_whole_images(pl_module):
+            msg = (
+                "save_maps: the model's pre_processor crops images, and no map would fit its file: test and predict "
+                "with save_maps=off, or with a pre_processor that resizes only"
+            )
+            raise ValueError(msg)
         self._written = {}
         put_before_post_processor(trainer, self)
 

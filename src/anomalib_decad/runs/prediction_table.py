@@ -2,6 +2,7 @@
 """A line for each predicted image, in a file that other programs read."""
 
 import csv
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -11,7 +12,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from PIL import Image
 
-from anomalib_decad.metrics import RawScores, gather, lacks_threshold, put_last
+from anomalib_decad.data.transforms import sees_whole_images
+from anomalib_decad.metrics import RawScores, gather, lacks_threshold, num_own_images, put_last
 from anomalib_decad.whole_files import replacing
 
 __all__ = ["COLUMNS", "PredictionTable"]
@@ -32,7 +34,8 @@ class PredictionTable(Callback):
     A line has the path of the image, its product (the one that the data names, or that the model has recognized), the
     normalized score, the score as it was before, the label, and where the largest defect is: its left edge, upper edge,
     width and height in pixels of the image file, and the share of the image that all defects take. A model that was
-    never validated has no threshold, and the label and what follows are empty. The file appears when it is complete.
+    never validated has no threshold, and the label and what follows are empty. One that crops its images does not know
+    where in the file a defect is, and all of that is empty. The file appears when it is complete.
 
     It works with every anomalib model: ``Engine(callbacks=[PredictionTable()])``.
     """
@@ -70,8 +73,8 @@ class PredictionTable(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Write the lines of a batch."""
-        del trainer, outputs, batch_idx, dataloader_idx
-        self._write(pl_module, batch)
+        del outputs
+        self._write(pl_module, batch, num_own_images(trainer, len(batch.image), batch_idx, dataloader_idx))
 
     def on_predict_batch_end(
         self,
@@ -84,7 +87,7 @@ class PredictionTable(Callback):
     ) -> None:
         """Write the lines of a batch."""
         del trainer, batch, batch_idx, dataloader_idx
-        self._write(pl_module, outputs)
+        self._write(pl_module, outputs, len(outputs.image))
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Complete the file."""
@@ -111,7 +114,8 @@ class PredictionTable(Callback):
         partial = folder / f"predictions.csv.{trainer.global_rank}.partial"
         self._file = partial.open("w", newline="", encoding="utf-8", errors="surrogateescape")
 
-    def _write(self, pl_module: LightningModule, batch: Any) -> None:
+    def _write(self, pl_module: LightningModule, batch: Any, count: int) -> None:
+        """Write the lines of the first ``count`` images of a batch."""
         length = len(batch.image)
         post_processor: Any = getattr(pl_module, "post_processor", None)
         products = getattr(batch, "category", None) or [None] * length
@@ -124,9 +128,10 @@ class PredictionTable(Callback):
         labels = None if lacks_threshold(post_processor) else batch.pred_label
         found = None if lacks_threshold(post_processor, "pixel") else batch.pred_mask
         columns = [_numbers(values, length) for values in (batch.pred_score, raw, labels)]
-        masks = [None] * length if found is None else found
+        masks = [None] * length if found is None or not sees_whole_images(pl_module) else found
         writer = csv.writer(self._file, lineterminator="\n")  # type: ignore[arg-type]
-        for path, product, score, plain, label, mask in zip(paths, products, *columns, masks, strict=True):
+        rows = zip(paths, products, *columns, masks, strict=True)
+        for path, product, score, plain, label, mask in islice(rows, count):
             verdict = "" if label is None else "anomalous" if label else "normal"
             writer.writerow([path, product, score, plain, verdict, *_find_defect(mask, path)])
 
@@ -144,13 +149,9 @@ class PredictionTable(Callback):
             ):
                 writer = csv.writer(target, lineterminator="\n")
                 writer.writerow(COLUMNS)
-                # Lightning gives each process of a test as many images, some of them twice.
-                seen: set[str] = set()
                 for part in parts:
                     with Path(part).open(newline="", encoding="utf-8", errors="surrogateescape") as source:
-                        lines = [line for line in csv.reader(source) if not line[0] or line[0] not in seen]
-                        writer.writerows(lines)
-                        seen.update(line[0] for line in lines if len(parts) > 1)
+                        writer.writerows(csv.reader(source))
             for part in parts:
                 Path(part).unlink()
 
