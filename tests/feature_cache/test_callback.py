@@ -235,6 +235,32 @@ def test_images_are_encoded_in_the_precision_of_the_training(
     assert all(value == is_mixed for value in mixed)
 
 
+class Gain(torch.nn.Module):
+    """An augmentation whose name does not tell what it does."""
+
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, image, mask):
+        return image * self.factor, mask
+
+
+def test_augmentations_that_do_not_say_what_they_do_are_told_apart(make_engine, make_model, make_data, tmp_path):
+    options = {"feature_cache": "disk", "feature_cache_dir": tmp_path / "cache", "max_steps": 1}
+    for factor in (1.0, 0.5, 0.5):
+        run(make_engine, make_model, make_data, data=make_data(train_augmentations=Gain(factor)), **options)
+    assert len([path for path in (tmp_path / "cache").iterdir() if path.is_dir()]) == 2
+
+
+@pytest.mark.parametrize("folder", ["file/cache", "/proc/cache"])
+def test_a_folder_that_cannot_be_made_is_one_line(folder, make_engine, make_model, make_data, tmp_path):
+    (tmp_path / "file").write_text("")
+    model = make_model(feature_cache="disk", feature_cache_dir=tmp_path / folder)
+    with pytest.raises(OSError, match=r"^feature_cache_dir: .*: name another"):
+        make_engine().fit(model, datamodule=make_data())
+
+
 _SCRIPT = """
 import sys, time, torch
 from anomalib_decad import DecAD, MultiCategory

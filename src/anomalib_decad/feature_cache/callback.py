@@ -19,7 +19,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from anomalib_decad.feature_cache.codec import FeatureCode
 from anomalib_decad.feature_cache.dataset import CachedFeatures, FeatureBatch, IndexBatch
 from anomalib_decad.feature_cache.source import FeatureSource
-from anomalib_decad.feature_cache.store import GIB, FeatureFile, default_folder, num_bytes, readable
+from anomalib_decad.feature_cache.store import GIB, FeatureFile, check_folder, default_folder, num_bytes, readable
 
 __all__ = ["FeatureCaching"]
 
@@ -67,10 +67,13 @@ class FeatureCaching(Callback):
 
         Raises:
             ValueError: If there is no datamodule, or several nodes.
+            OSError: If the folder of the files cannot be made.
         """
         del pl_module
         if stage != "fit":
             return
+        if self.mode == "disk":
+            check_folder(self.folder)
         datamodule = getattr(trainer, "datamodule", None)
         if not isinstance(datamodule, AnomalibDataModule):
             msg = "feature_cache needs an anomalib datamodule: give one, or train with feature_cache=off"

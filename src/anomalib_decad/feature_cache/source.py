@@ -87,14 +87,19 @@ class FeatureSource:
                 raise ValueError(msg)
 
     def key(self) -> str:
-        """Name all that the features depend on."""
+        """Name all that the features depend on.
+
+        A transform need not say all about itself: so some images are looked at, too, as the encoder sees them.
+        """
         paths = [Path(path) for path in self.dataset.samples.image_path]
         encoder = self.encoder
         preparation = repr(self.transform), repr(getattr(self.dataset, "augmentations", None))
         precision = self.trainer.precision if self.trainer else "32-true"
         whites = getattr(self.dataset, "whites", None)  # of images with more than 8 bits
         settings = encoder.name, encoder.layers, self.shape, precision, repr(whites)
-        return fingerprint(*settings, preparation, dict(encoder.state_dict()), *paths)
+        last = len(self.dataset) - 1
+        seen = [self.prepare(self.dataset[index].image) for index in sorted({0, last // 2, last})]
+        return fingerprint(*settings, preparation, *seen, dict(encoder.state_dict()), *paths)
 
     def choose_code(self) -> FeatureCode:
         """Choose the code of the features by some images of all parts of the dataset."""

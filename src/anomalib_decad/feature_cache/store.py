@@ -21,7 +21,7 @@ from platformdirs import user_cache_path
 
 from anomalib_decad.feature_cache.codec import FeatureCode
 
-__all__ = ["GIB", "FeatureFile", "default_folder", "fingerprint", "num_bytes", "readable"]
+__all__ = ["GIB", "FeatureFile", "check_folder", "default_folder", "fingerprint", "num_bytes", "readable"]
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +43,30 @@ def num_bytes(shape: Sequence[int]) -> int:
 def readable(size: float) -> str:
     """Write a number of bytes for people."""
     return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / 2**20:.1f} MiB"
+
+
+def check_folder(folder: Path) -> None:
+    """Check early that files can be written to a folder, which need not be there yet.
+
+    Args:
+        folder (Path): The folder.
+
+    Raises:
+        OSError: If they cannot.
+    """
+    nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        reason = "cannot be written to" if nearest.is_dir() else "is no folder"
+        msg = f"feature_cache_dir: {nearest} {reason}: name another folder than {folder}"
+        raise OSError(msg)
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        msg = f"feature_cache_dir: the folder {folder} cannot be made ({error.strerror}): name another one"
+        raise OSError(msg) from error
 
 
 def fingerprint(*parts: Any) -> str:
@@ -100,7 +124,7 @@ class FeatureFile:
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Keep other processes from writing the same cache; they wait."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        _make_folder(self.folder)
         with FileLock(f"{self.path}.lock"):
             yield
 
@@ -116,7 +140,7 @@ class FeatureFile:
             Path(self._use.lock_file).unlink(missing_ok=True)
 
     def _folder_lock(self) -> FileLock:
-        self.folder.mkdir(parents=True, exist_ok=True)
+        _make_folder(self.folder)
         return FileLock(self.folder / ".lock")
 
     def create(self, shape: tuple[int, ...], limit: float) -> None:
