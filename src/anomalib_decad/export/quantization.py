@@ -102,10 +102,10 @@ def quantize_with_accuracy_control(
     data = _set_up(datamodule)
     score = metric or F1Score(fields=["pred_label", "gt_label"])
 
-    def accuracy(compiled: Callable[[Any], Any], items: Iterable[ImageItem]) -> float:
+    def accuracy(compiled: Callable[[Any], Any], indices: Iterable[int]) -> float:
         score.reset()
-        for item in items:
-            score.update(_prediction(compiled, item, size))
+        for index in indices:  # read each time: all images together may not fit into memory
+            score.update(_prediction(compiled, cast("ImageItem", data.val_data[index]), size))
         return float(score.compute())
 
     size = _static_size(model)
@@ -116,7 +116,7 @@ def quantize_with_accuracy_control(
             nncf.quantize_with_accuracy_control,
             model,
             calibration_dataset=_calibration(model, data),
-            validation_dataset=nncf.Dataset(_items(data.val_data)),
+            validation_dataset=nncf.Dataset(list(range(len(data.val_data)))),
             validation_fn=accuracy,
             max_drop=max_drop,
             **options,
@@ -210,10 +210,6 @@ def _is_blur(operation: Any) -> bool:
 
 def _is_constant(node: Any) -> bool:
     return node.get_type_name() == "Constant"
-
-
-def _items(dataset: Any) -> list[ImageItem]:
-    return [dataset[index] for index in range(len(dataset))]
 
 
 def _static_size(model: Any) -> tuple[int, int] | None:

@@ -59,6 +59,9 @@ else:
     class _Base(CheckpointMixin, PredictingMixin, ParityExportMixin): ...
 
 
+# Those of Lightning's with weights in float32, which the invertible network and small learning rates need.
+_PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+
 # Steps between checks of the loss on a device.
 _CHECK_EVERY = 10
 
@@ -200,8 +203,14 @@ class BaseModule(DeepImagesMixin, _Base):
 
         Args:
             stage (str): ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``.
+
+        Raises:
+            ValueError: If the weights are to be trained in another precision than float32.
         """
         trainer = self.trainer
+        if stage == "fit" and trainer.precision not in _PRECISIONS:
+            msg = f"precision must be one of {', '.join(_PRECISIONS)} for a training, got {trainer.precision}"
+            raise ValueError(msg)
         tidy_display(trainer, stage, self.evaluator)
         if stage == "fit" and trainer.max_steps == -1 and trainer.max_epochs == _LIGHTNING_MAX_EPOCHS:
             set_training_steps(trainer, self.max_steps)

@@ -2,6 +2,7 @@ import logging
 import math
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
@@ -292,5 +293,11 @@ def test_labels_without_thresholds_are_a_warning(make_engine, make_model, make_d
 def test_labels_are_optional_at_test_time():
     batch = ImageBatch(image=torch.rand(1, 3, 8, 8), pred_score=torch.rand(1))
     evaluator = CategoryEvaluator()
-    evaluator.on_test_batch_end(None, None, None, batch, 0)
+    evaluator.on_test_batch_end(SimpleNamespace(world_size=1), None, None, batch, 0)
     assert evaluator.metrics.compute() == {}
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true", "64-true"])
+def test_other_precisions_are_refused(precision, make_engine, make_model, make_data):
+    with pytest.raises(ValueError, match=f"precision must be one of 32-true, bf16-mixed, 16-mixed .*got {precision}"):
+        make_engine(precision=precision).fit(make_model(), datamodule=make_data())
