@@ -2,6 +2,7 @@
 """anomalib's post-processor with thresholds of each product."""
 
 import logging
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -237,7 +238,8 @@ class CategoryPostProcessor(PostProcessor):
         """
         kept: dict[str, Limits] = {}
         if trainer.state.fn != TrainerFn.FITTING:
-            kept = {name: self.limits(name) for name in self.categories}
+            known = {name: self.limits(name) for name in self.categories}
+            kept = {name: limits for name, limits in known.items() if not math.isnan(limits.image_threshold)}
         scores, self._scores = self._scores, ValidationScores()
         scores.synchronise()
         if not scores.products:
