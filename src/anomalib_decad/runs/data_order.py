@@ -30,7 +30,7 @@ class DataOrder(Callback):
         self._beginning: torch.Tensor | None = None
         self._first_epoch = 0
         self._num_seen = 0
-        self._num_batches = 0
+        self._num_batches: int | None = None
         self._now: torch.Tensor | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -58,7 +58,7 @@ class DataOrder(Callback):
         self._now = self._beginning = torch.get_rng_state()
         if epoch := checkpoint.get(_KEY):
             self._beginning, self._num_seen = epoch["rng"].cpu(), epoch["seen"]
-            self._num_batches = epoch.get("batches", trainer.num_training_batches)
+            self._num_batches = epoch.get("batches")
             torch.set_rng_state(self._beginning)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -67,7 +67,7 @@ class DataOrder(Callback):
         self._first_epoch = trainer.current_epoch
         if not self._num_seen or self._now is None:
             return
-        if self._num_batches != trainer.num_training_batches:
+        if self._num_batches not in (None, trainer.num_training_batches):
             logger.warning(
                 "The checkpoint is from within an epoch of %s batches, and an epoch has %s now: it begins anew.",
                 self._num_batches, trainer.num_training_batches,
