@@ -217,18 +217,11 @@ class CategoryPostProcessor(PostProcessor):
         self._scores = ValidationScores()
 
     def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *args: Any, **kwargs: Any
     ) -> None:
         """Count the scores of a batch."""
         del pl_module, batch
-        own = without_repeated(trainer, outputs, batch_idx, dataloader_idx)
-        if own is not None:
+        if (own := without_repeated(trainer, outputs, *args, **kwargs)) is not None:
             self._scores.update(own)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -236,10 +229,8 @@ class CategoryPostProcessor(PostProcessor):
 
         A validation by itself leaves products alone of which it has no image.
         """
-        kept: dict[str, Limits] = {}
-        if trainer.state.fn != TrainerFn.FITTING:
-            known = {name: self.limits(name) for name in self.categories}
-            kept = {name: limits for name, limits in known.items() if not math.isnan(limits.image_threshold)}
+        known = {} if trainer.state.fn == TrainerFn.FITTING else {name: self.limits(name) for name in self.categories}
+        kept = {name: limits for name, limits in known.items() if not math.isnan(limits.image_threshold)}
         scores, self._scores = self._scores, ValidationScores()
         scores.synchronise()
         if not scores.products:
