@@ -29,7 +29,8 @@ import json, os, sys
 from anomalib.cli.cli import main
 codes = []
 for number, arguments in enumerate(json.loads(sys.argv[1])):
-    if not os.fork():
+    child = os.fork()
+    if not child:
         for descriptor in (1, 2):
             os.dup2(os.open(f"{number}.{descriptor}", os.O_WRONLY | os.O_CREAT), descriptor)
         sys.argv, code = ["anomalib", *arguments], 0
@@ -42,7 +43,7 @@ for number, arguments in enumerate(json.loads(sys.argv[1])):
             code = 1
         sys.stderr.flush()
         os._exit(code)  # what the parent has begun is its own to end
-    codes.append(os.waitstatus_to_exitcode(os.wait()[1]))
+    codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 print(json.dumps(codes))
 """
 
