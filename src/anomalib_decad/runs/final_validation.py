@@ -5,7 +5,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-__all__ = ["FinalValidation", "is_last_step"]
+__all__ = ["FinalValidation", "is_last_epoch", "is_last_step"]
 
 
 class FinalValidation(Callback):
@@ -51,5 +51,9 @@ def is_last_step(trainer: Trainer) -> bool:
     """Tell whether the step that has just been done is the last one."""
     if trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps:
         return True
-    epochs = trainer.max_epochs
-    return trainer.is_last_batch and epochs is not None and 0 < epochs <= trainer.current_epoch + 1
+    return trainer.is_last_batch and is_last_epoch(trainer)
+
+
+def is_last_epoch(trainer: Trainer) -> bool:
+    """Tell whether the epoch that is being done is the last one that the trainer allows."""
+    return trainer.max_epochs is not None and 0 < trainer.max_epochs <= trainer.current_epoch + 1

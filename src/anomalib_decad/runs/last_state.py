@@ -18,7 +18,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from anomalib_decad.runs.checkpoint_io import save_whole_checkpoints
-from anomalib_decad.runs.final_validation import is_last_step
+from anomalib_decad.runs.final_validation import is_last_epoch, is_last_step
 from anomalib_decad.runs.resume_command import is_command_line, resume_command
 
 __all__ = ["LastState"]
@@ -34,9 +34,8 @@ class LastState(Callback):
 
     It is in ``weights/last.ckpt`` of the run's folder. SIGINT (Ctrl-C) and SIGTERM end the training behind the step
     that is being done, of several processes behind the same one, and of several accumulated batches behind the last of
-    them; a second SIGINT ends it at once. Behind the last step only the
-    validation is left, which goes on. The last line says how to resume. A training that ends as it should has its own
-    checkpoints, and this one is removed.
+    them; a second SIGINT ends it at once. Behind the last step only the validation is left, which goes on. The last
+    line says how to resume. A training that ends as it should has its own checkpoints, and this one is removed.
 
     Nothing is saved where the trainer saves no checkpoints.
     """
@@ -155,7 +154,7 @@ class LastState(Callback):
         if not (is_of_now and is_last_step(trainer)):
             return {}
         limits = {"max_steps": self._saved_step + 1}
-        if trainer.max_epochs is not None and 0 < trainer.max_epochs <= trainer.current_epoch + 1:
+        if trainer.max_epochs is not None and is_last_epoch(trainer):
             limits["max_epochs"] = trainer.max_epochs + 1
         return limits
 
