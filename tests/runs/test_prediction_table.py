@@ -209,8 +209,13 @@ def test_maps_of_equally_named_images_stay_apart(tmp_path):
     files = sorted(str(path.relative_to(tmp_path / "run")) for path in (tmp_path / "run").rglob("*.tiff"))
     good = "anomaly_maps/images/{}/test/good/{}"
     assert files == [
-        good.format("bottle", "0.tiff"), good.format("brush", "0.jpg.tiff"), good.format("brush", "0.tiff"),
+        good.format("bottle", "0.tiff"), good.format("brush", "0.png.tiff"), good.format("brush", "0.tiff"),
     ]  # fmt: skip
+    # Another process, which has other images of the folder, gives them the same names.
+    one = ImageBatch(image=batch.image[1:2], anomaly_map=batch.anomaly_map[1:2], image_path=paths[1:2])
+    (tmp_path / "run" / good.format("brush", "0.png.tiff")).unlink()
+    MapWriter("float32").on_predict_batch_end(trainer, None, one, one, 0)
+    assert sorted(str(path.relative_to(tmp_path / "run")) for path in (tmp_path / "run").rglob("*.tiff")) == files
 
 
 def test_a_name_that_is_no_text_is_kept(tmp_path):

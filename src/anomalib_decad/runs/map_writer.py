@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from PIL import Image
 from torch.nn import functional
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from anomalib_decad.data import PredictionRoot
 from anomalib_decad.data.prediction_root import plain
@@ -25,6 +26,7 @@ class MapWriter(Callback):
 
     They have the size of the image files, and are where MVTec's evaluation looks for them:
     ``anomaly_maps/<category>/test/<kind of defect>/<name>.tiff``; those of a folder to predict are in its own folders.
+    Where names differ by their endings only, all but the first keep theirs: ``<name>.png.tiff``.
 
     Args:
         dtype (Literal["float16", "float32"]): Type of the values. MVTec AD 2 asks for float16.
@@ -32,8 +34,9 @@ class MapWriter(Callback):
 
     def __init__(self, dtype: Literal["float16", "float32"]) -> None:
         self.dtype = dtype
-        # Of which image each file is: two images may have names that differ by their endings only.
-        self._written: dict[Path, Path] = {}
+        # Of each folder of images: the first file with each name without its ending. Not the first that is written, as
+        # several processes would not agree on it.
+        self._first: dict[Path, dict[str, str]] = {}
         self._root = PredictionRoot()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -48,7 +51,7 @@ class MapWriter(Callback):
                 "with save_maps=off, or with a pre_processor that resizes only"
             )
             raise ValueError(msg)
-        self._written = {}
+        self._first = {}
         put_before_post_processor(trainer, self)
 
     def on_test_batch_end(
@@ -86,15 +89,20 @@ class MapWriter(Callback):
         for name, category, values in zip(batch.image_path, categories, maps, strict=True):
             path = Path(name)
             below = self._root.below(trainer, name) or _below(path, category)
-            target = folder / below.with_suffix(".tiff")
-            if self._written.setdefault(target, path) != path:
-                target = folder / below.with_name(f"{below.name}.tiff")
+            target = folder / below.with_name(f"{self._name(path)}.tiff")
             target.parent.mkdir(parents=True, exist_ok=True)
             with Image.open(path) as image:
                 size = image.height, image.width
             resized = functional.interpolate(values[None], size, mode="bilinear", align_corners=False)[0, 0]
             with replacing(target) as partial:
                 tifffile.imwrite(partial, _as(resized, self.dtype))
+
+    def _name(self, path: Path) -> str:
+        """Give the name of an image without its ending, or with it if another image of the folder has that one."""
+        if path.parent not in self._first:
+            names = sorted((p.name for p in path.parent.iterdir() if p.suffix.lower() in IMG_EXTENSIONS), reverse=True)
+            self._first[path.parent] = {Path(name).stem: name for name in names}
+        return path.stem if self._first[path.parent].get(path.stem, path.name) == path.name else path.name
 
 
 def _below(path: Path, category: str | None) -> Path:
