@@ -111,6 +111,14 @@ def test_losses_are_used_once():
         decoupling.losses()
 
 
+def test_terms_without_a_weight_are_left_out():
+    decoupling = EmbeddingDecoupling(6, loss=DecouplingLossOptions(prior_weight=0.0))
+    decoupling(torch.randn(2, 9, 6))
+    assert decoupling.losses() == {}
+    with pytest.raises(RuntimeError, match="no batch went through"):
+        decoupling.losses()
+
+
 def test_a_state_brings_the_scale():
     decoupling = EmbeddingDecoupling(6, invertible=SMALL)
     assert not decoupling.is_initialized

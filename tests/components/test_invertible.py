@@ -158,8 +158,10 @@ def test_gradcheck_of_the_unit(rev):
 
 @pytest.mark.parametrize("dim", [8, 384])
 def test_frozen_network_computes_the_same_without_parametrizations(dim):
-    network = train(make_network(dim), steps=20).eval()
+    network = train(make_network(dim), steps=20).train()
     frozen = network.fused()
+    assert network.training
+    network.eval()
     x = torch.randn(2, 30, dim)
     with torch.no_grad():
         z = network(x)

@@ -86,11 +86,16 @@ def test_a_state_dict_brings_the_categories():
     features = as_features(torch.cat(list(products(3).values())))
     assert other.names == recognizer.names
     assert torch.equal(other(features), recognizer(features))
-    # One from before there was a recognizer knows none.
-    parent = torch.nn.ModuleDict({"recognizer": recognizer})
-    parent.load_state_dict({})
-    assert recognizer.names == []
-    assert (recognizer(features) == -1).all()
+    with pytest.raises(RuntimeError, match=r"Missing key\(s\).*means"):
+        other.load_state_dict({})
+    assert other.names == recognizer.names
+
+
+def test_what_is_forgotten_is_said(caplog):
+    recognizer, known = CategoryRecognizer(), products(3)
+    recognizer.learn(known)
+    recognizer.learn({"product 1": known["product 1"], "nut": known["product 0"]})
+    assert "The data have no product 0, product 2 any more" in caplog.text
 
 
 @pytest.mark.parametrize("rows", [torch.empty(0, 4), torch.tensor([[float("nan")] * 4])])

@@ -10,6 +10,12 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from anomalib_decad.metrics import METRICS, CategoryMetrics, region_weights
 
 
+@pytest.mark.parametrize("arguments", [{"max_fpr": 0.0}, {"max_fpr": float("nan")}, {"max_bins": 1}])
+def test_ranges_are_checked_before_there_are_scores(arguments):
+    with pytest.raises(ValueError, match=next(iter(arguments))):
+        CategoryMetrics(**arguments)
+
+
 def brute_force_aupro(maps, masks, max_fpr=0.3):
     """Mean overlap with each region over the false positive rate, at every threshold."""
     points = [(0.0, 0.0)]

@@ -8,6 +8,8 @@ import torch
 from timm.models.vision_transformer import Block
 from torch import nn
 
+from anomalib_decad.components.ranges import check_range
+
 __all__ = ["FeatureDecoder"]
 
 # Of the mean eigenvalue: keeps the least squares of the start well posed when there are few patches.
@@ -39,9 +41,7 @@ class FeatureDecoder(nn.Module):
 
     def __init__(self, dim: int, num_layers: int, depth: int = 2, num_heads: int = 6) -> None:
         super().__init__()
-        if depth < 1:
-            msg = f"decoder_depth must be at least 1, got {depth}"
-            raise ValueError(msg)
+        check_range(depth >= 1, "decoder_depth", "at least 1", depth)
         self.blocks = nn.ModuleList(Block(dim, num_heads, mlp_ratio=4.0, qkv_bias=True) for _ in range(depth))
         self.heads = nn.ModuleList(nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim)) for _ in range(num_layers))
         self.linears = nn.ModuleList(nn.Linear(dim, dim) for _ in range(num_layers))

@@ -20,7 +20,7 @@ from anomalib_decad.components.synthesis import AdversarialSynthesis
 __all__ = ["LEARNED_DECOUPLER", "LEARNED_LOSS", "LEARNED_SYNTHESIS", "EmbeddingDecoupling", "attach"]
 
 #: Defaults for embeddings that are learned: a small share is removed, without a prior ...
-LEARNED_DECOUPLER = DecouplerOptions(abnormal_fraction=0.125, num_prototypes=0)
+LEARNED_DECOUPLER = DecouplerOptions(abnormal_fraction=0.125, num_prototypes=0, image_prior=False)
 
 #: ... anomalies are easy to see ...
 LEARNED_SYNTHESIS = SynthesisOptions(noise="gaussian")
@@ -45,8 +45,8 @@ class EmbeddingDecoupling(nn.Module):
     Learned embeddings have no principal axes to start from as DecAD's have. So a smaller share of the latent is
     removed, of which the decoder misses less, and anomalies start at Gaussian noise, the easier ones: a latent that
     knows nothing yet cannot tell a difference of patches from a normal patch. After 300 steps of reverse distillation
-    (``docs/other-methods.md``) the mean of the seven metrics is 69.8 with these defaults and 64.2 with
-    those of DecAD.
+    (``docs/other-methods.md``) the mean of the seven metrics was 69.8 with these defaults, and 64.2 with half of the
+    latent removed and anomalies that start at differences of patches.
 
     The method's encoder gets the gradient of the method's loss as if the layer were the identity, and none of the
     terms: an encoder that followed them would first make all embeddings equal. As embeddings that are learned have no
@@ -98,7 +98,7 @@ class EmbeddingDecoupling(nn.Module):
         self.synthesis = AdversarialSynthesis(delta, synthesis)
         self.loss = DecouplingLoss(loss)
         self.register_buffer("norm", torch.tensor(0.0))
-        self._losses: dict[str, torch.Tensor] = {}
+        self._losses: dict[str, torch.Tensor] | None = None
 
     @property
     def is_initialized(self) -> bool:
@@ -139,16 +139,16 @@ class EmbeddingDecoupling(nn.Module):
         """Give the weighted terms of the last batch that went through in training mode; each is used once.
 
         Returns:
-            dict[str, torch.Tensor]: The scalars ``normal_energy``, ``abnormal_energy`` and ``restoration``, see
-                :class:`DecouplingLoss`.
+            dict[str, torch.Tensor]: The scalars ``prior``, ``normal_energy``, ``abnormal_energy`` and ``restoration``,
+                as far as they have a weight, see :class:`DecouplingLoss`.
 
         Raises:
             RuntimeError: If no batch went through since they were last given.
         """
-        if not self._losses:
+        if self._losses is None:
             msg = "no batch went through the decoupling in training mode since its losses were last used"
             raise RuntimeError(msg)
-        losses, self._losses = self._losses, {}
+        losses, self._losses = self._losses, None
         return losses
 
     def fuse(self) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Groups of arguments that belong together, each documented here and nowhere else.
+"""Groups of arguments of the components that belong together, each documented here and nowhere else.
 
 Models take them whole, and the command line shows their fields: ``--model.synthesis.num_steps 3``.
 """
@@ -7,6 +7,8 @@ Models take them whole, and the command line shows their fields: ``--model.synth
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
+
+from anomalib_decad.components.ranges import check_range
 
 __all__ = ["DecouplerOptions", "DecouplingLossOptions", "InvertibleOptions", "SynthesisOptions", "as_options"]
 
@@ -42,9 +44,9 @@ class InvertibleOptions:
 
     def __post_init__(self) -> None:
         for name in ("num_blocks", "num_units", "hidden_dim"):
-            _check(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
-        _check(0 < self.lipschitz < 1, "lipschitz", "between 0 and 1 (both excluded)", self.lipschitz)
-        _check(self.pila_k > 0, "pila_k", "positive", self.pila_k)
+            check_range(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        check_range(0 < self.lipschitz < 1, "lipschitz", "between 0 and 1 (both excluded)", self.lipschitz)
+        check_range(self.pila_k > 0, "pila_k", "positive", self.pila_k)
 
 
 @dataclass(frozen=True)
@@ -71,9 +73,9 @@ class DecouplerOptions:
     image_prior: bool = True
 
     def __post_init__(self) -> None:
-        _check(0 < self.abnormal_fraction < 1, "abnormal_fraction", "between 0 and 1", self.abnormal_fraction)
-        _check(self.num_prototypes >= 0, "num_prototypes", "not negative", self.num_prototypes)
-        _check(self.prior_dim >= 0, "prior_dim", "not negative", self.prior_dim)
+        check_range(0 < self.abnormal_fraction < 1, "abnormal_fraction", "between 0 and 1", self.abnormal_fraction)
+        check_range(self.num_prototypes >= 0, "num_prototypes", "at least 0", self.num_prototypes)
+        check_range(self.prior_dim >= 0, "prior_dim", "at least 0", self.prior_dim)
 
 
 @dataclass(frozen=True)
@@ -102,10 +104,10 @@ class SynthesisOptions:
     blob_size: int = 4
 
     def __post_init__(self) -> None:
-        _check(0 <= self.fraction <= 1, "fraction", "in [0, 1]", self.fraction)
-        _check(self.num_steps >= 0, "num_steps", "not negative", self.num_steps)
-        _check(self.noise in {"features", "gaussian"}, "noise", "'features' or 'gaussian'", repr(self.noise))
-        _check(self.blob_size >= 1, "blob_size", "at least 1", self.blob_size)
+        check_range(0 <= self.fraction <= 1, "fraction", "in [0, 1]", self.fraction)
+        check_range(self.num_steps >= 0, "num_steps", "at least 0", self.num_steps)
+        check_range(self.noise in {"features", "gaussian"}, "noise", "'features' or 'gaussian'", repr(self.noise))
+        check_range(self.blob_size >= 1, "blob_size", "at least 1", self.blob_size)
 
 
 @dataclass(frozen=True)
@@ -137,9 +139,9 @@ class DecouplingLossOptions:
     margin: float = 1.0
 
     def __post_init__(self) -> None:
-        _check(self.margin > 0, "margin", "positive", self.margin)
+        check_range(self.margin > 0, "margin", "positive", self.margin)
         for name in ("prior_weight", "normal_weight", "abnormal_weight", "restoration_weight"):
-            _check(getattr(self, name) >= 0, name, "not negative", getattr(self, name))
+            check_range(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
 
 
 def as_options(cls: type[Options], value: Options | Mapping[str, Any]) -> Options:
@@ -156,9 +158,3 @@ def as_options(cls: type[Options], value: Options | Mapping[str, Any]) -> Option
         ValueError: If a value is out of its range.
     """
     return cls(**value) if isinstance(value, Mapping) else value
-
-
-def _check(is_right: bool, name: str, range_: str, value: object) -> None:
-    if not is_right:
-        msg = f"{name} must be {range_}, got {value}"
-        raise ValueError(msg)

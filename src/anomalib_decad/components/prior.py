@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 
 from anomalib_decad.components.in_parts import in_parts
 from anomalib_decad.components.precision import at_least_float32, linear_rows
+from anomalib_decad.components.ranges import check_range
 
 __all__ = ["ConditionalPrior"]
 
@@ -66,9 +67,7 @@ class ConditionalPrior(nn.Module):
             ("num_prototypes", num_prototypes, 1),
             ("hidden_dim", hidden_dim, 0),
         ):
-            if value < smallest:
-                msg = f"{name} must be at least {smallest}, got {value}"
-                raise ValueError(msg)
+            check_range(value >= smallest, name, f"at least {smallest}", value)
         self.keys = nn.Parameter(torch.randn(num_prototypes, num_normal))
         self.values = nn.Parameter(torch.zeros(num_abnormal, num_prototypes))
         self.log_beta = nn.Parameter(torch.tensor(_SHARPNESS / (2 * num_normal)).log())

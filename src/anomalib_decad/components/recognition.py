@@ -2,6 +2,7 @@
 """Recognition of the product that an image shows, from the encoder's features."""
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -9,6 +10,8 @@ import torch
 from torch import nn
 
 __all__ = ["UNKNOWN", "CategoryPrediction", "CategoryRecognizer", "decode_names", "encode_names"]
+
+logger = logging.getLogger(__name__)
 
 #: Index of an image that is unlike every category.
 UNKNOWN = -1
@@ -117,6 +120,8 @@ class CategoryRecognizer(nn.Module):
             if not len(rows) or not torch.isfinite(rows).all():
                 msg = f"the category {name!r} cannot be learned: it needs an image or more, with finite features"
                 raise ValueError(msg)
+        if gone := [name for name in self.names if name not in descriptors]:
+            logger.warning("The data have no %s any more: the model forgets what it knows of it.", ", ".join(gone))
         if not descriptors:
             self._become([], self.means.new_empty(0, 0), self.means.new_empty(0), float("inf"))
             return
@@ -163,10 +168,10 @@ class CategoryRecognizer(nn.Module):
         self.limit.fill_(limit)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Take the shapes of a state dict; one from before there was a recognizer knows no category."""
-        if f"{prefix}means" not in state_dict:
-            state_dict |= {f"{prefix}{name}": value for name, value in CategoryRecognizer().state_dict().items()}
+        """Take the shapes of a state dict."""
         for name in ("means", "precision", "encoded_names"):
+            if f"{prefix}{name}" not in state_dict:
+                continue
             setattr(self, name, getattr(self, name).new_empty(state_dict[f"{prefix}{name}"].shape))
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.names = decode_names(self.encoded_names)

@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from anomalib_decad.components.options import SynthesisOptions
 from anomalib_decad.components.precision import at_least_float32
+from anomalib_decad.components.ranges import check_range
 
 __all__ = ["AdversarialSynthesis", "square_grid"]
 
@@ -58,9 +59,7 @@ class AdversarialSynthesis(nn.Module):
 
     def __init__(self, delta: float = 2.5, options: SynthesisOptions = SynthesisOptions()) -> None:
         super().__init__()
-        if not delta > 0:
-            msg = f"delta must be positive, got {delta}"
-            raise ValueError(msg)
+        check_range(delta > 0, "delta", "positive", delta)
         self.delta = delta
         self.options = options
 

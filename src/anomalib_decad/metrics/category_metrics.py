@@ -30,9 +30,18 @@ class CategoryMetrics:
         max_fpr (float): Largest false positive rate of AUPRO.
             Defaults to ``0.3``.
         max_bins (int): Bins of a :class:`ScoreHistogram`.
+            Defaults to ``2**17``.
+
+    Raises:
+        ValueError: If an argument is out of its range.
     """
 
     def __init__(self, max_fpr: float = 0.3, max_bins: int = 2**17) -> None:
+        if not 0 < max_fpr <= 1:
+            msg = f"max_fpr must be in (0, 1], got {max_fpr}"
+            raise ValueError(msg)
+        # It checks the number of bins.
+        ScoreHistogram(max_bins)
         self.max_fpr = max_fpr
         self.max_bins = max_bins
         self.reset()

@@ -56,6 +56,7 @@ class CategoryEvaluator(Evaluator):
             Defaults to ``0.3``.
         max_bins (int): Largest number of bins that the scores of a category are counted in. See
             :class:`anomalib_decad.metrics.ScoreHistogram`.
+            Defaults to ``2**17``.
 
     Attributes:
         results (dict[str, dict[str, float]]): The metrics of the last test, in [0, 1] or NaN, for each category and for
@@ -68,9 +69,6 @@ class CategoryEvaluator(Evaluator):
 
     def __init__(self, max_fpr: float = 0.3, max_bins: int = 2**17) -> None:
         super().__init__()
-        if not 0 < max_fpr <= 1:
-            msg = f"max_fpr must be in (0, 1], got {max_fpr}"
-            raise ValueError(msg)
         self.metrics = CategoryMetrics(max_fpr, max_bins)
         self._decisions = _DecisionCounter()
         self.results: dict[str, dict[str, float]] = {}

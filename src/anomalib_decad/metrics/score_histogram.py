@@ -148,10 +148,6 @@ class ScoreHistogram:
         """Return the smallest score, rounded down to its bin."""
         return float(_decode(self.codes[:1] << self.shift)[0])
 
-    def largest(self) -> float:
-        """Return the largest score, rounded up to its bin's largest."""
-        return float(self._upper_edges(self.codes[-1:])[0])
-
     def _upper_edges(self, codes: np.ndarray) -> np.ndarray:
         """Give the largest score of some bins."""
         return _decode(((codes + 1) << self.shift) - 1)

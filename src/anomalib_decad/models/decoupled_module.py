@@ -20,6 +20,7 @@ from anomalib_decad.components import (
 from anomalib_decad.components.embedding_decoupling import LEARNED_DECOUPLER, LEARNED_LOSS, LEARNED_SYNTHESIS
 from anomalib_decad.components.encoders import default_size
 from anomalib_decad.components.options import as_options
+from anomalib_decad.components.ranges import check_range
 from anomalib_decad.models.base_module import BaseModule
 from anomalib_decad.models.parameter_groups import parameter_groups
 
@@ -82,9 +83,7 @@ class DecoupledModule(BaseModule):
             ("learning_rate", learning_rate),
             ("decoupling_learning_rate", decoupling_learning_rate),
         ):
-            if not rate > 0:
-                msg = f"{name} must be positive, got {rate}"
-                raise ValueError(msg)
+            check_range(rate > 0, name, "positive", rate)
         self.decoupling_learning_rate = decoupling_learning_rate
         self.learning_rate = learning_rate
 
@@ -163,5 +162,5 @@ class DecoupledModule(BaseModule):
         loss = terms["reconstruction"]
         if decoupling := self.model.decoupling:
             terms |= (extra := decoupling.losses())
-            loss = loss + torch.stack(list(extra.values())).sum()
+            loss = loss + sum(extra.values())
         return self.log_losses(loss, terms, len(images))

@@ -252,9 +252,14 @@ def test_predictions_know_their_category(make_engine, make_model, make_data):
     ("arguments", "message"),
     [
         ({"image_size": (70, 64)}, "multiples of its patch of 16 x 16 pixels, got 70 x 64; 64 x 64 would do"),
+        ({"image_size": (0, 0)}, r"image_size must be two positive numbers, as \[280, 280\], got \[0, 0\]"),
+        ({"image_size": (64,)}, "image_size must be two positive numbers"),
         ({"pre_processor": PreProcessor(Resize((70, 64)))}, "multiples of its patch"),
         ({"pre_processor": PreProcessor(Resize((64, 64))), "image_size": (64, 64)}, "image_size belongs to"),
         ({"learning_rate": 0.0}, "learning_rate must be positive"),
+        ({"weight_decay": -1.0}, "weight_decay must be at least 0"),
+        ({"warmup_steps": -3}, "warmup_steps must be at least 0"),
+        ({"gradient_clip_val": float("nan")}, "gradient_clip_val must be at least 0"),
         ({"max_steps": 0}, "max_steps must be positive"),
         ({"layers": [3, 9]}, "increasing numbers from 1 to 6, the depth of test_vit"),
         ({"encoder": "resnet18"}, "no vision transformer"),
@@ -299,5 +304,18 @@ def test_labels_are_optional_at_test_time():
 
 @pytest.mark.parametrize("precision", ["bf16-true", "16-true", "64-true"])
 def test_other_precisions_are_refused(precision, make_engine, make_model, make_data):
-    with pytest.raises(ValueError, match=f"precision must be one of 32-true, bf16-mixed, 16-mixed .*got {precision}"):
+    with pytest.raises(ValueError, match=f"precision must be one of 32-true, bf16-mixed, 16-mixed, got {precision}"):
         make_engine(precision=precision).fit(make_model(), datamodule=make_data())
+    with pytest.raises(ValueError, match="precision must be one of"):
+        make_engine(precision=precision).predict(make_model(), datamodule=make_data())
+
+
+def test_a_model_in_training_mode_does_not_predict(make_model):
+    with pytest.raises(RuntimeError, match=r"call model\.eval\(\) before"):
+        make_model().train()(torch.rand(1, 3, 64, 64))
+
+
+@pytest.mark.parametrize("argument", ["train_batch_size", "eval_batch_size", "num_workers"])
+def test_sizes_of_batches_are_checked(argument, make_data):
+    with pytest.raises(ValueError, match=f"{argument} must be at least [01], got -1"):
+        make_data(**{argument: -1})

@@ -137,7 +137,7 @@ def test_margin_is_checked():
 
 
 def test_focus_is_checked():
-    with pytest.raises(ValueError, match="focus must not be negative, got -1"):
+    with pytest.raises(ValueError, match="focus must be at least 0, got -1"):
         DecADLoss(focus=-1)
 
 

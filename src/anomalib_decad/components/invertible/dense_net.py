@@ -10,6 +10,7 @@ from torch.nn import functional
 from torch.nn.utils.parametrizations import spectral_norm
 
 from anomalib_decad.components.invertible.pila import Pila
+from anomalib_decad.components.ranges import check_range
 
 __all__ = ["DenseLayer", "FusedDenseNet", "LipschitzDenseNet", "dense"]
 
@@ -93,12 +94,8 @@ class LipschitzDenseNet(nn.Module):
     ) -> None:
         super().__init__()
         for name, value in (("dim", dim), ("hidden_dim", hidden_dim), ("growth", growth), ("depth", depth)):
-            if value < 1:
-                msg = f"{name} must be at least 1, got {value}"
-                raise ValueError(msg)
-        if not 0 < lipschitz < 1:
-            msg = f"lipschitz must be between 0 and 1 (both excluded), got {lipschitz}"
-            raise ValueError(msg)
+            check_range(value >= 1, name, "at least 1", value)
+        check_range(0 < lipschitz < 1, "lipschitz", "between 0 and 1 (both excluded)", lipschitz)
         self.lipschitz = lipschitz
         self.k = k
         self.encode = _normalized_linear(dim, hidden_dim)

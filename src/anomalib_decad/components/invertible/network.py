@@ -14,6 +14,7 @@ from anomalib_decad.components.invertible.fused import FusedNetwork, FusedUnit
 from anomalib_decad.components.invertible.unit import MonotoneUnit, SolverIterations, solver_dtype
 from anomalib_decad.components.options import InvertibleOptions
 from anomalib_decad.components.precision import at_least_float32
+from anomalib_decad.components.ranges import check_range
 
 __all__ = ["InvertibleNetwork"]
 
@@ -54,9 +55,7 @@ class InvertibleNetwork(nn.Module):
         learned_norms: bool = True,
     ) -> None:
         super().__init__()
-        if dim < 1:
-            msg = f"dim must be at least 1, got {dim}"
-            raise ValueError(msg)
+        check_range(dim >= 1, "dim", "at least 1", dim)
         self.dim = dim
         self.sequence = SequenceINN(dim)
         for _ in range(options.num_blocks):
@@ -126,6 +125,8 @@ class InvertibleNetwork(nn.Module):
         Returns:
             FusedNetwork: The copy, which can be pickled and exported.
         """
+        is_training = self.training
+        # In training mode the spectral norms would go on with their iteration.
         self.eval()
         forward_units: list[tuple[FusedUnit, int]] = []
         inverse_units: list[tuple[FusedUnit, int]] = []
@@ -139,6 +140,7 @@ class InvertibleNetwork(nn.Module):
             else:
                 forward_units.append(module.fused(rev=False))
                 inverse_units.append(module.fused(rev=True))
+        self.train(is_training)
         return FusedNetwork(forward_units, reversed(inverse_units))
 
     def _run(self, x: torch.Tensor, rev: bool) -> torch.Tensor:

@@ -4,6 +4,8 @@
 import torch
 from torch import nn
 
+from anomalib_decad.components.ranges import check_range
+
 __all__ = ["Pila"]
 
 
@@ -30,9 +32,7 @@ class Pila(nn.Module):
 
     def __init__(self, k: float = 5.0) -> None:
         super().__init__()
-        if not k > 0:
-            msg = f"k must be positive, got {k}"
-            raise ValueError(msg)
+        check_range(k > 0, "k", "positive", k)
         self.k = k
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -29,6 +29,7 @@ from anomalib_decad.components import (
 )
 from anomalib_decad.components.options import as_options
 from anomalib_decad.components.precision import at_least_float32
+from anomalib_decad.components.ranges import check_range
 from anomalib_decad.feature_cache import FeatureBatch, FeatureCaching, IndexBatch
 from anomalib_decad.models.base_module import BaseModule
 from anomalib_decad.models.decad.anomaly_map import AnomalyMapGenerator, AnomalyMapOptions
@@ -116,7 +117,8 @@ class DecAD(BaseModule, AnomalibModule):
         cuda_graph (bool): Whether to record the training step as a CUDA graph, which starts its thousands of small
             operations at once. On one NVIDIA GPU, without gradient accumulation.
             Defaults to ``False``.
-        **kwargs (Any): ``max_steps`` and the four of anomalib: arguments of :class:`BaseModule`.
+        **kwargs (Any): ``max_steps``, ``save_maps``, ``report`` and the four of anomalib: arguments of
+            :class:`BaseModule`.
 
     Raises:
         ValueError: If an argument is out of its range or does not fit the encoder.
@@ -165,9 +167,9 @@ class DecAD(BaseModule, AnomalibModule):
         loss = as_options(DecouplingLossOptions, loss)
         anomaly_map = as_options(AnomalyMapOptions, anomaly_map)
         super().__init__(gradient_clip_val=gradient_clip_val, **kwargs)
-        if not learning_rate > 0:
-            msg = f"learning_rate must be positive, got {learning_rate}"
-            raise ValueError(msg)
+        check_range(learning_rate > 0, "learning_rate", "positive", learning_rate)
+        for name, value in (("weight_decay", weight_decay), ("warmup_steps", warmup_steps)):
+            check_range(value >= 0, name, "at least 0", value)
         vit = ViTEncoder(encoder, layers, encoder_weights)
         self.model = DecADModel(
             encoder=vit,
@@ -270,7 +272,8 @@ class DecAD(BaseModule, AnomalibModule):
         """Compute the loss of a batch of normal images.
 
         Args:
-            batch (Batch | FeatureBatch): Batch with images of shape (B, 3, H, W), or with their features.
+            batch (Batch | FeatureBatch | IndexBatch): Batch with images of shape (B, 3, H, W), with their features, or
+                with their indices in the cache.
             *args (Any): Unused.
             **kwargs (Any): Unused.
 

@@ -6,6 +6,7 @@ from torch import nn
 
 from anomalib_decad.components.losses import DecouplingLoss
 from anomalib_decad.components.options import DecouplingLossOptions
+from anomalib_decad.components.ranges import check_range
 from anomalib_decad.models.decad.anomaly_map import AnomalyMapGenerator
 from anomalib_decad.models.decad.torch_model import TrainingOutput
 
@@ -38,9 +39,7 @@ class DecADLoss(nn.Module):
 
     def __init__(self, options: DecouplingLossOptions = DecouplingLossOptions(), focus: float = 2.0) -> None:
         super().__init__()
-        if not focus >= 0:
-            msg = f"focus must not be negative, got {focus}"
-            raise ValueError(msg)
+        check_range(focus >= 0, "focus", "at least 0", focus)
         self.focus = focus
         self.decoupling = DecouplingLoss(options)
 
