@@ -112,11 +112,12 @@ def test_all_datamodules_with_categories(name, number, tmp_path):
         assert str(module.root) == str(tmp_path)
 
 
-def test_a_category_that_would_be_lost_in_the_tables_is_refused(mvtec_root, tmp_path):
+@pytest.mark.parametrize("name", ["mean", "unknown"])
+def test_a_category_that_would_be_lost_in_the_tables_is_refused(name, mvtec_root, tmp_path):
     root = tmp_path / "copy"
     shutil.copytree(mvtec_root, root)
-    (root / "bolts").rename(root / "mean")
-    with pytest.raises(ValueError, match="a category cannot be called 'mean', .* rename its folder"):
+    (root / "bolts").rename(root / name)
+    with pytest.raises(ValueError, match=f"a category cannot be called '{name}', .* rename its folder"):
         MultiCategory("MVTecAD", root=root)
 
 

@@ -108,6 +108,34 @@ def test_an_image_without_its_mask_is_named(layout, tmp_path):
         MultiCategory(layout, root=tmp_path, num_workers=0, **arguments).setup()
 
 
+@pytest.mark.parametrize("name", ["abnormal_dir", "mask_dir"])
+def test_a_folder_that_no_product_has_is_mistyped(name, tmp_path):
+    write_defects(tmp_path / "gear", ["1"])
+    write_defects(tmp_path / "nut", ["1"])
+    shutil.rmtree(tmp_path / "nut" / FOLDER[name])
+    MultiCategory("Folder", root=tmp_path, num_workers=0, datamodule_args=FOLDER)
+    with pytest.raises(FileNotFoundError, match=f"{name}: there is no folder .*/gear/wrong, nor in any other product"):
+        MultiCategory("Folder", root=tmp_path, num_workers=0, datamodule_args={**FOLDER, name: "wrong"})
+
+
+def test_several_masks_of_an_image_are_joined_or_refused(tmp_path):
+    write_defects(tmp_path / "gear", ["1"], "{}_mask.png")
+    other = np.zeros((32, 32))
+    other.flat[-3:] = 255
+    write(tmp_path / "gear" / "ground_truth" / "square" / "1_mask.bmp", other)
+    assert pairs_of(MultiCategory("MVTecAD", root=tmp_path, num_workers=0)) == [(1, 4)]
+    write(tmp_path / "gear" / "ground_truth" / "square" / "1_mask.bmp", np.zeros((16, 32)))
+    with pytest.raises(MisMatchError, match=r"1_mask\.bmp, .*1_mask\.png are of one image, and have different sizes"):
+        MultiCategory("MVTecAD", root=tmp_path, num_workers=0).setup()
+
+
+def test_a_broken_link_is_said(tmp_path, caplog):
+    write_defects(tmp_path / "gear", ["1"])
+    (tmp_path / "gear" / "train" / "good" / "link.png").symlink_to("nowhere.png")
+    assert pairs_of(MultiCategory("MVTecAD", root=tmp_path, num_workers=0)) == [(1, 1)]
+    assert "1 links lead nowhere, the first is" in caplog.text
+
+
 def test_a_mask_without_its_image_is_named(tmp_path, caplog):
     write_defects(tmp_path / "gear", ["1", "10"])
     (tmp_path / "gear" / "test" / "square" / "1.png").unlink()
@@ -119,7 +147,8 @@ def test_a_mask_without_its_image_is_named(tmp_path, caplog):
 def test_a_product_without_masks_is_scored_by_images(layout, tmp_path, caplog):
     make_dataset(tmp_path, ("gear",), num_train=2, num_test=2)
     shutil.rmtree(tmp_path / "gear" / "ground_truth")
-    arguments = {"datamodule_args": FOLDER, "val_split_mode": "same_as_test"} if layout == "Folder" else {}
+    folders = {name: folder for name, folder in FOLDER.items() if name != "mask_dir"}
+    arguments = {"datamodule_args": folders, "val_split_mode": "same_as_test"} if layout == "Folder" else {}
     datamodule = MultiCategory(layout, root=tmp_path, num_workers=0, **arguments)
     datamodule.setup()
     batch = next(iter(datamodule.test_dataloader()))

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from anomalib_decad import MultiCategory
+from anomalib_decad.data import reading
 from anomalib_decad.data.reading import find_white, is_deep, read_image, read_mask
 from conftest import ROOT, make_dataset
 
@@ -82,6 +83,31 @@ def test_values_above_white_are_clipped_and_said(tmp_path, caplog):
     path = write(tmp_path / "bright.png", np.full((4, 4), 4000, np.uint16))
     assert read_image(path, 1022).max() == 1
     assert "bright.png has values above 1022" in caplog.text
+
+
+@pytest.mark.parametrize("odd", [np.nan, np.inf, -np.inf])
+def test_values_that_are_not_finite_do_not_make_white(odd, tmp_path):
+    values = np.linspace(0, 0.5, 16, dtype=np.float32).reshape(4, 4)
+    values[0, 0] = odd
+    paths = [write(tmp_path / name, values) for name in ("first.tif", "second.tif")]
+    assert find_white(paths) == (1.0, "fractions")
+    image = read_image(paths[0], 1.0)
+    assert image[0, 0, 0] == (1.0 if odd == np.inf else 0.0)
+    torch.testing.assert_close(image[:, 1:].as_subclass(torch.Tensor), torch.from_numpy(values[1:]).expand(3, -1, -1))
+    write(paths[1], np.full((4, 4), odd, np.float32))
+    for read in (find_white, lambda paths: [read_image(path) for path in paths]):
+        with pytest.raises(OSError, match=r"second\.tif cannot be read \(it has no finite value\)"):
+            read(paths)
+
+
+def test_negative_values_are_black_and_said(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(reading, "_clipped", set())  # each is said once
+    path = write(tmp_path / "height.tif", np.linspace(-1, 1, 16, dtype=np.float32).reshape(4, 4))
+    assert read_image(path, 1.0).min() == 0
+    assert "height.tif has negative values: they are clipped" in caplog.text
+    write(path, np.full((4, 4), -9, np.float32))
+    with pytest.raises(OSError, match=r"all values of .*height\.tif are negative, and 0 is black"):
+        find_white([path])
 
 
 @pytest.mark.parametrize("bits", [8, 10, 12, 16])

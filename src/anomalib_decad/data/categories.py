@@ -24,7 +24,8 @@ logger = logging.getLogger(__name__)
 _ARCHIVES = {".gz", ".tar", ".tgz", ".xz", ".zip"}
 
 #: Row of the mean in tables of metrics, which a category of this name would be lost to.
-_MEAN = "mean"
+#: Names that tables and files have for something else.
+_RESERVED = {"mean": "the mean over the categories", "unknown": "what is unlike every category"}
 
 
 def create_datamodules(
@@ -47,9 +48,10 @@ def create_datamodules(
         ValueError: If a name, an argument or the root is wrong; the message lists the valid ones.
     """
     datamodules = _create(datamodule, [categories] if isinstance(categories, str) else categories, settings)
-    if _MEAN in datamodules:
-        msg = f"a category cannot be called {_MEAN!r}, as the mean over the categories is: rename its folder"
-        raise ValueError(msg)
+    for name, what in _RESERVED.items():
+        if name in datamodules:
+            msg = f"a category cannot be called {name!r}, as {what} is: rename its folder"
+            raise ValueError(msg)
     return datamodules
 
 
@@ -74,7 +76,7 @@ def _create(
 def is_without_images(datamodule: AnomalibDataModule) -> bool:
     """Tell whether the root of a datamodule does not exist, or has nothing but archives in it."""
     root = getattr(datamodule, "root", None)
-    if root is None or not Path(root).exists():
+    if root is None or not Path(root).is_dir():
         return root is not None
     entries = [entry for entry in Path(root).iterdir() if not entry.name.startswith(".")]
     return all(entry.is_file() and entry.suffix in _ARCHIVES for entry in entries)
@@ -188,7 +190,7 @@ def _choose_categories(template: AnomalibDataModule, categories: Sequence[str | 
     if not names or wrong or len(set(names)) != len(names):
         problem = f"no category {', '.join(map(repr, wrong))}" if wrong else f"categories must be different: {names}"
         if not names:
-            problem = f"no categories found in {root}"
+            problem = f"no categories found in {root}: a category is a folder {_describe_layout(template)}"
         msg = f"{name}: {problem}; valid names are {', '.join(valid) or 'unknown'}, those in {root}"
         raise ValueError(msg)
     return names
@@ -200,7 +202,7 @@ def _check_missing_root(template: AnomalibDataModule) -> None:
     parameter = inspect.signature(type(template)).parameters.get("root")
     default = parameter.default if parameter else None
     is_default = (isinstance(default, str | Path) and Path(default) == root) or root.parent == get_datasets_dir()
-    if not root.exists() and not is_default:
+    if not root.is_dir() and (root.exists() or not is_default):
         remedy = (
             f": make it to have {type(template).__name__} downloaded into it" if describe_download(template) else ""
         )

@@ -133,6 +133,11 @@ def look_at_subsets(tables: Mapping[str, pd.DataFrame]) -> list[str]:
     return findings
 
 
+def _size_of(path: str | Path) -> tuple[int, int]:
+    with naming(path), Image.open(path) as image:
+        return image.size
+
+
 def _look_at_masks(samples: pd.DataFrame) -> list[str]:
     anomalous = samples[samples.label_index == LabelName.ABNORMAL]
     masks = [value if isinstance(value, list) else [value] for value in anomalous.mask_path]
@@ -144,6 +149,10 @@ def _look_at_masks(samples: pd.DataFrame) -> list[str]:
     if missing:
         msg = f"{len(missing)} of {len(anomalous)} anomalous images have no mask, the first is {missing[0]}"
         raise MisMatchError(msg)
+    for paths in masks:
+        if len(paths) > 1 and len({_size_of(path) for path in paths}) > 1:
+            msg = f"the masks {', '.join(map(str, paths))} are of one image, and have different sizes: make them equal"
+            raise MisMatchError(msg)
     findings = []
     pairs = {str(paths[0]): str(image) for image, paths in zip(anomalous.image_path, masks, strict=True)}
     for path in _sample(list(pairs), _MASKS):

@@ -27,7 +27,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from anomalib_decad.compat import replace_setup
 from anomalib_decad.data.pairing import pair_by_name
 
-__all__ = ["ListedDataset", "list_by_name"]
+__all__ = ["ListedDataset", "check_folders", "list_by_name"]
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ def _list_mvtec(root: Path, normal: str) -> pd.DataFrame:
     anomalous = [label != normal for label in labels]
     masks: dict[tuple[str, str], list[Path]] = {}
     for mask in _images_in(root, "ground_truth/*/*"):
-        masks[mask.parent.name, mask.stem] = [mask]
+        masks.setdefault((mask.parent.name, mask.stem), []).append(mask)
     for mask in _images_in(root, "ground_truth/*/*/*"):
         masks.setdefault((mask.parents[1].name, mask.parent.name), []).append(mask)
     wanted = [file for file, split, bad in zip(files, splits, anomalous, strict=True) if bad and split == "test"]
@@ -117,10 +117,35 @@ def _list_mvtec(root: Path, normal: str) -> pd.DataFrame:
 _FOLDERS = ("normal_dir", "normal_test_dir", "abnormal_dir", "mask_dir")
 
 
+def check_folders(datamodules: Sequence[AnomalibDataModule]) -> None:
+    """Refuse an argument of :class:`Folder` that names no folder of any product: it is mistyped.
+
+    One product may have no defects, and another no masks.
+
+    Args:
+        datamodules (Sequence[AnomalibDataModule]): Those of all products.
+
+    Raises:
+        FileNotFoundError: If there is one.
+    """
+    for name in _FOLDERS:
+        wanted = [folder for module in datamodules if isinstance(module, Folder) for folder in _named(module, name)]
+        if wanted and not any(folder.is_dir() for folder in wanted):
+            msg = f"{name}: there is no folder {wanted[0]}" + (", nor in any other product" if len(wanted) > 1 else "")
+            raise FileNotFoundError(msg)
+
+
+def _named(datamodule: Folder, name: str) -> list[Path]:
+    """List the folders that an argument names."""
+    wanted = getattr(datamodule, name)
+    folders = [wanted] if isinstance(wanted, str | Path) else wanted or []
+    return [(Path(datamodule.root or ".").resolve() / folder).resolve() for folder in folders]
+
+
 def _list_folders(datamodule: Folder) -> pd.DataFrame:
     """List the folders of a :class:`Folder`. A product may have no defects."""
     root = Path(datamodule.root or ".").resolve()
-    inside = _images_in_folders(datamodule, root)
+    inside = _images_in_folders(datamodule)
     parts = [
         (file, label, split)
         for name, label, split in (
@@ -136,7 +161,8 @@ def _list_folders(datamodule: Folder) -> pd.DataFrame:
     abnormal, mask_folders = inside["abnormal_dir"], inside["mask_dir"]
     # Folders of masks go with those of defects in their order, or one has all.
     is_in_order = len(abnormal) == len(mask_folders)
-    wanted, keys, masks = [], [], {}
+    wanted, keys = [], []
+    masks: dict[tuple[str, str], list[Path]] = {}
     for index, (folder, images) in enumerate(abnormal):
         for file in images:
             start = Path(str(index) if is_in_order else folder.name)
@@ -145,20 +171,18 @@ def _list_folders(datamodule: Folder) -> pd.DataFrame:
     for index, (folder, images) in enumerate(mask_folders):
         for file in images:
             start = Path(str(index) if is_in_order else ".")
-            masks[str(start / file.parent.relative_to(folder)), file.stem] = [file]
+            masks.setdefault((str(start / file.parent.relative_to(folder)), file.stem), []).append(file)
     found = pair_by_name(keys, masks, anywhere=True)
     remedy = f"{mask_folders[0][0]}/{{0.stem}}.png" if mask_folders else ""
     pairs = _check_pairs(root, wanted, found, masks, remedy)
     return _make_table(root, files, labels, splits, anomalous, pairs, can_have_masks=bool(mask_folders))
 
 
-def _images_in_folders(datamodule: Folder, root: Path) -> dict[str, list[tuple[Path, list[Path]]]]:
+def _images_in_folders(datamodule: Folder) -> dict[str, list[tuple[Path, list[Path]]]]:
     """List the folders of each argument and their images. Of folders in one another the innermost has an image."""
     named: dict[str, list[Path]] = {}
     for name in _FOLDERS:
-        wanted = getattr(datamodule, name)
-        folders = [wanted] if isinstance(wanted, str | Path) else wanted or []
-        named[name] = [(root / folder).resolve() for folder in folders]
+        named[name] = _named(datamodule, name)
         for folder in named[name]:
             if not folder.is_dir() and name in {"normal_dir", "normal_test_dir"}:
                 msg = f"there is no folder {folder}, which {name} names"
@@ -179,8 +203,10 @@ def _images_in_folders(datamodule: Folder, root: Path) -> dict[str, list[tuple[P
 
 
 def _images_in(root: Path, pattern: str, extensions: tuple[str, ...] = IMG_EXTENSIONS) -> list[Path]:
-    files = (file for file in root.glob(pattern) if file.suffix.lower() in extensions and file.is_file())
-    return sorted(file for file in files if not file.name.startswith("."))
+    named = [file for file in root.glob(pattern) if file.suffix.lower() in extensions and file.name[0] != "."]
+    if broken := [file for file in named if file.is_symlink() and not file.exists()]:
+        logger.warning("%s: %d links lead nowhere, the first is %s.", root, len(broken), min(broken))
+    return sorted(file for file in named if file.is_file())
 
 
 def _check_pairs(

@@ -21,7 +21,7 @@ from anomalib_decad.data.category_batch_sampler import CategoryBatchSampler
 from anomalib_decad.data.category_dataset import CategoryDataset
 from anomalib_decad.data.checks import check_category
 from anomalib_decad.data.hold_out import hold_out
-from anomalib_decad.data.layouts import list_by_name
+from anomalib_decad.data.layouts import check_folders, list_by_name
 
 __all__ = ["MultiCategory"]
 
@@ -128,6 +128,11 @@ class MultiCategory(AnomalibDataModule):
         if sampling not in {"auto", "natural", "balanced"}:
             msg = f"sampling must be 'auto', 'natural' or 'balanced', got {sampling!r}"
             raise ValueError(msg)
+        sizes = {"train_batch_size": train_batch_size, "eval_batch_size": eval_batch_size}
+        for name, value, smallest in (*((*item, 1) for item in sizes.items()), ("num_workers", num_workers or 0, 0)):
+            if value < smallest:
+                msg = f"{name} must be at least {smallest}, got {value}"
+                raise ValueError(msg)
         if bit_depth is not None and not 8 <= bit_depth <= 32:
             msg = f"bit_depth must be between 8 and 32, got {bit_depth}"
             raise ValueError(msg)
@@ -145,6 +150,7 @@ class MultiCategory(AnomalibDataModule):
         }
         settings = {name: value for name, value in settings.items() if value is not None}
         self.datamodules = create_datamodules(datamodule, categories, settings)
+        check_folders(list(self.datamodules.values()))
         self.whites: dict[str, float] = {}
         self._are_set_up = False
         roots = {str(getattr(module, "root", None)) for module in self.datamodules.values()}

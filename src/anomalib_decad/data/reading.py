@@ -56,11 +56,15 @@ def read_values(path: str | Path) -> np.ndarray:
         np.ndarray: Shape (H, W) or (H, W, 3), RGB.
 
     Raises:
-        OSError: If the file cannot be read.
+        OSError: If the file cannot be read, or has no finite value.
     """
     with PillowImage.open(path) as image:
         if image.mode.startswith(("I", "F")):
-            return np.asarray(image)
+            numbers = np.asarray(image)
+            if not np.isfinite(numbers).any():
+                msg = "it has no finite value"
+                raise OSError(msg)
+            return numbers
     flags = cv2.IMREAD_ANYDEPTH | cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
     # Not imread, which takes no letters outside ASCII on Windows.
     values = cv2.imdecode(np.fromfile(path, np.uint8), flags)
@@ -74,15 +78,22 @@ def find_white(paths: Iterable[str | Path]) -> tuple[float, str]:
     """Find the value of white in deep images of one product.
 
     Images of 10 or 12 bits are saved with 16. Their white is the largest value of as few bits (8, 10, 12, 16) as hold
-    all values of these images, not of each: a dark image must stay dark.
+    all values of these images, not of each: a dark image must stay dark. Values that are not finite do not count.
 
     Args:
         paths (Iterable[str | Path]): Deep images of the same product.
 
     Returns:
         tuple[float, str]: The value, and what to call its kind.
+
+    Raises:
+        OSError: If a file cannot be read, or all values of all are negative.
     """
-    largest = max(map(_largest, paths), default=FULL_WHITE)
+    names = list(paths)
+    largest = max(map(_largest, names), default=FULL_WHITE)
+    if largest < 0:
+        msg = f"all values of {names[0]} are negative, and 0 is black: save the images with values from 0 on"
+        raise OSError(msg)
     for white in _WHITES:
         # Fractions are either between 0 and 1, or of no known kind.
         if largest <= white and (largest > 1 or largest == 0):
@@ -92,7 +103,8 @@ def find_white(paths: Iterable[str | Path]) -> tuple[float, str]:
 
 def _largest(path: str | Path) -> float:
     with naming(path):
-        return float(np.nanmax(read_values(path)))
+        values = read_values(path)
+        return float(values[np.isfinite(values)].max())
 
 
 def read_image(path: str | Path, white: float = FULL_WHITE) -> torch.Tensor:
@@ -100,7 +112,8 @@ def read_image(path: str | Path, white: float = FULL_WHITE) -> torch.Tensor:
 
     Args:
         path (str | Path): An image file. Those of 8 bits are read as anomalib does.
-        white (float): The value of white in a deep image. What is brighter is clipped, which is said.
+        white (float): The value of white in a deep image. What is brighter, or negative, is clipped, which is said. NaN
+            is black.
             Defaults to ``65535``.
 
     Returns:
@@ -121,6 +134,9 @@ def read_image(path: str | Path, white: float = FULL_WHITE) -> torch.Tensor:
             path,
             white,
         )
+    if values.min() < 0 and 0.0 not in _clipped:
+        _clipped.add(0.0)
+        logger.warning("%s has negative values: they are clipped to 0, which is black.", path)
     values = (values / white).clamp(0, 1)
     values = values.permute(2, 0, 1) if values.ndim == 3 else values.expand(3, *values.shape)
     return Image(values.contiguous())

@@ -8,11 +8,12 @@ from typing import Any
 from anomalib.utils.path import generate_output_filename
 from anomalib.visualization import ImageVisualizer
 from lightning.pytorch import Trainer
-from PIL.Image import Image
+from PIL.Image import Image, registered_extensions
 from torchvision.transforms.v2.functional import to_pil_image
 
 from anomalib_decad.data.prediction_root import PredictionRoot
 from anomalib_decad.data.reading import FULL_WHITE, is_deep, read_image
+from anomalib_decad.whole_files import replacing
 
 __all__ = ["CategoryVisualizer"]
 
@@ -65,4 +66,7 @@ class CategoryVisualizer(ImageVisualizer):
                     to_pil_image(read_image(path, white_of(category))).save(item.image_path)
                 picture = self.visualize(item)
             if isinstance(picture, Image):
-                picture.save(target)
+                # The partial file has another ending.
+                kind = registered_extensions()[target.suffix.lower()]
+                with replacing(target) as partial:
+                    picture.save(partial, format=kind)
