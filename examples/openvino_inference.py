@@ -60,7 +60,24 @@ def find_white(paths: list[Path], bits: int | None) -> float:
 def read_thresholds(model: Path) -> dict:
     """Read the thresholds beside a model; 0.5 for all if there are none."""
     path = model.with_suffix(".thresholds.json")
-    return {"unit": "normalized", **json.loads(path.read_text())} if path.is_file() else NONE
+    if not path.is_file():
+        return NONE
+    try:
+        thresholds = {"unit": "normalized", **json.loads(path.read_text(encoding="utf-8-sig"))}
+        for number, row in enumerate(thresholds["categories"]):
+            row.setdefault("index", number)  # a file of before has all in their order
+            if not isinstance(row["name"], str):
+                raise ValueError(f"a category is called {row['name']}")
+        for row in (thresholds, *thresholds["categories"]):
+            for kind in ("image", "pixel"):
+                if row[kind] is None and thresholds["unit"] == "raw":
+                    continue  # exported without thresholds
+                row[kind] = float(row[kind])
+                if not np.isfinite(row[kind]) or (thresholds["unit"] != "raw" and not 0 <= row[kind] <= 1):
+                    raise ValueError(f"{kind} is {row[kind]}, no score")
+    except (KeyError, OverflowError, TypeError, ValueError) as error:
+        raise SystemExit(f"{path} has no thresholds of an export ({error}): correct it, or export again") from None
+    return thresholds
 
 
 def choose(thresholds: dict, index: int | None, name: str | None) -> tuple[str, float | None, float | None]:
@@ -72,9 +89,12 @@ def choose(thresholds: dict, index: int | None, name: str | None) -> tuple[str, 
             raise SystemExit(f"no thresholds of {name!r}: there are {', '.join(p['name'] for p in products) or 'none'}")
         return name, found[0]["image"], found[0]["pixel"]
     if index is None and len(products) == 1:
-        index = 0  # a model of one product
-    if index is not None and 0 <= index < len(products):
-        return products[index]["name"], products[index]["image"], products[index]["pixel"]
+        index = products[0]["index"]  # a model of one product
+    found = [product for product in products if product["index"] == index]
+    if found:
+        return found[0]["name"], found[0]["image"], found[0]["pixel"]
+    if index is not None and index >= 0:
+        raise SystemExit(f"no thresholds of the product with index {index}: put its row back, or export again")
     if index is None and any(p["image"] != thresholds["image"] or p["pixel"] != thresholds["pixel"] for p in products):
         raise SystemExit(
             "the thresholds of products differ, but the model does not say which product an image shows: export it "
@@ -138,7 +158,7 @@ def main() -> None:
         cv2.imwrite(str(target), draw(image, anomaly_map, mask))
         verdict = "without a threshold"
         if image_threshold is not None:
-            verdict = "anomalous" if result["pred_score"] > image_threshold else "normal"
+            verdict = "normal" if result["pred_score"] <= image_threshold else "anomalous"  # as NaN is
         what = f"{product}, " if product else ""
         print(f"{path}: {what}score {float(result['pred_score']):.4f}, {verdict}, heatmap {target}")
     if skipped:

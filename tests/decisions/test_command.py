@@ -64,8 +64,8 @@ def test_an_export_is_shown_and_changed(exported, capsys):
     assert "normalized scores" in capsys.readouterr().out
     content = json.loads(exported.read_text())
     assert content["categories"] == [
-        {"name": "bolt", "image": 0.7, "pixel": 0.5},
-        {"name": "nut", "image": 0.6, "pixel": 0.5},
+        {"index": 0, "name": "bolt", "image": 0.7, "pixel": 0.5},
+        {"index": 1, "name": "nut", "image": 0.6, "pixel": 0.5},
     ]
     assert content["image"] == 0.6
 
@@ -80,7 +80,7 @@ def test_an_export_of_raw_scores_has_raw_thresholds(tmp_path, capsys):
     assert "raw scores" in capsys.readouterr().out
     content = json.loads(path.read_text())
     # A quarter of the range above the threshold, as a sensitivity of a quarter wants.
-    assert content["categories"] == [{"name": "bolt", "image": 1.25, "pixel": 0.5}]
+    assert content["categories"] == [{"index": 0, "name": "bolt", "image": 1.25, "pixel": 0.5}]
     assert (content["image"], content["pixel"]) == (1.25, 7)
 
 
@@ -93,7 +93,7 @@ def test_a_model_that_was_never_validated_has_no_thresholds(tmp_path, capsys):
     main([str(path)])
     assert capsys.readouterr().out.count("-") >= 4
     main([str(path), "--category", "bolt", "--image", "3"])
-    assert json.loads(path.read_text())["categories"] == [{"name": "bolt", "image": 3, "pixel": None}]
+    assert json.loads(path.read_text())["categories"] == [{"index": 0, "name": "bolt", "image": 3, "pixel": None}]
 
 
 @pytest.mark.parametrize(
@@ -133,24 +133,45 @@ def test_a_file_that_is_no_checkpoint(content, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "content",
+    ("content", "message"),
     [
-        "[]",
-        "{}",
-        '{"image": 0.5, "pixel": 0.5}',
-        '{"unit": "metre", "image": 0.5, "pixel": 0.5, "categories": []}',
-        '{"image": null, "pixel": 0.5, "categories": []}',
-        '{"image": "0.5", "pixel": 0.5, "categories": []}',
-        "{",
+        ("[]", "no thresholds of an export"),
+        ("{}", "no thresholds of an export"),
+        ('{"image": 0.5, "pixel": 0.5}', "no thresholds of an export"),
+        ('{"unit": "metre", "image": 0.5, "pixel": 0.5, "categories": []}', "no thresholds of an export"),
+        ('{"image": null, "pixel": 0.5, "categories": []}', "no thresholds of an export"),
+        ('{"image": "0.5", "pixel": 0.5, "categories": []}', "no thresholds of an export"),
+        (f'{{"image": 1{400 * "0"}, "pixel": 0.5, "categories": []}}', "no thresholds of an export"),
+        ('{"image": 0.5, "pixel": 0.5, "categories": [{"name": 5, "image": 0.5, "pixel": 0.5}]}', "a name of its own"),
+        (
+            '{"image": 0, "pixel": 0, "categories": [{"index": 1, "name": "a", "image": 0, "pixel": 0},'
+            '{"index": 1, "name": "b", "image": 0, "pixel": 0}]}',
+            "the index that it was exported with",
+        ),
+        ("{", "no JSON: Expecting property name enclosed in double quotes: line 1 column 2"),
     ],
 )
-def test_an_edited_file_that_is_wrong(content, tmp_path, capsys):
+def test_an_edited_file_that_is_wrong(content, message, tmp_path, capsys):
     path = tmp_path / "model.thresholds.json"
     path.write_text(content)
     with pytest.raises(SystemExit):
         main([str(path), "--image", "0.4"])
-    assert "no thresholds of an export" in " ".join(capsys.readouterr().err.split())
+    assert message in " ".join(capsys.readouterr().err.split())
     assert path.read_text() == content
+
+
+def test_a_mark_of_the_encoding_is_no_error(exported, capsys):
+    exported.write_bytes(b"\xef\xbb\xbf" + exported.read_bytes())
+    main([str(exported)])
+    assert "nut" in capsys.readouterr().out
+
+
+def test_what_is_no_file_is_not_replaced(exported, tmp_path, capsys):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(SystemExit):
+        main([str(exported), "--image", "0.4", "--output", str(tmp_path / "folder")])
+    assert "no file that could be replaced" in " ".join(capsys.readouterr().err.split())
+    assert (tmp_path / "folder").is_dir()
 
 
 def test_odd_names_links_and_modes(tmp_path, capsys):

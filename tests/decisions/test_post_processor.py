@@ -365,6 +365,12 @@ def test_half_precision_decides_as_single_does():
     assert post_processor._decide(scores, None, torch.tensor([1, 1])).pred_label.tolist() == [False, True]
 
 
+def test_a_score_that_is_no_number_is_not_normal():
+    post_processor = validate(CategoryPostProcessor(), *two_products())
+    scores = torch.tensor([math.nan, math.nan])
+    assert post_processor._decide(scores, None, torch.tensor([0, -1])).pred_label.all()
+
+
 def test_scores_that_are_not_finite_are_refused():
     batch = make_batch(["nut"], [math.inf], [False])
     batch.gt_label = None

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import runpy
 import shutil
 import subprocess
 import sys
@@ -437,6 +438,36 @@ def test_no_size_to_export_for_is_one_clear_error(encoder_weights, tmp_path):
     with pytest.raises(ValueError, match="48 x 64 would do"):
         model.to_onnx(tmp_path, input_size=(50, 60))
     assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_exported_is_refused_before_a_file_is_made(make_model, tmp_path):
+    model = make_model().eval()
+    with pytest.raises(ValueError, match=r"input_size must be two positive numbers, .* got \[-3, 64\]"):
+        model.to_onnx(tmp_path / "new", input_size=(-3, 64))
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OSError, match="give another folder"):
+        model.to_torch(tmp_path / "file")
+    model.post_processor.category = "foo"
+    with pytest.raises(ValueError, match="foo"):
+        model.to_torch(tmp_path / "new")
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name != "file"]
+
+
+@pytest.mark.parametrize("script", ["onnx_inference.py", "openvino_inference.py"])
+def test_examples_find_a_product_by_its_index(script, tmp_path):
+    example = runpy.run_path(str(ROOT / "examples" / script))
+    rows = [{"index": i, "name": f"p{i}", "image": 0.1 * i, "pixel": 0.5} for i in range(3)]
+    path = tmp_path / "model.thresholds.json"
+    path.write_text(json.dumps({"image": 0.5, "pixel": 0.5, "categories": rows[:0:-1]}), encoding="utf-8-sig")
+    thresholds = example["read_thresholds"](tmp_path / "model.xml")
+    assert example["choose"](thresholds, 1, None) == ("p1", 0.1, 0.5)
+    assert example["choose"](thresholds, -1, None) == ("unknown", 0.5, 0.5)
+    with pytest.raises(SystemExit, match="no thresholds of the product with index 0"):
+        example["choose"](thresholds, 0, None)
+    for value in ("NaN", "-1", "null", '"x"', 400 * "9"):
+        path.write_text(f'{{"image": {value}, "pixel": 0.5, "categories": []}}')
+        with pytest.raises(SystemExit, match="has no thresholds of an export"):
+            example["read_thresholds"](tmp_path / "model.xml")
 
 
 @pytest.mark.parametrize("size", [(20, 30), (40, 50), (33, 17), (500, 7)])

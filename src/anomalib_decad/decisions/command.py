@@ -12,6 +12,7 @@ normalized scores, the column score, where 0.5 is the threshold that it was expo
 
 import argparse
 import json
+import math
 import pickle
 import shutil
 from collections.abc import Sequence
@@ -54,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         lines, units = change(args)
     except (OSError, ValueError, KeyError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-        is_text = isinstance(error, OSError | ValueError | RuntimeError) and not isinstance(error, json.JSONDecodeError)
+        is_text = isinstance(error, OSError | ValueError | RuntimeError)
         reason = str(error).strip().partition("\n")[0] if is_text else ""
         parser.exit(
             2, f"decad-thresholds: error: {args.model}: {reason or 'no checkpoint and no thresholds of an export'}\n"
@@ -98,7 +99,13 @@ def _change_checkpoint(args: argparse.Namespace) -> tuple[list[tuple[str, float 
         _write(args, lambda path: torch.save(checkpoint, path))
     names = [*post_processor.categories, None]
     limits: list[tuple[str | None, Limits]] = [(name, post_processor.limits(name)) for name in names]
-    return [(name or _ALL, row.image_threshold, row.pixel_threshold) for name, row in limits], "raw scores"
+    # Of a model that was never validated they are NaN.
+    known = [(name or _ALL, _known(row.image_threshold), _known(row.pixel_threshold)) for name, row in limits]
+    return known, "raw scores"
+
+
+def _known(value: float) -> float | None:
+    return None if math.isnan(value) else value
 
 
 def _change_export(args: argparse.Namespace) -> tuple[list[tuple[str, float | None, float | None]], str]:
@@ -127,6 +134,9 @@ def _write(args: argparse.Namespace, write: Any) -> None:
     """Write a file whole or not at all."""
     # What a link names, not the link.
     target: Path = (args.output or args.model).resolve()
+    if target.exists() and not target.is_file():
+        msg = f"{target} is no file that could be replaced: give another --output"
+        raise ValueError(msg)
     with replacing(target) as partial:
         write(partial)
         if target.exists():

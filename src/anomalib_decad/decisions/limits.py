@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-__all__ = ["Limits", "normalize"]
+__all__ = ["Limits", "decide", "normalize"]
 
 
 class Limits(NamedTuple):
@@ -65,3 +65,16 @@ def normalize(
     normalized = ((scores - threshold) / torch.where(has_span, span, 1.0) + 0.5).clamp(0, 1)
     one_value = torch.where(scores > threshold, 1.0, torch.where(scores < threshold, 0.0, 0.5)).to(scores.dtype)
     return torch.where(has_span, normalized, one_value)
+
+
+def decide(normalized: torch.Tensor, sensitivity: float) -> torch.Tensor:
+    """Decide which normalized scores are anomalous. One that is no number is, so that it is looked at.
+
+    Args:
+        normalized (torch.Tensor): Scores in [0, 1], of any shape.
+        sensitivity (float): In [0, 1]; 0.5 has the threshold at 0.5.
+
+    Returns:
+        torch.Tensor: Booleans of the same shape.
+    """
+    return ~(normalized <= 1 - sensitivity)

@@ -14,7 +14,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from anomalib_decad.compat import set_thresholds
 from anomalib_decad.components.recognition import UNKNOWN, CategoryPrediction, decode_names, encode_names
-from anomalib_decad.decisions.limits import Limits, normalize
+from anomalib_decad.decisions.limits import Limits, decide, normalize
 from anomalib_decad.decisions.policies import BestF1, FixedThreshold, ThresholdPolicy
 from anomalib_decad.decisions.validation_scores import ValidationScores
 from anomalib_decad.metrics import without_repeated
@@ -309,8 +309,8 @@ class CategoryPostProcessor(PostProcessor):
         ):
             normalized = None if raw is None else normalize(raw, *bounds)
             # Of raw scores, too: anomalib compares these with 0.5, which they have nothing to do with.
-            is_above = normalized > 1 - sensitivity if self.enable_thresholding and normalized is not None else None
-            decided += [normalized if self.enable_normalization else raw, is_above]
+            label = None if normalized is None or not self.enable_thresholding else decide(normalized, sensitivity)
+            decided += [normalized if self.enable_normalization else raw, label]
         return InferenceBatch(*decided)
 
     # Checkpoints

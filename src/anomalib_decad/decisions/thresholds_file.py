@@ -3,6 +3,7 @@
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,10 @@ def exported_thresholds(post_processor: CategoryPostProcessor) -> dict[str, Any]
 
     Returns:
         dict[str, Any]: ``image`` and ``pixel``, the thresholds of all images, and ``categories``, a list of
-            dictionaries with ``name``, ``image`` and ``pixel``, in the order of the output ``category``. The ``unit``
-            is ``"normalized"``, where 0.5 is the threshold that the file has been exported with, or ``"raw"`` where the
-            export does not normalize scores: ``enable_normalization`` is off, or the model was never validated. In the
-            latter case all thresholds are ``None``.
+            dictionaries with ``index``, the value of the output ``category``, ``name``, ``image`` and ``pixel``. The
+            ``unit`` is ``"normalized"``, where 0.5 is the threshold that the file has been exported with, or ``"raw"``
+            where the export does not normalize scores: ``enable_normalization`` is off, or the model was never
+            validated. In the latter case all thresholds are ``None``.
     """
     names = post_processor.categories if post_processor.category is None else [post_processor.category]
     known = [name if name in post_processor.categories else None for name in (None, *names)]
@@ -40,7 +41,7 @@ def exported_thresholds(post_processor: CategoryPostProcessor) -> dict[str, Any]
         else {"image": 1 - image, "pixel": 1 - pixel}
         for row in limits
     ]
-    categories = [{"name": name, **row} for name, row in zip(names, rows[1:], strict=True)]
+    categories = [{"index": index, "name": name, **rows[1 + index]} for index, name in enumerate(names)]
     return {"unit": _RAW if is_raw else _NORMALIZED, **rows[0], "categories": categories}
 
 
@@ -57,7 +58,12 @@ def read_thresholds(path: Path) -> dict[str, Any]:
         OSError: If the file cannot be read.
         ValueError: If it holds anything else.
     """
-    content = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        # Some editors begin a file with a mark of its encoding.
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except json.JSONDecodeError as error:
+        msg = f"no JSON: {error}"
+        raise ValueError(msg) from error
     is_whole = isinstance(content, dict) and isinstance(content.get("categories"), list)
     unit = str(content.setdefault("unit", _NORMALIZED)) if is_whole else ""
     rows = [content, *content["categories"]] if unit in RANGES else []
@@ -68,6 +74,14 @@ def read_thresholds(path: Path) -> dict[str, Any]:
         msg = (
             f"no thresholds of an export: a dictionary with image, pixel and categories, numbers {RANGES[_NORMALIZED]}"
         )
+        raise ValueError(msg)
+    names = [row.get("name") for row in content["categories"]]
+    indices = [row.get("index", number) for number, row in enumerate(content["categories"])]
+    if not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
+        msg = "each category needs a name of its own"
+        raise ValueError(msg)
+    if not all(isinstance(index, int) for index in indices) or len(set(indices)) < len(indices):
+        msg = "each category needs the index that it was exported with"
         raise ValueError(msg)
     return content
 
@@ -84,4 +98,6 @@ def is_threshold(value: Any, unit: str) -> bool:
     """
     if value is None:
         return unit == _RAW
-    return isinstance(value, int | float) and math.isfinite(value) and (unit == _RAW or 0 <= value <= 1)
+    if not isinstance(value, int | float) or abs(value) > sys.float_info.max or math.isnan(value):
+        return False
+    return unit == _RAW or 0 <= value <= 1

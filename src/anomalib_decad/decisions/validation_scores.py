@@ -173,7 +173,7 @@ class ValidationScores:
             )
         if only:
             logger.warning(
-                "Nothing normal among the validation images of %s: the threshold is their smallest score.",
+                "Nothing normal among the validation images of %s: the threshold is just below their smallest score.",
                 _listed(only),
             )
 

@@ -151,7 +151,7 @@ class ParityExportMixin(_Base):
         del task
         compression = CompressionType(compression_type.lower()) if isinstance(compression_type, str) else None
         if compression in {CompressionType.INT8_PTQ, CompressionType.INT8_ACQ} and datamodule is None:
-            # Before the minute that the graph takes.
+            # Before the half minute that the graph takes.
             msg = f"{compression.value} needs images to calibrate with: give the data of the training (--data ...)"
             raise ValueError(msg)
         if compression == CompressionType.INT8_ACQ and metric is None and lacks_threshold(self.post_processor):
@@ -198,7 +198,17 @@ class ParityExportMixin(_Base):
             write_text(path.with_name(f"{path.stem}.thresholds.json"), content + "\n")
 
     def _for_export(self, input_size: tuple[int, int] | None = None, native: bool = False) -> Self:
-        """Copy the module without what only training needs, specialized for its image size."""
+        """Copy the module without what only training needs, specialized for its image size.
+
+        Raises:
+            ValueError: If the size is not positive, or the export is to be for a product that the model does not know.
+        """
+        if input_size is not None and not min(input_size) > 0:
+            msg = f"input_size must be two positive numbers, height and width, got {list(input_size)}"
+            raise ValueError(msg)
+        if isinstance(self.post_processor, CategoryPostProcessor):
+            # It knows the product that the export is for.
+            self.post_processor.limits(self.post_processor.category)
         module = shallow_copy(self)
         module.trainer = None
         module.model = self.model.fused(self.input_size or input_size)
@@ -216,7 +226,11 @@ class ParityExportMixin(_Base):
 def _staging(export_root: Path | str) -> Iterator[Path]:
     """Give a folder whose files move to ``export_root`` when all of them have been written."""
     root = Path(export_root)
-    root.mkdir(parents=True, exist_ok=True)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        msg = f"the export cannot be written to {root} ({error.strerror or error}): give another folder (--export_root)"
+        raise type(error)(error.errno, msg) from error
     with tempfile.TemporaryDirectory(prefix=".export-", dir=root) as name:
         folder = Path(name)
         yield folder
