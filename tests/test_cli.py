@@ -282,7 +282,9 @@ def test_benchmark(tmp_path, mvtec_root, encoder_weights):
 
 
 def test_help_describes_the_arguments():
-    output = anomalib("train", "--model.help", "DecAD").stdout
+    result = anomalib("train", "--model.help", "DecAD")
+    output = result.stdout
+    assert "Warning" not in result.stderr
     for text in ("--model.encoder", "--model.delta", "Radius of the synthetic anomalies", "--model.layers"):
         assert text in output
     output = anomalib("train", "--model.help", "DecoupledMambaAD").stdout

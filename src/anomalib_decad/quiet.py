@@ -56,6 +56,7 @@ HARMLESS = (
     Harmless(r"The anomalib\.models\.components\.dinov2 package is deprecated", "anomalib imports it itself"),
     Harmless(r"`isinstance\(treespec, LeafSpec\)` is deprecated", "Lightning's own use of torch, which works"),
     Harmless(r"Found \d+ module\(s\) in eval mode at the start of training", "the frozen encoder, on purpose"),
+    Harmless("The dirpath has changed from", "each run has a folder of its own, and the best model stays known"),
     Harmless("`max_epochs` was not set. Setting it to 1000", "the models train for max_steps then, and say so"),
     Harmless(
         r"The '\w+_dataloader' does not have many workers",

@@ -87,6 +87,22 @@ def test_a_file_appears_when_it_is_complete(tmp_path):
     assert file.read_code().scale.shape == (2, 1, 5)
 
 
+@pytest.mark.parametrize("damage", ["features.npy", "code.npy", "cut", "mark"])
+def test_a_file_that_is_damaged_is_not_complete(damage, tmp_path):
+    file = FeatureFile(tmp_path, "key")
+    write(file)
+    if damage == "cut":
+        file.features.write_bytes(file.features.read_bytes()[:-8])
+    elif damage == "mark":
+        (file.path / "done.json").write_text("{")
+    else:
+        (file.path / damage).unlink()
+    assert not file.is_complete
+    write(file, value=3.0)
+    assert file.is_complete
+    assert (file.read() == 3).all()
+
+
 def test_what_an_interrupted_run_left_is_written_anew(tmp_path):
     file = FeatureFile(tmp_path, "key")
     file.create((3, 2, 4, 5), 1.0)

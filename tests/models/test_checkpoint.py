@@ -2,12 +2,14 @@
 
 import inspect
 import math
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from torchvision.transforms.v2 import Resize
 
@@ -191,26 +193,61 @@ def test_loggers_get_plain_values(make_model, make_engine, make_data, tmp_path):
     assert "num_prototypes: 16" in text
 
 
-def test_a_checkpoint_from_before_products_had_thresholds(
-    checkpoint, make_engine, make_data, encoder_weights, tmp_path
-):
-    """It decides by the thresholds of all products; one more step brings those of each."""
+def test_rates_are_the_given_ones_or_the_checkpoints(make_model, make_engine, make_data, encoder_weights):
+    class Rates(Callback):
+        found = None
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if self.found is not None:
+                return
+            (optimizer,) = trainer.optimizers
+            self.found = [(group["initial_lr"], group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
+            (config,) = trainer.lr_scheduler_configs
+            assert config.scheduler.base_lrs == [rate for rate, _, _ in self.found]
+
+    engine = make_engine(max_steps=3)
+    engine.fit(make_model(learning_rate=4e-4, weight_decay=0.02, warmup_steps=1), datamodule=make_data())
+    path, found = engine.trainer.checkpoint_callback.best_model_path, []
+    for arguments in ({}, {"learning_rate": 2e-4, "weight_decay": 0.5}):
+        rates = Rates()
+        model = DecAD(visualizer=False, encoder_weights=encoder_weights, warmup_steps=1, **arguments)
+        make_engine(rates, max_steps=6).fit(model, datamodule=make_data(), ckpt_path=path)
+        found.append(rates.found)
+    first, second = found
+    assert sorted({rate for rate, _, _ in first}) == pytest.approx([4e-4, 1.2e-3])
+    assert {decay for _, _, decay in first} == {0.02}
+    for (rate, now, _), (given, given_now, decay) in zip(first, second, strict=True):
+        assert given == pytest.approx(rate / 2)
+        assert given_now == pytest.approx(now / 2)
+        assert decay == 0.5
+
+
+@pytest.mark.parametrize("use", ["export", "test"])
+def test_what_is_no_checkpoint_of_the_model_is_a_line(use, checkpoint, make_engine, make_data, tmp_path):
     _, path = checkpoint
     content = torch.load(path, weights_only=True)
-    state = content["state_dict"]
-    for name in list(state):
-        if name.startswith("model.recognizer.") or name.endswith((".category_limits", ".encoded_names")):
-            del state[name]
-    content["callbacks"] = {key: value for key, value in content["callbacks"].items() if "PostProcessor" not in key}
-    older = tmp_path / "older.ckpt"
-    torch.save(content, older)
 
-    model = DecAD.load_from_checkpoint(older)
-    assert model.post_processor.categories == model.model.recognizer.names == []
-    assert not math.isnan(model.post_processor.limits().image_threshold)
-    assert model.eval()(torch.rand(2, 3, 60, 50)).pred_label.dtype == torch.bool
+    def broken(name, change):
+        other = {**content, "state_dict": dict(content["state_dict"])}
+        change(other)
+        torch.save(other, tmp_path / name)
+        return tmp_path / name
 
-    resumed = DecAD(visualizer=False, encoder_weights=encoder_weights)
-    make_engine(max_steps=4).fit(resumed, datamodule=make_data(), ckpt_path=older)
-    assert resumed.post_processor.categories == resumed.model.recognizer.names == ["bolts", "cloth"]
-    assert resumed.post_processor.limits("bolts") != resumed.post_processor.limits("cloth")
+    def with_nan(other):
+        other["state_dict"]["model.decoder.heads.0.1.bias"] = torch.full((16,), float("nan"))
+
+    (tmp_path / "part.ckpt").write_bytes(Path(path).read_bytes()[:5000])
+    (tmp_path / "text.ckpt").write_text("no checkpoint")
+    cases = {
+        tmp_path / "gone.ckpt": r"there is no checkpoint .*gone\.ckpt",
+        tmp_path / "part.ckpt": r"part\.ckpt is no checkpoint of this package, or only a part of one",
+        tmp_path / "text.ckpt": r"text\.ckpt is no checkpoint of this package, or only a part of one",
+        broken("old.ckpt", lambda other: other.update(anomalib_decad_format=1)): "of another version of anomalib-decad",
+        broken("none.ckpt", lambda other: other.pop("anomalib_decad_format")): "it is no checkpoint of a DecAD",
+        broken("uniad.ckpt", lambda other: other.update(anomalib_decad_model="X")): "is of a X: give --model X",
+        broken("nan.ckpt", with_nan): r"weights are damaged: model\.decoder\.heads\.0\.1\.bias has NaN",
+    }
+    load = DecAD.load_from_checkpoint if use == "export" else partial(loaded, make_engine, make_data)
+    for file, message in cases.items():
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            load(file)

@@ -23,9 +23,10 @@ def test_tests_and_predictions_have_folders_of_their_own(make_engine, make_model
     assert (root / "latest").resolve() == root / "v0"
 
 
-def test_the_trainer_of_a_training_tests_in_its_folder(make_engine, make_model, make_data, tmp_path):
+def test_the_trainer_of_a_training_tests_in_its_folder(make_engine, make_model, make_data, tmp_path, capsys):
     model, engine = make_model(visualizer=True), make_engine()
     engine.fit(model, datamodule=make_data())
+    assert capsys.readouterr().out.splitlines()[-1] == f"The trained model is in {engine.best_model_path}"
     engine.predict(model, datamodule=make_data())
     engine.test(model, datamodule=make_data())
     root = tmp_path / "DecAD" / "factory"

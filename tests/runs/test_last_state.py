@@ -45,14 +45,14 @@ class SignalInBatch(Callback):
 class Fail(Callback):
     """Fails in a step, with weights that are finite or not."""
 
-    def __init__(self, step, breaks=False):
-        self.step, self.breaks = step, breaks
+    def __init__(self, step, breaks=False, error=RuntimeError):
+        self.step, self.breaks, self.error = step, breaks, error
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if trainer.global_step == self.step:
             if self.breaks:
                 torch.nn.init.constant_(next(w for w in pl_module.parameters() if w.requires_grad), float("nan"))
-            raise RuntimeError("out of memory")
+            raise self.error("out of memory")
 
 
 @pytest.fixture(autouse=True)
@@ -128,6 +128,16 @@ def test_an_interrupt_of_a_validation_goes_on_behind_it(make_engine, make_model,
     assert math.isfinite(model.post_processor.image_threshold)
 
 
+def test_a_training_that_is_terminated_behind_a_validation_has_not_succeeded(make_engine, make_model, make_data):
+    class Terminate(Callback):
+        def on_validation_epoch_end(self, trainer, pl_module):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(SystemExit) as exit_info:
+        make_engine(Terminate(), max_steps=9).fit(make_model(), datamodule=make_data())
+    assert exit_info.value.code == 143
+
+
 def test_an_interrupt_of_the_last_validation_needs_one_more_step(make_engine, make_model, make_data, capsys):
     engine = make_engine(Signal(signal.SIGINT, 2, validates=True), max_steps=2)
     with pytest.raises(SystemExit):
@@ -194,17 +204,21 @@ def test_an_epoch_of_another_length_begins_anew(batch_size, make_engine, make_mo
     assert f"within an epoch of 3 batches, and an epoch has {12 // batch_size} now: it begins anew" in caplog.text
 
 
-def test_an_error_leaves_the_state_of_sound_weights_only(make_engine, make_model, make_data, monkeypatch, capsys):
-    engine = make_engine(Fail(2), max_steps=9)
-    with pytest.raises(RuntimeError, match="out of memory"):
+# An image that cannot be read is an OSError: the training goes on when the file is mended.
+@pytest.mark.parametrize("error", [RuntimeError, OSError])
+def test_an_error_leaves_the_state_of_sound_weights_only(
+    error, make_engine, make_model, make_data, monkeypatch, capsys
+):
+    engine = make_engine(Fail(2, error=error), max_steps=9)
+    with pytest.raises(error, match="out of memory"):
         engine.fit(make_model(), datamodule=make_data())
     path = Path(engine.trainer.default_root_dir) / "weights" / "last.ckpt"
     assert torch.load(path, weights_only=True)["global_step"] == 2
     assert len(losses_of(make_engine, make_model(), make_data(), max_steps=4, ckpt_path=path)) == 2
     monkeypatch.setattr(LastState, "interval", 0.0)
-    engine = make_engine(Fail(2, breaks=True), max_steps=9)
+    engine = make_engine(Fail(2, breaks=True, error=error), max_steps=9)
     capsys.readouterr()
-    with pytest.raises(RuntimeError, match="out of memory"):
+    with pytest.raises(error, match="out of memory"):
         engine.fit(make_model(), datamodule=make_data())
     path = Path(engine.trainer.default_root_dir) / "weights" / "last.ckpt"
     weights = torch.load(path, weights_only=True)["state_dict"]

@@ -158,11 +158,17 @@ def test_a_model_that_crops_knows_no_place_in_the_file(step, tmp_path):
         MapWriter("float32").setup(trainer, module, "test")
 
 
-def record(table, trainer, path):
+def record(table, trainer, path, score=0.5):
     """Start a table, and have it take the prediction of one image."""
     table.on_predict_start(trainer, None)
-    batch = ImageBatch(image=torch.zeros(1, 3, 4, 4), pred_score=torch.tensor([0.5]), image_path=[path])
+    batch = ImageBatch(image=torch.zeros(1, 3, 4, 4), pred_score=torch.tensor([score]), image_path=[path])
     table.on_predict_batch_end(trainer, SimpleNamespace(), batch, batch, 0)
+
+
+def test_a_score_that_is_no_number_is_an_error(tmp_path):
+    trainer = SimpleNamespace(default_root_dir=tmp_path, global_rank=0, is_global_zero=True)
+    with pytest.raises(ValueError, match=r"the score of 0\.png is nan: the weights of the model are damaged"):
+        record(PredictionTable(), trainer, "0.png", float("nan"))
 
 
 def test_a_run_that_fails_leaves_no_part(tmp_path):

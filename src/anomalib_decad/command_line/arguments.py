@@ -47,7 +47,7 @@ def _models(arguments: Sequence[str]) -> Iterator[str]:
         option, equals, value = argument.partition("=")
         if not equals:
             value = arguments[index + 1] if index + 1 < len(arguments) else ""
-        if option in {"--model", "--model.class_path"}:
+        if option in {"--model", "--model.class_path", "--model.help"}:
             yield value
         elif option in {"-c", "--config"}:
             yield from _IN_FILE.findall(_read(Path(value)))

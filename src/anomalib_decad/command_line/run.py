@@ -25,6 +25,9 @@ _PACKAGE = __name__.partition(".")[0]
 #: Exit status of commands with wrong arguments, as the parser has it.
 _WRONG_ARGUMENTS = 2
 
+#: Exit status that shells give to what Ctrl-C has ended.
+_INTERRUPTED = 130
+
 #: Packages whose loggers have handlers of their own, so that a message appears there and in anomalib's.
 _WITH_HANDLERS = {"lightning", "lightning_fabric", "pytorch_lightning", "torchmetrics", "huggingface_hub"}
 
@@ -75,11 +78,17 @@ class _Run:
             self.failure = error
             raise
 
-    def fail(self, error: Exception) -> None:
-        """End a command: with a line if the error was raised on purpose, and else with its traceback."""
+    def fail(self, error: BaseException) -> None:
+        """End a command: with a line if it was interrupted or the error raised on purpose, else with its traceback."""
         if not self.is_ours:
             return
         self.folders.remove_unused()
+        if isinstance(error, KeyboardInterrupt):
+            if not is_verbose():
+                # A training says itself how to resume it.
+                sys.stderr.write("Interrupted.\n")
+                raise SystemExit(_INTERRUPTED) from None
+            return
         cause = self.failure if self.failure is not None and str(self.failure) in str(error) else error
         line = None if is_verbose() else line_of(cause)
         if line is not None:
@@ -111,7 +120,7 @@ def extend(cli_module: ModuleType, is_ours: Callable[[], bool]) -> None:
             run.is_ours = is_ours()
         try:
             return main()
-        except Exception as error:
+        except (Exception, KeyboardInterrupt) as error:
             run.fail(error)
             raise
         finally:

@@ -118,8 +118,12 @@ class FeatureFile:
 
     @property
     def is_complete(self) -> bool:
-        """Whether there is something to read."""
-        return (self.path / _DONE).is_file()
+        """Whether there is something to read, and all of it."""
+        try:
+            mark = json.loads((self.path / _DONE).read_text())
+            return mark["bytes"] == self.features.stat().st_size and (self.path / _CODE).is_file()
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -194,7 +198,8 @@ class FeatureFile:
 
     def complete(self) -> None:
         """Let the file appear, in one step."""
-        (self.partial / _DONE).write_text(json.dumps({"format": 1}))
+        mark = {"format": 1, "bytes": (self.partial / _FEATURES).stat().st_size}
+        (self.partial / _DONE).write_text(json.dumps(mark))
         shutil.rmtree(self.path, ignore_errors=True)
         self.partial.rename(self.path)
 
@@ -227,7 +232,8 @@ class FeatureFile:
             allowed -= sum(path.stat().st_size for path in self.folder.glob(f"*.partial/{_FEATURES}"))
             done = sorted(self.folder.glob(f"*/{_DONE}"), key=lambda path: path.stat().st_mtime, reverse=True)
             for path in done:
-                allowed -= (path.parent / _FEATURES).stat().st_size
+                features = path.parent / _FEATURES
+                allowed -= features.stat().st_size if features.is_file() else 0
                 if allowed < 0 and not self._is_held(path.parent):
                     logger.info("Deleting the feature cache %s to keep to feature_cache_limit.", path.parent)
                     # The mark first: what is left of a deletion that is cut short is no cache.

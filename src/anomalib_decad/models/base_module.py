@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 
 from anomalib_decad.compat import set_training_steps, trainer_of
+from anomalib_decad.components.ranges import check_range
 from anomalib_decad.decisions import CategoryPostProcessor
 from anomalib_decad.export import ParityExportMixin
 from anomalib_decad.metrics import CategoryEvaluator
@@ -35,6 +36,7 @@ from anomalib_decad.report import Report
 from anomalib_decad.runs import (
     DataOrder,
     FinalValidation,
+    GivenRates,
     LastState,
     MapWriter,
     PredictionSummary,
@@ -97,7 +99,7 @@ class BaseModule(DeepImagesMixin, _Base):
             Defaults to ``True``.
 
     Raises:
-        ValueError: If ``max_steps`` is not positive, or ``save_maps`` unknown.
+        ValueError: If ``max_steps`` is not positive, ``gradient_clip_val`` is negative, or ``save_maps`` unknown.
     """
 
     model: Any
@@ -131,9 +133,8 @@ class BaseModule(DeepImagesMixin, _Base):
         plain |= {name: value.value for name, value in self.hparams.items() if isinstance(value, Enum)}
         if plain:
             self.save_hyperparameters(plain)
-        if not max_steps > 0:
-            msg = f"max_steps must be positive, got {max_steps}"
-            raise ValueError(msg)
+        check_range(max_steps > 0, "max_steps", "positive", max_steps)
+        check_range(gradient_clip_val >= 0, "gradient_clip_val", "at least 0", gradient_clip_val)
         if save_maps not in {"off", "float16", "float32"}:
             msg = f"save_maps must be 'off', 'float16' or 'float32', got {save_maps!r}"
             raise ValueError(msg)
@@ -149,11 +150,14 @@ class BaseModule(DeepImagesMixin, _Base):
             default (tuple[int, int]): Height and width if that is ``None``.
 
         Raises:
-            ValueError: If there is an ``image_size``, but not the default pre-processor.
+            ValueError: If there is an ``image_size``, but not the default pre-processor, or it is not two positive
+                numbers.
         """
+        sides = tuple(image_size or default)
+        check_range(len(sides) == 2 and min(sides) > 0, "image_size", "two positive numbers, as [280, 280]", [*sides])
         if "pre_processor" not in self.given_parts:
             encoder = self.model.encoder
-            resize = Resize(tuple(image_size or default), antialias=True)
+            resize = Resize(sides, antialias=True)
             normalize = Normalize(mean=list(encoder.image_mean), std=list(encoder.image_std))
             self.pre_processor = PreProcessor(transform=Compose([resize, normalize]))
         elif image_size is not None:
@@ -185,7 +189,7 @@ class BaseModule(DeepImagesMixin, _Base):
         if self._report is not None and not is_given:
             writers.append(self._report)
         # Behind the post-processor, which gives labels. What is printed last comes last.
-        ends = [DataOrder(), FinalValidation(), PredictionSummary(), LastState()]
+        ends = [DataOrder(), GivenRates(), FinalValidation(), PredictionSummary(), LastState()]
         return [self._run_folder, *components, *writers, *ends]
 
     @property
@@ -205,11 +209,11 @@ class BaseModule(DeepImagesMixin, _Base):
             stage (str): ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``.
 
         Raises:
-            ValueError: If the weights are to be trained in another precision than float32.
+            ValueError: If the weights are to be in another precision than float32.
         """
         trainer = self.trainer
-        if stage == "fit" and trainer.precision not in _PRECISIONS:
-            msg = f"precision must be one of {', '.join(_PRECISIONS)} for a training, got {trainer.precision}"
+        if trainer.precision not in _PRECISIONS:
+            msg = f"precision must be one of {', '.join(_PRECISIONS)}, got {trainer.precision}"
             raise ValueError(msg)
         tidy_display(trainer, stage, self.evaluator)
         if stage == "fit" and trainer.max_steps == -1 and trainer.max_epochs == _LIGHTNING_MAX_EPOCHS:

@@ -13,6 +13,7 @@ from anomalib.models.components import AnomalibModule
 from typing_extensions import Self
 
 from anomalib_decad.compat import trainer_of
+from anomalib_decad.runs import reading
 
 __all__ = ["TRAINING_ARGUMENTS", "CheckpointMixin", "is_group"]
 
@@ -42,6 +43,12 @@ _RNG_KEY = "anomalib_decad_rng"
 #: Changes when a checkpoint of before no longer fits.
 _FORMAT_KEY, _FORMAT = "anomalib_decad_format", 4
 
+#: Name of the model's class.
+_MODEL_KEY = "anomalib_decad_model"
+
+#: Rates of the optimizer, which a checkpoint has, too: those left at their defaults are taken from there.
+_RATES = ("learning_rate", "decoupling_learning_rate", "weight_decay")
+
 if TYPE_CHECKING:
     _Base = AnomalibModule
 else:
@@ -69,7 +76,7 @@ class CheckpointMixin(_Base):
         if "pre_processor" in self.given_parts and "image_size" in arguments and self.input_size:
             # A model may be made for the size, and is made before its pre-processor is there.
             arguments["image_size"] = list(self.input_size)
-        checkpoint[_FORMAT_KEY] = _FORMAT
+        checkpoint[_FORMAT_KEY], checkpoint[_MODEL_KEY] = _FORMAT, type(self).__name__
         checkpoint[_RNG_KEY] = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             checkpoint[_RNG_KEY]["cuda"] = torch.cuda.get_rng_state(self.device)
@@ -81,15 +88,14 @@ class CheckpointMixin(_Base):
             checkpoint (dict[str, Any]): The checkpoint.
 
         Raises:
-            ValueError: If the checkpoint is of another version, or an argument contradicts it; the message names the
-                arguments.
+            ValueError: If the checkpoint is of another model or version, its weights are NaN, or an argument
+                contradicts it; the message names the arguments.
         """
-        found = checkpoint.get(_FORMAT_KEY)
-        if found != _FORMAT:
-            msg = (
-                f"the checkpoint is of another version of anomalib-decad (format {found or 'unknown'}, this version "
-                f"reads {_FORMAT}): train again, or install the version that it was trained with"
-            )
+        _check_model(checkpoint, type(self).__name__)
+        weights = {name: value for name, value in checkpoint["state_dict"].items() if name.startswith("model.")}
+        broken = [name for name, value in weights.items() if value.is_floating_point() and value.isnan().any()]
+        if broken:
+            msg = f"the checkpoint's weights are damaged: {broken[0]} has NaN. Use a checkpoint of an earlier step"
             raise ValueError(msg)
         self._become(checkpoint.get("hyper_parameters", {}))
         self._keep_given_parts(checkpoint)
@@ -104,7 +110,12 @@ class CheckpointMixin(_Base):
 
     def _become(self, theirs: Mapping[str, Any]) -> None:
         """Take the arguments of a checkpoint that are not this model's, and its parts from them."""
-        defaults, mine = _leaves(_defaults(type(self))), _leaves(self.hparams)
+        given = _defaults(type(self))
+        for name in _RATES:
+            if name in theirs and self.hparams.get(name) == given.get(name):
+                self.hparams[name] = theirs[name]
+                setattr(self, name, theirs[name])
+        defaults, mine = _leaves(given), _leaves(self.hparams)
         values = {name: value for name, value in _leaves(theirs).items() if name in mine}
         different = {name: value for name, value in values.items() if mine[name] != value}
         if not different:
@@ -158,8 +169,14 @@ class CheckpointMixin(_Base):
             Self: The model.
 
         Raises:
-            ValueError: If an argument contradicts the checkpoint.
+            FileNotFoundError: If there is no such file.
+            ValueError: If it is no checkpoint of this model, or an argument contradicts it.
         """
+        if "://" not in str(checkpoint_path):
+            with reading(checkpoint_path):
+                _check_model(
+                    torch.load(checkpoint_path, map_location="cpu", mmap=True, weights_only=True), cls.__name__
+                )
         names = _defaults(cls)
         fixed = {name: kwargs.pop(name) for name in list(kwargs) if name in names and name not in _FREE}
         if "pre_processor" in kwargs and "image_size" in names:
@@ -172,6 +189,24 @@ class CheckpointMixin(_Base):
             wrong.pop("image_size", None)
         _refuse(cls, wrong)
         return model  # type: ignore[return-value]
+
+
+def _check_model(checkpoint: Any, name: str) -> None:
+    """Refuse the checkpoint of another model, or of another version of this one."""
+    found = checkpoint.get(_FORMAT_KEY) if isinstance(checkpoint, dict) else None
+    of = checkpoint.get(_MODEL_KEY, name) if isinstance(checkpoint, dict) else None
+    if found is None:
+        msg = f"it is no checkpoint of a {name}: give one that a training of this model has written (--ckpt_path)"
+    elif of != name:
+        msg = f"the checkpoint is of a {of}: give --model {of}"
+    elif found != _FORMAT:
+        msg = (
+            f"the checkpoint is of another version of anomalib-decad (format {found}, this version reads {_FORMAT}): "
+            "train again, or install the version that it was trained with"
+        )
+    else:
+        return
+    raise ValueError(msg)
 
 
 def _refuse(cls: type, wrong: Mapping[str, Any]) -> None:

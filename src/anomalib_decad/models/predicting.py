@@ -56,8 +56,14 @@ class PredictingMixin(_Base):
 
         Returns:
             InferenceBatch: Scores, maps, labels and masks. Without a post-processor, raw scores and maps.
+
+        Raises:
+            RuntimeError: If the model is in training mode.
         """
         del args, kwargs
+        if self.training:
+            msg = "the model is in training mode, in which it does not predict: call model.eval() before"
+            raise RuntimeError(msg)
         prediction = self.model(self.pre_processor(batch) if self.pre_processor else batch)
         if self.post_processor:
             return self.post_processor(prediction)

@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints that are whole or not there."""
+"""Checkpoints that are whole or not there, and that are read or refused in a line."""
 
 import io
 import os
+import pickle
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +17,63 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from anomalib_decad.whole_files import replacing
 
-__all__ = ["save_whole_checkpoints"]
+__all__ = ["reading", "save_whole_checkpoints"]
 
 
-class _WholeCheckpoints(TorchCheckpointIO):
+@contextmanager
+def reading(path: str | Path) -> Iterator[None]:
+    """Name a checkpoint, and what to do, in whatever its reading raises.
+
+    Args:
+        path (str | Path): Its file.
+
+    Yields:
+        None: While it is read.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is no checkpoint, only a part of one, or not the wanted one.
+    """
+    if not Path(path).is_file():
+        msg = f"there is no checkpoint {path}: give the path of one (--ckpt_path)"
+        raise FileNotFoundError(msg)
+    try:
+        yield
+    except PermissionError as error:
+        msg = f"{path} cannot be read: {error.strerror}"
+        raise PermissionError(error.errno, msg) from error
+    except (EOFError, KeyError, OSError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        msg = f"{path} is no checkpoint of this package, or only a part of one: give another, or copy it again"
+        raise ValueError(msg) from error
+    except ValueError as error:
+        msg = f"{path}: {error}"
+        raise ValueError(msg) from error
+
+
+class _Readable(TorchCheckpointIO):
+    """Refuses what is no checkpoint in one line."""
+
+    def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Load a checkpoint.
+
+        Args:
+            path (str | Path): Its file.
+            *args (Any): Arguments of Lightning's method.
+            **kwargs (Any): Arguments of Lightning's method.
+
+        Returns:
+            dict[str, Any]: The checkpoint.
+
+        Raises:
+            ValueError: If it is none.
+        """
+        if "://" in str(path):
+            return super().load_checkpoint(path, *args, **kwargs)
+        with reading(path):
+            return super().load_checkpoint(path, *args, **kwargs)
+
+
+class _WholeCheckpoints(_Readable):
     """Writes a checkpoint beside its place, and moves it there when it is complete.
 
     Lightning writes it to the folder for temporary files first. From another disk it is then copied, and where the

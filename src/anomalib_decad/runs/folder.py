@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from anomalib.utils.path import create_versioned_dir
+from anomalib.engine import engine as engine_module
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
@@ -50,7 +50,8 @@ class RunFolder(Callback):
         stays = stage == TrainerFn.TESTING and self._has_trained
         # Other processes are told in setup.
         if is_of_engine and stage in _KINDS and not stays and trainer.is_global_zero:
-            set_root_folder(trainer, create_versioned_dir(home.parent / _KINDS[stage]))
+            # Through the module: the command line watches which folders are made there.
+            set_root_folder(trainer, engine_module.create_versioned_dir(home.parent / _KINDS[stage]))
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Have all processes use the folder of the first."""
@@ -69,9 +70,13 @@ class RunFolder(Callback):
             _point_latest_to(mine)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Say where the results of a test are, in the last line."""
+        """Say where the trained model or the results of a test are, in the last line."""
         del pl_module
-        if stage == "test" and trainer.is_global_zero and not self._has_trained:
+        if not trainer.is_global_zero:
+            return
+        if stage == "fit" and (model := getattr(trainer.checkpoint_callback, "best_model_path", "")):
+            print(f"The trained model is in {model}")
+        if stage == "test" and not self._has_trained:
             print(f"The results of the test are in {trainer.default_root_dir}")
 
     def __getstate__(self) -> dict[str, Any]:

@@ -133,10 +133,13 @@ class LastState(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save the state if it is sound, and say how to go on."""
         self._restore_handler()
+        if isinstance(exception, SIGTERMException):
+            # Lightning's own, at the end of a validation or an epoch, has the status of success.
+            exception.code = _STATUS_OF_SIGTERM
         if trainer.state.fn != TrainerFn.FITTING:
             return
-        # Other processes may be elsewhere and would not take part. After an error in writing there would be another.
-        if trainer.world_size == 1 and not isinstance(exception, OSError) and _is_sound(pl_module):
+        # Other processes may be elsewhere and would not take part.
+        if trainer.world_size == 1 and _is_sound(pl_module):
             if trainer.validating:
                 # It goes on behind the validation, of which a part would give other thresholds.
                 trainer.fit_loop.epoch_loop.val_loop.batch_progress.reset()

@@ -2,6 +2,7 @@
 """A line for each predicted image, in a file that other programs read."""
 
 import csv
+import math
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
@@ -128,6 +129,10 @@ class PredictionTable(Callback):
         labels = None if lacks_threshold(post_processor) else batch.pred_label
         found = None if lacks_threshold(post_processor, "pixel") else batch.pred_mask
         columns = [_numbers(values, length) for values in (batch.pred_score, raw, labels)]
+        for path, score in zip(paths, columns[0], strict=True):
+            if score is not None and not math.isfinite(score):
+                msg = f"the score of {path or 'an image'} is {score}: the weights of the model are damaged"
+                raise ValueError(msg)
         masks = [None] * length if found is None or not sees_whole_images(pl_module) else found
         writer = csv.writer(self._file, lineterminator="\n")  # type: ignore[arg-type]
         rows = zip(paths, products, *columns, masks, strict=True)
