@@ -55,7 +55,10 @@ WRONG = [
     (["--data.categories", "[bolt]"], "no category 'bolt'; valid names are"),
     (["--model.encoder_weights", "nowhere.pth"], "nowhere.pth"),
     (["--model.encoder_weights", "null"], "encoder_weights"),
-    (["--ckpt_path", "nowhere.ckpt"], "nowhere.ckpt"),
+    (["--ckpt_path", "nowhere.ckpt"], "there is no checkpoint nowhere.ckpt"),
+    (["--data.root", __file__], "there is no folder"),
+    (["--data.eval_batch_size", "0"], "eval_batch_size must be at least 1"),
+    (["--model.image_size", "[0,0]"], "image_size must be two positive numbers"),
     (["--trainer.accelerator", "tpu"], "torch_xla"),
 ]
 
@@ -81,13 +84,16 @@ def test_so_is_each_other(tmp_path, model_args, data_args):
     output.mkdir()
     fixed = ["train", "--model", "DecAD", *model_args, *data_args, "--default_root_dir", root]
     commands = [list(map(str, [*fixed, *args])) for args, _ in WRONG[1:]]
+    commands += [["train", "--model", "DecAD"], ["export", "--model", "DecAD", "--export_type", "onnx"]]
+    messages = [message for _, message in WRONG[1:]]
+    messages += ["train needs images: give them with --data", "needs a trained model: give the checkpoint"]
     result = subprocess.run(
         [sys.executable, "-c", FORKS, json.dumps(commands)], cwd=output, capture_output=True, text=True, timeout=200,
         env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}, check=False,
     )  # fmt: skip
     codes = json.loads(result.stdout)
     assert len(codes) == len(commands)
-    for number, (code, (_, message)) in enumerate(zip(codes, WRONG[1:], strict=True)):
+    for number, (code, message) in enumerate(zip(codes, messages, strict=True)):
         assert_one_line(code, (output / f"{number}.2").read_text(), message)
     assert not root.exists()
 

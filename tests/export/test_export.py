@@ -357,7 +357,7 @@ def test_an_export_for_one_product(checkpoint, images, tmp_path):
     for image, item in zip(images, predict(raw, images), strict=True):
         score = (float(item.pred_score) - limits.image_threshold) / (limits.image_max - limits.image_min) + 0.5
         assert float(run(array(read(image)))["pred_score"][0]) == pytest.approx(np.clip(score, 0, 1), abs=1e-4)
-    with pytest.raises(ValueError, match="no thresholds of a category 'screw': its categories are brick, gear"):
+    with pytest.raises(ValueError, match="no category 'screw': there are brick, gear"):
         DecAD.load_from_checkpoint(checkpoint, post_processor=CategoryPostProcessor(category="screw")).to_onnx(tmp_path)
 
 

@@ -238,10 +238,12 @@ def test_what_is_no_checkpoint_of_the_model_is_a_line(use, checkpoint, make_engi
 
     (tmp_path / "part.ckpt").write_bytes(Path(path).read_bytes()[:5000])
     (tmp_path / "text.ckpt").write_text("no checkpoint")
+    torch.save([1.0], tmp_path / "list.ckpt")
     cases = {
         tmp_path / "gone.ckpt": r"there is no checkpoint .*gone\.ckpt",
         tmp_path / "part.ckpt": r"part\.ckpt is no checkpoint of this package, or only a part of one",
         tmp_path / "text.ckpt": r"text\.ckpt is no checkpoint of this package, or only a part of one",
+        tmp_path / "list.ckpt": r"list\.ckpt.*is no checkpoint of",
         broken("old.ckpt", lambda other: other.update(anomalib_decad_format=1)): "of another version of anomalib-decad",
         broken("none.ckpt", lambda other: other.pop("anomalib_decad_format")): "it is no checkpoint of a DecAD",
         broken("uniad.ckpt", lambda other: other.update(anomalib_decad_model="X")): "is of a X: give --model X",

@@ -28,6 +28,10 @@ _WRONG_ARGUMENTS = 2
 #: Exit status that shells give to what Ctrl-C has ended.
 _INTERRUPTED = 130
 
+#: Commands that need data, and a trained model, of which anomalib does not say so.
+_WITH_DATA = {"fit", "test", "train", "validate"}
+_WITH_MODEL = {"export", "predict", "test", "validate"}
+
 #: Packages whose loggers have handlers of their own, so that a message appears there and in anomalib's.
 _WITH_HANDLERS = {"lightning", "lightning_fabric", "pytorch_lightning", "torchmetrics", "huggingface_hub"}
 
@@ -140,6 +144,7 @@ def extend(cli_module: ModuleType, is_ours: Callable[[], bool]) -> None:
         if _current is not None:
             with suppress(Exception):
                 _prepare_run(_current, self)
+            _check_given(_current, self)
 
     @functools.wraps(instantiate_engine)
     def instantiate_engine_and_extend(self: Any) -> None:
@@ -159,6 +164,18 @@ def _export(export: Callable[..., Any], model: Any, ckpt_path: Any = None, **kwa
     if ckpt_path and given:
         model, ckpt_path = type(model).load_from_checkpoint(ckpt_path, **given), None
     return export(model=model, ckpt_path=ckpt_path, **kwargs)
+
+
+def _check_given(run: _Run, cli: Any) -> None:
+    """Ask for data and a checkpoint before weights are fetched."""
+    command = str(cli.subcommand)
+    config = cli.config.get(command) or {}
+    if run.is_ours and command in _WITH_DATA and not config.get("data"):
+        msg = f"{command} needs images: give them with --data, as --data MultiCategory --data.root ..."
+        raise ValueError(msg)
+    if run.is_ours and command in _WITH_MODEL and not config.get("ckpt_path"):
+        msg = f"{command} needs a trained model: give the checkpoint of a training (--ckpt_path)"
+        raise ValueError(msg)
 
 
 def _prepare_run(run: _Run, cli: Any) -> None:

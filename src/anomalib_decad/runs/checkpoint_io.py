@@ -70,7 +70,11 @@ class _Readable(TorchCheckpointIO):
         if "://" in str(path):
             return super().load_checkpoint(path, *args, **kwargs)
         with reading(path):
-            return super().load_checkpoint(path, *args, **kwargs)
+            content = super().load_checkpoint(path, *args, **kwargs)
+            if not isinstance(content, dict) or "pytorch-lightning_version" not in content:
+                msg = "something else has been saved there"
+                raise RuntimeError(msg)
+            return content
 
 
 class _WholeCheckpoints(_Readable):
