@@ -55,7 +55,7 @@ WRONG = [
     (["--data.categories", "[bolt]"], "no category 'bolt'; valid names are"),
     (["--model.encoder_weights", "nowhere.pth"], "nowhere.pth"),
     (["--model.encoder_weights", "null"], "encoder_weights"),
-    (["--ckpt_path", "nowhere.ckpt"], "there is no checkpoint nowhere.ckpt"),
+    (["--ckpt_path", "nowhere.ckpt"], "nowhere.ckpt: give the path of one (--ckpt_path)"),
     (["--data.root", __file__], "there is no folder"),
     (["--data.eval_batch_size", "0"], "eval_batch_size must be at least 1"),
     (["--model.image_size", "[0,0]"], "image_size must be two positive numbers"),
