@@ -8,7 +8,7 @@ import torch
 from timm.models.vision_transformer import Block
 from torch import nn
 
-from anomalib_decad.components.ranges import check_range
+from anomalib_decad.ranges import check_range
 
 __all__ = ["FeatureDecoder"]
 

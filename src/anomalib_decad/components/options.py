@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-from anomalib_decad.components.ranges import check_range
+from anomalib_decad.ranges import check_range
 
 __all__ = ["DecouplerOptions", "DecouplingLossOptions", "InvertibleOptions", "SynthesisOptions", "as_options"]
 

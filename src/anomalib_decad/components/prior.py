@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 
 from anomalib_decad.components.in_parts import in_parts
 from anomalib_decad.components.precision import at_least_float32, linear_rows
-from anomalib_decad.components.ranges import check_range
+from anomalib_decad.ranges import check_range
 
 __all__ = ["ConditionalPrior"]
 

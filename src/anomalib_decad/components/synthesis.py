@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from anomalib_decad.components.options import SynthesisOptions
 from anomalib_decad.components.precision import at_least_float32
-from anomalib_decad.components.ranges import check_range
+from anomalib_decad.ranges import check_range
 
 __all__ = ["AdversarialSynthesis", "square_grid"]
 

@@ -110,7 +110,8 @@ class CategoryDataset(AnomalibDataset):
             if label == LabelName.NORMAL:
                 mask = Mask(torch.zeros(image.shape[-2:], dtype=torch.uint8))
             elif label == LabelName.ABNORMAL and paths:
-                mask = _joined([read_mask(path) for path in paths], paths)
+                # Masks of one image have one size, or MultiCategory refuses them.
+                mask = Mask(torch.stack([read_mask(path) for path in paths]).amax(0))
         if self.augmentations and mask is not None:
             image, mask = self.augmentations(image, mask)
         elif self.augmentations:
@@ -133,14 +134,6 @@ class CategoryDataset(AnomalibDataset):
     def collate_fn(self) -> Callable:
         """Function that makes a :class:`CategoryBatch` of items."""
         return CategoryBatch.collate
-
-
-def _joined(masks: Sequence[torch.Tensor], paths: Sequence[Any]) -> Mask:
-    """Join the masks of one image: what is a defect in one of them is one."""
-    if len({mask.shape for mask in masks}) > 1:
-        msg = f"the masks {', '.join(map(str, paths))} are of one image, and have different sizes: make them equal"
-        raise ValueError(msg)
-    return Mask(torch.stack(list(masks)).amax(0))
 
 
 def _paths_of(value: Any) -> list[Any]:

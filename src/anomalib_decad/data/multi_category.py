@@ -22,6 +22,7 @@ from anomalib_decad.data.category_dataset import CategoryDataset
 from anomalib_decad.data.checks import check_category
 from anomalib_decad.data.hold_out import hold_out
 from anomalib_decad.data.layouts import check_folders, list_by_name
+from anomalib_decad.ranges import check_range
 
 __all__ = ["MultiCategory"]
 
@@ -128,14 +129,10 @@ class MultiCategory(AnomalibDataModule):
         if sampling not in {"auto", "natural", "balanced"}:
             msg = f"sampling must be 'auto', 'natural' or 'balanced', got {sampling!r}"
             raise ValueError(msg)
-        sizes = {"train_batch_size": train_batch_size, "eval_batch_size": eval_batch_size}
-        for name, value, smallest in (*((*item, 1) for item in sizes.items()), ("num_workers", num_workers or 0, 0)):
-            if value < smallest:
-                msg = f"{name} must be at least {smallest}, got {value}"
-                raise ValueError(msg)
-        if bit_depth is not None and not 8 <= bit_depth <= 32:
-            msg = f"bit_depth must be between 8 and 32, got {bit_depth}"
-            raise ValueError(msg)
+        check_range(train_batch_size >= 1, "train_batch_size", "at least 1", train_batch_size)
+        check_range(eval_batch_size >= 1, "eval_batch_size", "at least 1", eval_batch_size)
+        check_range((num_workers or 0) >= 0, "num_workers", "at least 0", num_workers)
+        check_range(bit_depth is None or 8 <= bit_depth <= 32, "bit_depth", "between 8 and 32", bit_depth)
         self.sampling = sampling
         self.bit_depth = bit_depth
         self._given_val_split_mode = val_split_mode

@@ -10,6 +10,7 @@ import torch
 
 from anomalib_decad.metrics.gather import gather
 from anomalib_decad.metrics.score_histogram import ScoreHistogram
+from anomalib_decad.ranges import check_range
 
 __all__ = ["MEAN", "METRICS", "CategoryMetrics", "region_weights"]
 
@@ -37,9 +38,7 @@ class CategoryMetrics:
     """
 
     def __init__(self, max_fpr: float = 0.3, max_bins: int = 2**17) -> None:
-        if not 0 < max_fpr <= 1:
-            msg = f"max_fpr must be in (0, 1], got {max_fpr}"
-            raise ValueError(msg)
+        check_range(0 < max_fpr <= 1, "max_fpr", "in (0, 1]", max_fpr)
         # It checks the number of bins.
         ScoreHistogram(max_bins)
         self.max_fpr = max_fpr

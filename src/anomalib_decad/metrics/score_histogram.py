@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from sklearn.metrics import auc, average_precision_score, precision_recall_curve, roc_auc_score, roc_curve
 
+from anomalib_decad.ranges import check_range
+
 __all__ = ["ScoreHistogram"]
 
 _LARGEST_CODE = int(np.array(np.finfo(np.float32).max).view(np.int32))
@@ -41,9 +43,7 @@ class ScoreHistogram:
     counts: np.ndarray = field(default_factory=lambda: np.empty((3, 0)))
 
     def __post_init__(self) -> None:
-        if self.max_bins < 2:
-            msg = f"max_bins must be at least 2, got {self.max_bins}"
-            raise ValueError(msg)
+        check_range(self.max_bins >= 2, "max_bins", "at least 2", self.max_bins)
 
     def update(self, scores: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor | None = None) -> None:
         """Add scores.

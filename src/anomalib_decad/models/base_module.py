@@ -22,7 +22,6 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 
 from anomalib_decad.compat import set_training_steps, trainer_of
-from anomalib_decad.components.ranges import check_range
 from anomalib_decad.decisions import CategoryPostProcessor
 from anomalib_decad.export import ParityExportMixin
 from anomalib_decad.metrics import CategoryEvaluator
@@ -32,6 +31,7 @@ from anomalib_decad.models.describe_categories import category_names, describe_c
 from anomalib_decad.models.display import tidy_display
 from anomalib_decad.models.pinned import pinned
 from anomalib_decad.models.predicting import PredictingMixin
+from anomalib_decad.ranges import check_range
 from anomalib_decad.report import Report
 from anomalib_decad.runs import (
     DataOrder,

@@ -20,9 +20,9 @@ from anomalib_decad.components import (
 from anomalib_decad.components.embedding_decoupling import LEARNED_DECOUPLER, LEARNED_LOSS, LEARNED_SYNTHESIS
 from anomalib_decad.components.encoders import default_size
 from anomalib_decad.components.options import as_options
-from anomalib_decad.components.ranges import check_range
 from anomalib_decad.models.base_module import BaseModule
 from anomalib_decad.models.parameter_groups import parameter_groups
+from anomalib_decad.ranges import check_range
 
 __all__ = ["DecoupledModule"]
 

@@ -30,6 +30,8 @@ class GivenRates(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put them back."""
         del pl_module
+        if len(self._given) != len(trainer.optimizers):
+            return  # a strategy that makes its optimizers later
         for optimizer, given in zip(trainer.optimizers, self._given, strict=True):
             for group, (rate, decay) in zip(optimizer.param_groups, given, strict=True):
                 if (restored := _start_of(group)) != rate and restored:

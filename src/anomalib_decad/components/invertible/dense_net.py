@@ -10,7 +10,7 @@ from torch.nn import functional
 from torch.nn.utils.parametrizations import spectral_norm
 
 from anomalib_decad.components.invertible.pila import Pila
-from anomalib_decad.components.ranges import check_range
+from anomalib_decad.ranges import check_range
 
 __all__ = ["DenseLayer", "FusedDenseNet", "LipschitzDenseNet", "dense"]
 

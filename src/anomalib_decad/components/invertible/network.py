@@ -14,7 +14,7 @@ from anomalib_decad.components.invertible.fused import FusedNetwork, FusedUnit
 from anomalib_decad.components.invertible.unit import MonotoneUnit, SolverIterations, solver_dtype
 from anomalib_decad.components.options import InvertibleOptions
 from anomalib_decad.components.precision import at_least_float32
-from anomalib_decad.components.ranges import check_range
+from anomalib_decad.ranges import check_range
 
 __all__ = ["InvertibleNetwork"]
 

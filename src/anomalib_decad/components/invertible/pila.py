@@ -4,7 +4,7 @@
 import torch
 from torch import nn
 
-from anomalib_decad.components.ranges import check_range
+from anomalib_decad.ranges import check_range
 
 __all__ = ["Pila"]
 

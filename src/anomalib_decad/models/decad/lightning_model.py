@@ -29,7 +29,6 @@ from anomalib_decad.components import (
 )
 from anomalib_decad.components.options import as_options
 from anomalib_decad.components.precision import at_least_float32
-from anomalib_decad.components.ranges import check_range
 from anomalib_decad.feature_cache import FeatureBatch, FeatureCaching, IndexBatch
 from anomalib_decad.models.base_module import BaseModule
 from anomalib_decad.models.decad.anomaly_map import AnomalyMapGenerator, AnomalyMapOptions
@@ -38,6 +37,7 @@ from anomalib_decad.models.decad.loss import DecADLoss
 from anomalib_decad.models.decad.torch_model import DecADModel
 from anomalib_decad.models.parameter_groups import parameter_groups
 from anomalib_decad.progress import showing_progress
+from anomalib_decad.ranges import check_range
 
 __all__ = ["DecAD"]
 

@@ -6,9 +6,9 @@ from torch import nn
 
 from anomalib_decad.components.losses import DecouplingLoss
 from anomalib_decad.components.options import DecouplingLossOptions
-from anomalib_decad.components.ranges import check_range
 from anomalib_decad.models.decad.anomaly_map import AnomalyMapGenerator
 from anomalib_decad.models.decad.torch_model import TrainingOutput
+from anomalib_decad.ranges import check_range
 
 __all__ = ["DecADLoss"]
 
