@@ -168,12 +168,14 @@ def _export(export: Callable[..., Any], model: Any, ckpt_path: Any = None, **kwa
 
 def _check_given(run: _Run, cli: Any) -> None:
     """Ask for data and a checkpoint before weights are fetched."""
+    if not run.is_ours:
+        return
     command = str(cli.subcommand)
     config = cli.config.get(command) or {}
-    if run.is_ours and command in _WITH_DATA and not config.get("data"):
+    if command in _WITH_DATA and not config.get("data"):
         msg = f"{command} needs images: give them with --data, as --data MultiCategory --data.root ..."
         raise ValueError(msg)
-    if run.is_ours and command in _WITH_MODEL and not config.get("ckpt_path"):
+    if command in _WITH_MODEL and not config.get("ckpt_path"):
         msg = f"{command} needs a trained model: give the checkpoint of a training (--ckpt_path)"
         raise ValueError(msg)
 

@@ -23,8 +23,7 @@ logger = logging.getLogger(__name__)
 #: What may lie in a folder that a dataset is about to be downloaded to.
 _ARCHIVES = {".gz", ".tar", ".tgz", ".xz", ".zip"}
 
-#: Row of the mean in tables of metrics, which a category of this name would be lost to.
-#: Names that tables and files have for something else.
+#: Names that tables and files have for something else, which a category of this name would be lost to.
 _RESERVED = {"mean": "the mean over the categories", "unknown": "what is unlike every category"}
 
 

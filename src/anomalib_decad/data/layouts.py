@@ -204,9 +204,10 @@ def _images_in_folders(datamodule: Folder) -> dict[str, list[tuple[Path, list[Pa
 
 def _images_in(root: Path, pattern: str, extensions: tuple[str, ...] = IMG_EXTENSIONS) -> list[Path]:
     named = [file for file in root.glob(pattern) if file.suffix.lower() in extensions and file.name[0] != "."]
-    if broken := [file for file in named if file.is_symlink() and not file.exists()]:
+    files = {file for file in named if file.is_file()}
+    if broken := [file for file in named if file not in files and file.is_symlink() and not file.exists()]:
         logger.warning("%s: %d links lead nowhere, the first is %s.", root, len(broken), min(broken))
-    return sorted(file for file in named if file.is_file())
+    return sorted(files)
 
 
 def _check_pairs(

@@ -126,9 +126,8 @@ class MultiCategory(AnomalibDataModule):
             val_split_ratio=val_split_ratio,
             seed=seed,
         )
-        if sampling not in {"auto", "natural", "balanced"}:
-            msg = f"sampling must be 'auto', 'natural' or 'balanced', got {sampling!r}"
-            raise ValueError(msg)
+        ways = "'auto', 'natural' or 'balanced'"
+        check_range(sampling in {"auto", "natural", "balanced"}, "sampling", ways, repr(sampling))
         check_range(train_batch_size >= 1, "train_batch_size", "at least 1", train_batch_size)
         check_range(eval_batch_size >= 1, "eval_batch_size", "at least 1", eval_batch_size)
         check_range((num_workers or 0) >= 0, "num_workers", "at least 0", num_workers)

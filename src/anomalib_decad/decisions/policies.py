@@ -10,6 +10,7 @@ import numpy as np
 from scipy.stats import t as student
 
 from anomalib_decad.metrics import ScoreHistogram
+from anomalib_decad.ranges import check_range
 
 # The quantiles of Student's t grow without bound for two or three scores, and nothing would exceed the threshold.
 _LEAST_FREEDOM = 4
@@ -152,9 +153,7 @@ class FixedThreshold(ThresholdPolicy):
     value: float
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.value):
-            msg = f"a threshold must be finite, got {self.value}"
-            raise ValueError(msg)
+        check_range(math.isfinite(self.value), "a threshold", "finite", self.value)
 
     def choose(self, histogram: ScoreHistogram) -> float:
         """Give the threshold."""
@@ -163,6 +162,4 @@ class FixedThreshold(ThresholdPolicy):
 
 
 def _check_rate(rate: float) -> None:
-    if not 0 < rate < 1:
-        msg = f"a false alarm rate must be in (0, 1), got {rate}"
-        raise ValueError(msg)
+    check_range(0 < rate < 1, "a false alarm rate", "in (0, 1)", rate)

@@ -24,6 +24,7 @@ from anomalib_decad.export.post_processor import without_unknown_range
 from anomalib_decad.export.pre_processor import for_export
 from anomalib_decad.export.quantization import compress, quantize, quantize_with_accuracy_control
 from anomalib_decad.metrics import lacks_threshold
+from anomalib_decad.ranges import check_range
 from anomalib_decad.whole_files import write_text
 
 __all__ = ["ParityExportMixin"]
@@ -203,9 +204,9 @@ class ParityExportMixin(_Base):
         Raises:
             ValueError: If the size is not positive, or the export is to be for a product that the model does not know.
         """
-        if input_size is not None and not min(input_size) > 0:
-            msg = f"input_size must be two positive numbers, height and width, got {list(input_size)}"
-            raise ValueError(msg)
+        if input_size is not None:
+            range_ = "two positive numbers, height and width"
+            check_range(min(input_size) > 0, "input_size", range_, list(input_size))
         if isinstance(self.post_processor, CategoryPostProcessor):
             # It knows the product that the export is for.
             self.post_processor.limits(self.post_processor.category)

@@ -18,6 +18,8 @@ from anomalib.metrics import F1Score
 from torchmetrics import Metric
 from torchvision.transforms.v2.functional import InterpolationMode, resize
 
+from anomalib_decad.ranges import check_range
+
 __all__ = ["compress", "quantize", "quantize_with_accuracy_control"]
 
 # NNCF's own default, beyond which statistics hardly change.
@@ -95,9 +97,7 @@ def quantize_with_accuracy_control(
     """
     import nncf
 
-    if not 0 <= max_drop <= 1:
-        msg = f"max_drop must be between 0 and 1, got {max_drop}"
-        raise ValueError(msg)
+    check_range(0 <= max_drop <= 1, "max_drop", "between 0 and 1", max_drop)
     options = _options(model, float_parts)
     data = _set_up(datamodule)
     score = metric or F1Score(fields=["pred_label", "gt_label"])

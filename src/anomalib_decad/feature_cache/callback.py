@@ -20,6 +20,7 @@ from anomalib_decad.feature_cache.codec import FeatureCode
 from anomalib_decad.feature_cache.dataset import CachedFeatures, FeatureBatch, IndexBatch
 from anomalib_decad.feature_cache.source import FeatureSource
 from anomalib_decad.feature_cache.store import GIB, FeatureFile, check_folder, default_folder, num_bytes, readable
+from anomalib_decad.ranges import check_range
 
 __all__ = ["FeatureCaching"]
 
@@ -44,12 +45,9 @@ class FeatureCaching(Callback):
     """
 
     def __init__(self, mode: str, folder: str | Path | None = None, limit: float = 16.0) -> None:
-        if mode not in {"ram", "device", "disk"}:
-            msg = f"feature_cache must be 'off', 'ram', 'device' or 'disk', got {mode!r}"
-            raise ValueError(msg)
-        if not limit > 0:
-            msg = f"feature_cache_limit must be positive, got {limit}"
-            raise ValueError(msg)
+        modes = "'off', 'ram', 'device' or 'disk'"
+        check_range(mode in {"ram", "device", "disk"}, "feature_cache", modes, repr(mode))
+        check_range(limit > 0, "feature_cache_limit", "positive", limit)
         self.mode = mode
         self.folder = Path(folder).expanduser() if folder else default_folder()
         self.limit = limit

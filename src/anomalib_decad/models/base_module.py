@@ -135,9 +135,8 @@ class BaseModule(DeepImagesMixin, _Base):
             self.save_hyperparameters(plain)
         check_range(max_steps > 0, "max_steps", "positive", max_steps)
         check_range(gradient_clip_val >= 0, "gradient_clip_val", "at least 0", gradient_clip_val)
-        if save_maps not in {"off", "float16", "float32"}:
-            msg = f"save_maps must be 'off', 'float16' or 'float32', got {save_maps!r}"
-            raise ValueError(msg)
+        types = "'off', 'float16' or 'float32'"
+        check_range(save_maps in {"off", "float16", "float32"}, "save_maps", types, repr(save_maps))
         self.save_maps = save_maps
         self.max_steps = max_steps
         self.gradient_clip_val = gradient_clip_val
@@ -212,9 +211,8 @@ class BaseModule(DeepImagesMixin, _Base):
             ValueError: If the weights are to be in another precision than float32.
         """
         trainer = self.trainer
-        if trainer.precision not in _PRECISIONS:
-            msg = f"precision must be one of {', '.join(_PRECISIONS)}, got {trainer.precision}"
-            raise ValueError(msg)
+        precisions = f"one of {', '.join(_PRECISIONS)}"
+        check_range(trainer.precision in _PRECISIONS, "precision", precisions, trainer.precision)
         tidy_display(trainer, stage, self.evaluator)
         if stage == "fit" and trainer.max_steps == -1 and trainer.max_epochs == _LIGHTNING_MAX_EPOCHS:
             set_training_steps(trainer, self.max_steps)

@@ -110,12 +110,12 @@ class CheckpointMixin(_Base):
 
     def _become(self, theirs: Mapping[str, Any]) -> None:
         """Take the arguments of a checkpoint that are not this model's, and its parts from them."""
-        given = _defaults(type(self))
+        every_default = _defaults(type(self))
         for name in _RATES:
-            if name in theirs and self.hparams.get(name) == given.get(name):
+            if name in theirs and self.hparams.get(name) == every_default.get(name):
                 self.hparams[name] = theirs[name]
                 setattr(self, name, theirs[name])
-        defaults, mine = _leaves(given), _leaves(self.hparams)
+        defaults, mine = _leaves(every_default), _leaves(self.hparams)
         values = {name: value for name, value in _leaves(theirs).items() if name in mine}
         different = {name: value for name, value in values.items() if mine[name] != value}
         if not different:
@@ -193,8 +193,8 @@ class CheckpointMixin(_Base):
 
 def _check_model(checkpoint: Any, name: str) -> None:
     """Refuse the checkpoint of another model, or of another version of this one."""
-    found = checkpoint.get(_FORMAT_KEY) if isinstance(checkpoint, dict) else None
-    of = checkpoint.get(_MODEL_KEY, name) if isinstance(checkpoint, dict) else None
+    content = checkpoint if isinstance(checkpoint, dict) else {}
+    found, of = content.get(_FORMAT_KEY), content.get(_MODEL_KEY, name)
     if found is None:
         msg = f"it is no checkpoint of a {name}: give one that a training of this model has written (--ckpt_path)"
     elif of != name:

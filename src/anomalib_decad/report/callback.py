@@ -24,6 +24,7 @@ from anomalib_decad.metrics import (
     put_last,
     threshold_of,
 )
+from anomalib_decad.ranges import check_range
 from anomalib_decad.report.facts import collect_facts, seconds
 from anomalib_decad.report.losses import LossCurves
 from anomalib_decad.report.page import render
@@ -61,9 +62,7 @@ class Report(Callback):
 
     def __init__(self, max_images: int = 60, image_size: int = 224) -> None:
         for name, value in (("max_images", max_images), ("image_size", image_size)):
-            if not value > 0:
-                msg = f"{name} must be positive, got {value}"
-                raise ValueError(msg)
+            check_range(value > 0, name, "positive", value)
         self.max_images = max_images
         self.image_size = image_size
         self._losses = LossCurves()

@@ -108,7 +108,7 @@ class LastState(Callback):
             stops = trainer.strategy.reduce_boolean_decision(stops, all=False)
             self._save(trainer)
         if is_terminated:
-            raise SIGTERMException(_STATUS_OF_SIGTERM)
+            raise SIGTERMException
         if stops:
             raise KeyboardInterrupt
 
@@ -120,7 +120,7 @@ class LastState(Callback):
         """
         del args, kwargs
         if trainer.state.fn == TrainerFn.FITTING and trainer.world_size == 1 and trainer.received_sigterm:
-            raise SIGTERMException(_STATUS_OF_SIGTERM)
+            raise SIGTERMException
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remove the state: the training has its own checkpoints."""
@@ -134,7 +134,7 @@ class LastState(Callback):
         """Save the state if it is sound, and say how to go on."""
         self._restore_handler()
         if isinstance(exception, SIGTERMException):
-            # Lightning's own, at the end of a validation or an epoch, has the status of success.
+            # Without it, also as Lightning raises it, the status is that of success.
             exception.code = _STATUS_OF_SIGTERM
         if trainer.state.fn != TrainerFn.FITTING:
             return

@@ -8,6 +8,8 @@ from typing import Literal
 import numpy as np
 import torch
 
+from anomalib_decad.ranges import check_range
+
 __all__ = ["Curve", "scan_orders"]
 
 Curve = Literal["hilbert", "sweep", "scan", "zigzag", "zorder"]
@@ -36,12 +38,8 @@ def scan_orders(grid: tuple[int, int], curve: Curve, num_directions: int) -> tor
     Reference:
         MambaAD, section 3.3.
     """
-    if curve not in _KEYS:
-        msg = f"scan must be one of {', '.join(_KEYS)}, got {curve!r}"
-        raise ValueError(msg)
-    if num_directions not in {2, 4, 8}:
-        msg = f"num_directions must be 2, 4 or 8, got {num_directions}"
-        raise ValueError(msg)
+    check_range(curve in _KEYS, "scan", f"one of {', '.join(_KEYS)}", repr(curve))
+    check_range(num_directions in {2, 4, 8}, "num_directions", "2, 4 or 8", num_directions)
     positions = np.arange(grid[0] * grid[1]).reshape(grid)
     turned = np.rot90(positions)
     views = (positions, positions.T, turned, turned.T)

@@ -14,6 +14,7 @@ from anomalib_decad.models.decoupled_model import DecoupledModel
 from anomalib_decad.models.mambaad.bottleneck import HalfFPN
 from anomalib_decad.models.mambaad.decoder import MambaDecoder
 from anomalib_decad.models.mambaad.scan_order import Curve
+from anomalib_decad.ranges import check_range
 
 __all__ = ["DecoupledMambaADModel"]
 
@@ -66,9 +67,7 @@ class DecoupledMambaADModel(DecoupledModel):
         **kwargs: Any,
     ) -> None:
         super().__init__()
-        if len(depths) != 4:
-            msg = f"depths must be four numbers, got {list(depths)}"
-            raise ValueError(msg)
+        check_range(len(depths) == 4, "depths", "four numbers", list(depths))
         self.encoder = create_encoder(encoder, layers, encoder_weights, pretrained, _STAGES, _TRANSFORMER_CHANNELS)
         self.encoder.check(*image_size)
         self.recognizer = CategoryRecognizer()

@@ -5,6 +5,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from anomalib_decad.ranges import check_range
+
 __all__ = ["PositionEmbedding", "QueryDecoder", "TransformerEncoder", "neighbor_mask"]
 
 _MLP_RATIO = 4
@@ -27,9 +29,7 @@ def neighbor_mask(grid: tuple[int, int], neighbors: int) -> torch.Tensor:
     Reference:
         UniAD, section 3.2.
     """
-    if neighbors < 1 or neighbors % 2 == 0:
-        msg = f"neighbors must be an odd positive number, got {neighbors}"
-        raise ValueError(msg)
+    check_range(neighbors >= 1 and neighbors % 2 == 1, "neighbors", "an odd positive number", neighbors)
     rows, columns = torch.meshgrid(*(torch.arange(side) for side in grid), indexing="ij")
     positions = torch.stack([rows.flatten(), columns.flatten()], dim=1)
     mask = (positions[:, None] - positions).abs().amax(-1) <= neighbors // 2
