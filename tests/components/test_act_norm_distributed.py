@@ -13,8 +13,7 @@ def _initialize(rank, address, queue):
     network = InvertibleNetwork(6, InvertibleOptions(num_blocks=1, num_units=1, hidden_dim=4)).train()
     torch.manual_seed(rank + 1)  # but other data
     network.initialize(torch.randn(50 + 50 * rank, 6) * (rank + 1) + rank)
-    norm = network.sequence[1]
-    queue.put((rank, norm.scale.tolist(), norm.bias.tolist(), bool(norm.initialized)))
+    queue.put((rank, network.norm_scale.tolist(), network.norm_bias.tolist(), bool(network.initialized)))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 

@@ -1,38 +1,73 @@
 # SPDX-License-Identifier: Apache-2.0
 """The invertible network F of DecAD."""
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
-from FrEIA.framework import SequenceINN
 from torch import nn
-from torch.nn.utils import parametrize
+from torch.nn import functional
 
-from anomalib_decad.components.invertible.act_norm import ActNorm
-from anomalib_decad.components.invertible.fused import FusedNetwork, FusedUnit
-from anomalib_decad.components.invertible.unit import MonotoneUnit, SolverIterations, solver_dtype
+from anomalib_decad.components.invertible.folding import Units, fold, normalize
+from anomalib_decad.components.invertible.solver import ChainWeights, iterate, solve
 from anomalib_decad.components.options import InvertibleOptions
 from anomalib_decad.components.precision import at_least_float32
 from anomalib_decad.ranges import check_range
 
-__all__ = ["InvertibleNetwork"]
+__all__ = ["FrozenNetwork", "InvertibleNetwork", "NetworkWeights"]
+
+# Channels that each dense layer adds.
+_GROWTH = 32
+
+# Of G before training: a unit starts near the identity, and the latent near the axes of the embedding.
+_GAIN = 0.05
+
+# Units that are solved as one, the first of these that their number can be divided by: more need fewer operations, and
+# more multiply-adds (benchmarks/NOTES.md, "Units that are solved together").
+_TOGETHER = (3, 4, 2, 1)
+
+# Deviations of a channel, relative to the median channel's and to the largest, below which it is not scaled to 1.
+_OF_MEDIAN, _OF_LARGEST = 0.5, 0.01
+
+# Iterations in training mode; each gains about a digit.
+_TRAINING_ITERATIONS = 3
+
+# Relative change of the last iteration in eval mode: the round trip of a whole network is then within 1e-4.
+_TOLERANCE, _MAX_ITERATIONS = 1e-4, 64
+
+# Standard deviations of the random latents that convergence is tried on.
+_PROBES = (0.1, 1.0, 10.0)
+
+
+class NetworkWeights(NamedTuple):
+    """Folded weights of both directions: chains of units in the order of application, and iterations of the solver."""
+
+    forward: tuple[ChainWeights, ...]
+    inverse: tuple[ChainWeights, ...]
+    iterations: int = _TRAINING_ITERATIONS
 
 
 class InvertibleNetwork(nn.Module):
     r"""Invertible map of each patch embedding to the latent space, :math:`F = F_R \circ \dots \circ F_1`.
 
-    Each block :math:`F_r = f_K \circ \dots \circ f_1` is a chain of :class:`MonotoneUnit` with an
-    :class:`ActNorm` behind it. Computed in at least float32, also under automatic mixed precision: in half precision
-    the inverse would not be one. Only G is computed in bfloat16, in training mode under automatic mixed precision with
-    it: inputs bypass G, so what is rounded is the change that a unit makes.
+    Each block :math:`F_r = f_K \circ \dots \circ f_1` is a chain of units :math:`f(x) = (\frac{Id + G}{2})^{-1}(x) - x`
+    and an ActNorm, a scale and bias of each channel, :math:`y = e^s x + o` (supplement, Eq. 1 to 3). What G is says
+    :func:`normalize`, and how units are solved :func:`fold`.
+
+    Computed in at least float32, also under automatic mixed precision: in half precision the inverse would not be one.
+    Only G is computed in bfloat16, in training mode under automatic mixed precision with it: inputs bypass G, so what
+    is rounded is the change that a unit makes.
+
+    An ActNorm starts from the statistics of normal embeddings, of all processes of a distributed run together. It
+    stretches no channel by more than twice what the median channel is stretched by: a channel that hardly varies holds
+    rounding error, and what units learn to put into it would be stretched with it, without an end
+    (``benchmarks/NOTES.md``, "Energy").
 
     Args:
         dim (int): Number of channels of an embedding.
         options (InvertibleOptions): Its shape.
-        iterations (SolverIterations): Number of solver iterations.
-        learned_norms (bool): Whether the ActNorms are learned after their start.
-            Defaults to ``True``.
+        learned_norms (bool): Whether the ActNorms are learned after their start. Defaults to ``True``.
 
     Raises:
         ValueError: If ``dim`` is below 1.
@@ -44,106 +79,207 @@ class InvertibleNetwork(nn.Module):
         True
 
     Reference:
-        DecAD, ICCV 2025, supplement: R = 3, K = 2.
+        DecAD, ICCV 2025, supplement: R = 3, K = 2. D. P. Kingma and P. Dhariwal, Glow, NeurIPS 2018 (ActNorm).
     """
 
-    def __init__(
-        self,
-        dim: int,
-        options: InvertibleOptions = InvertibleOptions(),
-        iterations: SolverIterations = SolverIterations(),
-        learned_norms: bool = True,
-    ) -> None:
+    initialized: torch.Tensor
+
+    def __init__(self, dim: int, options: InvertibleOptions = InvertibleOptions(), learned_norms: bool = True) -> None:
         super().__init__()
         check_range(dim >= 1, "dim", "at least 1", dim)
-        self.dim = dim
-        self.sequence = SequenceINN(dim)
-        for _ in range(options.num_blocks):
-            for _ in range(options.num_units):
-                self.sequence.append(
-                    MonotoneUnit,
-                    hidden_dim=options.hidden_dim,
-                    lipschitz=options.lipschitz,
-                    k=options.pila_k,
-                    iterations=iterations,
-                )
-            self.sequence.append(ActNorm, is_learned=learned_norms)
+        self.dim, self.options = dim, options
+        number, hidden = options.num_blocks * options.num_units, options.hidden_dim
+        encode, decode = _linear(number, dim, hidden), _linear(number, hidden + 2 * _GROWTH, dim)
+        first, second = (_linear(number, inputs, _GROWTH) for inputs in (hidden, hidden + _GROWTH))
+        self.units = nn.ParameterDict(Units(*encode, *first, *second, *decode)._asdict())
+        self.eta = nn.Parameter(torch.zeros(2, number, 2))
+        self.gain = nn.Parameter(torch.full((number,), _GAIN).logit())
+        self.norm_scale = nn.Parameter(torch.zeros(options.num_blocks, dim), requires_grad=learned_norms)
+        self.norm_bias = nn.Parameter(torch.zeros(options.num_blocks, dim), requires_grad=learned_norms)
+        self.register_buffer("initialized", torch.tensor(False))
+        # The same as a Python value: reading the buffer would make a device wait.
+        self.is_initialized = False
+        # What :meth:`weights` gave last, and the state of the parameters that it is of.
+        self._folded: tuple[NetworkWeights, Any] | None = None
+        self.register_load_state_dict_post_hook(InvertibleNetwork._on_state_dict)
 
-    def initialize(self, x: torch.Tensor) -> None:
-        """Initialize the ActNorms from normal embeddings, unless they have been. Only in training mode.
+    @staticmethod
+    def _on_state_dict(module: "InvertibleNetwork", incompatible_keys: object) -> None:
+        del incompatible_keys
+        module.is_initialized = bool(module.initialized)
 
-        Args:
-            x (torch.Tensor): Embeddings of shape (..., dim).
-        """
-        pending = (not module.is_initialized for module in self.modules() if isinstance(module, ActNorm))
-        if self.training and any(pending):
-            with torch.no_grad():
-                self(x)
-
-    @contextmanager
-    def folded(self) -> Iterator[None]:
-        """Normalize and fold the weights once for all passes within, forward and inverse; they must not change."""
-        units = [module for module in self.sequence.module_list if isinstance(module, MonotoneUnit)]
-        is_outermost = not any(unit.is_folded for unit in units)
-        with ExitStack() as stack:
-            stack.enter_context(parametrize.cached())
-            for unit in units:
-                stack.enter_context(unit.folded())
-            if units and self.training and is_outermost:
-                weight = units[0].net.gain
-                dtype = solver_dtype(weight, training=True)
-                with torch.enable_grad(), torch.autocast(weight.device.type, enabled=False):
-                    MonotoneUnit.fold_together(units, dtype)
-            yield
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map embeddings to the latent space.
+    def fold(self, converged: bool) -> NetworkWeights:
+        """Fold the weights of both directions, for all passes until they change, with their gradients.
 
         Args:
-            x (torch.Tensor): Embeddings of shape (..., dim).
+            converged (bool): Whether as many iterations are chosen, at most 64, as bring the last change of every
+                random latent below 1e-4 of it. It follows from the weights alone. Otherwise three, for training.
 
         Returns:
-            torch.Tensor: Latents of shape (..., dim).
+            NetworkWeights: The weights.
         """
-        return self._run(x, rev=False)
+        with torch.autocast(self.norm_scale.device.type, enabled=False):
+            units = self._normalized()
+            weights = self._fold(units)
+            if converged:
+                needed = _needed_iterations(weights)
+                if needed == _MAX_ITERATIONS:
+                    # Close to the Lipschitz bound, where the plain iteration still converges.
+                    weights = self._fold(units, preconditioned=False)
+                    needed = _needed_iterations(weights)
+                weights = weights._replace(iterations=needed)
+            return weights
 
-    def inverse(self, z: torch.Tensor) -> torch.Tensor:
-        """Map latents back to embeddings.
+    def _normalized(self) -> Units:
+        units = Units(**{name: at_least_float32(parameter) for name, parameter in self.units.items()})
+        eta, gain = at_least_float32(self.eta), at_least_float32(self.gain)
+        return normalize(units, eta, gain, self.options.pila_k, self.options.lipschitz)
 
-        Args:
-            z (torch.Tensor): Latents of shape (..., dim).
+    def _fold(self, units: Units, preconditioned: bool = True) -> NetworkWeights:
+        number, count = (
+            len(units.encode_bias),
+            next(count for count in _TOGETHER if len(units.encode_bias) % count == 0),
+        )
+        # The inverse of a unit with G is the one with -G, and units are undone in reverse.
+        order = torch.arange(number, device=units.encode_bias.device)
+        order = torch.stack([order, order.flip(0)])
+        both = Units(*(tensor[order] for tensor in units))
+        sign = torch.tensor([1.0, -1.0], device=order.device)[:, None, None]
+        both = both._replace(decode_weight=both.decode_weight * sign[..., None], decode_bias=both.decode_bias * sign)
+        # The ActNorm of a block comes after its last unit, and is undone before it.
+        scale, bias = (norm.new_zeros(number + 1, self.dim) for norm in (self.norm_scale, self.norm_bias))
+        ends = slice(self.options.num_units, None, self.options.num_units)
+        scale[ends], bias[ends] = self.norm_scale, self.norm_bias
+        scale, bias = torch.stack([scale, -scale.flip(0)]), torch.stack([bias, (-bias * (-scale).exp()).flip(0)])
 
-        Returns:
-            torch.Tensor: Embeddings of shape (..., dim).
-        """
-        return self._run(z, rev=True)
+        def affine(values: torch.Tensor) -> torch.Tensor:
+            """Give what comes before each unit of each chain, and after the last chain."""
+            before = values[:, :-1].unflatten(1, (-1, count))
+            after = functional.pad(values[:, None, -1:], (0, 0, 0, 0, before.shape[1] - 1, 0))
+            return torch.cat([before, after], dim=2).flatten(0, 1)
+
+        of_chains = Units(*(tensor.unflatten(1, (-1, count)).flatten(0, 1) for tensor in both))
+        chains = fold(of_chains, affine(scale), affine(bias), preconditioned)
+        half = len(chains) // 2
+        return NetworkWeights(tuple(chains[:half]), tuple(chains[half:]))
+
+    def weights(self) -> NetworkWeights:
+        """Give folded weights. Outside of training they are kept as long as the parameters are what they were."""
+        if self.training or torch.is_grad_enabled():
+            return self.fold(converged=not self.training)
+        # Tensors of inference mode have no version.
+        state = [(p.data_ptr(), None if p.is_inference() else p._version) for p in self.parameters()]
+        if self._folded is None or self._folded[1] != state:
+            with torch.inference_mode(False), torch.no_grad():
+                self._folded = self.fold(converged=True), state
+        return self._folded[0]
 
     @torch.no_grad()
-    def fused(self) -> FusedNetwork:
-        """Copy the network for inference: faster, the same within rounding, and free of parametrizations.
+    def initialize(self, x: torch.Tensor) -> None:
+        """Initialize the ActNorms from normal embeddings (..., dim), unless they have been. Only in training mode."""
+        if self.is_initialized or not self.training:
+            return
+        x, number = at_least_float32(x.reshape(-1, self.dim)), self.options.num_units
+        nothing = self.norm_bias.new_zeros(1, number + 1, self.dim)
+        with torch.autocast(x.device.type, enabled=False):
+            units = self._normalized()
+            for block in range(self.options.num_blocks):
+                part = (tensor[None, block * number : (block + 1) * number] for tensor in units)
+                (chain,) = fold(Units(*part), nothing, nothing)
+                x = solve(chain, x, _TRAINING_ITERATIONS, x.dtype)
+                mean, std = _statistics(x)
+                self.norm_scale[block], self.norm_bias[block] = -std.log(), -mean / std
+                x = (x - mean) / std
+        self.initialized.fill_(True)
+        self.is_initialized = True
 
-        Returns:
-            FusedNetwork: The copy, which can be pickled and exported.
-        """
-        is_training = self.training
-        # In training mode the spectral norms would go on with their iteration.
-        self.eval()
-        forward_units: list[tuple[FusedUnit, int]] = []
-        inverse_units: list[tuple[FusedUnit, int]] = []
-        for module in self.sequence.module_list:
-            if isinstance(module, ActNorm):
-                scale, bias = module.scale.exp(), module.bias
-                unit, iterations = forward_units[-1]
-                forward_units[-1] = unit.then_affine(scale, bias), iterations
-                unit, iterations = inverse_units[-1]
-                inverse_units[-1] = unit.after_affine(1 / scale, -bias / scale), iterations
-            else:
-                forward_units.append(module.fused(rev=False))
-                inverse_units.append(module.fused(rev=True))
-        self.train(is_training)
-        return FusedNetwork(forward_units, reversed(inverse_units))
+    def forward(self, x: torch.Tensor, weights: NetworkWeights | None = None) -> torch.Tensor:
+        """Map embeddings of shape (..., dim) to latents of the same shape, by what :meth:`weights` gave, or gives."""
+        weights = weights or self.weights()
+        return self._run(weights.forward, x, weights)
 
-    def _run(self, x: torch.Tensor, rev: bool) -> torch.Tensor:
+    def inverse(self, z: torch.Tensor, weights: NetworkWeights | None = None) -> torch.Tensor:
+        """Map latents of shape (..., dim) back to embeddings; ``weights`` as in :meth:`forward`."""
+        weights = weights or self.weights()
+        return self._run(weights.inverse, z, weights)
+
+    def _run(self, chains: Sequence[ChainWeights], x: torch.Tensor, weights: NetworkWeights) -> torch.Tensor:
+        device = x.device.type
+        is_bfloat16 = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16
         rows = at_least_float32(x.reshape(-1, self.dim))
-        output, _ = self.sequence(rows, rev=rev, jac=False)
-        return output.reshape(x.shape)
+        dtype = torch.bfloat16 if is_bfloat16 and self.training else rows.dtype
+        with torch.autocast(device, enabled=False):
+            for chain in chains:
+                rows = solve(chain, rows, weights.iterations, dtype)
+        return rows.reshape(x.shape)
+
+    @torch.no_grad()
+    def frozen(self) -> "FrozenNetwork":
+        """Copy the network for export: its folded weights as buffers, which no gradient reaches."""
+        return FrozenNetwork(self.fold(converged=True))
+
+
+class FrozenNetwork(nn.Module):
+    """An :class:`InvertibleNetwork` for export, of folded weights."""
+
+    def __init__(self, weights: NetworkWeights) -> None:
+        super().__init__()
+        self.iterations, self.count = weights.iterations, len(weights.forward)
+        for direction in ("forward", "inverse"):
+            for index, chain in enumerate(getattr(weights, direction)):
+                for name, tensor in chain._asdict().items():
+                    self.register_buffer(f"{direction}_{index}_{name}", tensor.detach().clone())
+
+    def forward(self, x: torch.Tensor, weights: NetworkWeights | None = None) -> torch.Tensor:
+        """Map embeddings of shape (..., dim) to the latent space."""
+        del weights  # its own are the only ones
+        return self._run("forward", x)
+
+    def inverse(self, z: torch.Tensor, weights: NetworkWeights | None = None) -> torch.Tensor:
+        """Map latents of shape (..., dim) back to embeddings."""
+        del weights
+        return self._run("inverse", z)
+
+    def _run(self, direction: str, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(x.device.type, enabled=False), torch.no_grad():
+            rows = at_least_float32(x.flatten(0, -2))
+            for index in range(self.count):
+                names = (f"{direction}_{index}_{name}" for name in ChainWeights._fields)
+                rows = solve(ChainWeights(*map(self.get_buffer, names)), rows, self.iterations, rows.dtype)
+            return rows.view(x.shape)
+
+
+def _linear(number: int, inputs: int, outputs: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw weights (number, outputs, inputs) and biases (number, outputs) as torch's linear layers do."""
+    bound = 1 / math.sqrt(inputs)
+    shapes = (number, outputs, inputs), (number, outputs)
+    weight, bias = (torch.empty(shape).uniform_(-bound, bound) for shape in shapes)
+    return weight, bias
+
+
+def _statistics(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute mean and bounded deviation of each channel over the rows of all processes."""
+    moments = torch.stack([torch.ones_like(x[0]), x.mean(0), x.square().mean(0)]) * len(x)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(moments)
+    count, total, total_square = moments
+    mean = total / count
+    std = (total_square / count - mean.square()).clamp(min=0).sqrt()
+    std = std.clamp(min=max(_OF_MEDIAN * std.median().item(), _OF_LARGEST * std.max().item()))
+    return mean, torch.where(std > 1e-6, std, torch.ones_like(std))
+
+
+@torch.no_grad()
+def _needed_iterations(weights: NetworkWeights) -> int:
+    largest = 1
+    for chain in (*weights.forward, *weights.inverse):
+        # Numbers of a generator of its own: neither the user's nor the training's are used up.
+        noise = torch.randn(64, len(chain.start_bias), generator=torch.Generator().manual_seed(0))
+        start = torch.cat([scale * noise for scale in _PROBES]).to(chain.start_bias)
+        v, count, change = start, 0, 1.0
+        while change > _TOLERANCE and count < _MAX_ITERATIONS:  # a NaN ends it
+            update = iterate(chain, start, v, 1)
+            change, v = ((update - v).norm(dim=-1) / update.norm(dim=-1)).max().item(), update
+            count += 1
+        largest = max(largest, count if change <= _TOLERANCE else _MAX_ITERATIONS)
+    return largest

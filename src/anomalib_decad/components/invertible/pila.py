@@ -6,7 +6,7 @@ from torch import nn
 
 from anomalib_decad.ranges import check_range
 
-__all__ = ["Pila"]
+__all__ = ["Pila", "scaled_pila", "scaled_pila_with_slope"]
 
 
 class Pila(nn.Module):
@@ -20,8 +20,7 @@ class Pila(nn.Module):
     (at t = -4) and 1 (at t = 0), where it meets the slope of the positive side up to the second derivative.
 
     Args:
-        k (float): Sharpness of the bend at 0; must be positive.
-            Defaults to ``5.0``, as in DecAD's supplement.
+        k (float): Sharpness of the bend at 0; must be positive. Defaults to ``5.0``, as in DecAD's supplement.
 
     Raises:
         ValueError: If ``k`` is not positive.
@@ -36,57 +35,32 @@ class Pila(nn.Module):
         self.k = k
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Apply the activation element by element.
+        """Apply the activation element by element, to any shape."""
+        return scaled_pila(self.k * x) / (2 * self.k)
 
-        Args:
-            x (torch.Tensor): Any shape.
 
-        Returns:
-            torch.Tensor: Same shape as ``x``.
-        """
-        # With t = min(kx, 0) the formula for negative x is the identity for the rest: one expression, no branch. The
-        # lower bound keeps t^2 e^t from becoming infinity times zero.
-        t = (self.k * x).clamp(-80, 0)
-        return x * (t * (0.5 * t - 1) + 1) * t.exp()
+def scaled_pila(t: torch.Tensor) -> torch.Tensor:
+    r"""Compute :math:`2k\,\mathrm{Pila}(t/k) = t\,(n^2 - 2n + 2)\,e^n` with :math:`n = \min(t, 0)`, for any k.
 
-    @staticmethod
-    def scaled(t: torch.Tensor) -> torch.Tensor:
-        """Compute 2k Pila(t/k), which is the same for every k, in fewer operations.
+    The invertible network has the factors k before and 1/(2k) after it in its weights. ``t`` is of any shape.
+    """
+    return t * _quotient(*_exponential(t))
 
-        For networks whose weights take up the factors k before and 1/(2k) behind it.
 
-        Args:
-            t (torch.Tensor): k times the argument of Pila, any shape.
+def scaled_pila_with_slope(t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute :func:`scaled_pila` and its derivative by ``t``, both of the shape of ``t``."""
+    negative, exponential = _exponential(t)
+    quotient = _quotient(negative, exponential)
+    # The slope of t (t^2 - 2t + 2) e^t is (t^3 + t^2 - 2t + 2) e^t.
+    return t * quotient, torch.addcmul(quotient, negative.pow(3), exponential)
 
-        Returns:
-            torch.Tensor: 2k times Pila, same shape as ``t``.
-        """
-        negative = t.clamp(-80, 0)
-        return t * _quotient(negative, negative.exp())
 
-    @staticmethod
-    def scaled_with_slope(t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Compute :meth:`scaled` and its derivative.
-
-        Args:
-            t (torch.Tensor): k times the argument of Pila, any shape.
-
-        Returns:
-            tuple[torch.Tensor, torch.Tensor]: 2k times Pila and its derivative by ``t``, both of the shape of ``t``.
-        """
-        negative = t.clamp(-80, 0)
-        exponential = negative.exp()
-        quotient = _quotient(negative, exponential)
-        # The slope of t (t^2 - 2t + 2) e^t is (t^3 + t^2 - 2t + 2) e^t.
-        return t * quotient, torch.addcmul(quotient, negative.pow(3), exponential)
-
-    def extra_repr(self) -> str:
-        """Describe the arguments."""
-        return f"k={self.k}"
+def _exponential(t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute min(t, 0) and its exponential; the lower bound keeps t^2 e^t from becoming infinity times zero."""
+    negative = t.clamp(-80, 0)
+    return negative, negative.exp()
 
 
 def _quotient(negative: torch.Tensor, exponential: torch.Tensor) -> torch.Tensor:
-    """Compute :meth:`Pila.scaled` over its argument t, from min(t, 0) and the exponential of that."""
-    # The polynomial t^2 - 2t + 2 is (t - 1)^2 + 1.
-    shifted = negative - 1
-    return torch.addcmul(exponential, shifted.square(), exponential)
+    # The polynomial n^2 - 2n + 2 is (n - 1)^2 + 1.
+    return torch.addcmul(exponential, (negative - 1).square(), exponential)
