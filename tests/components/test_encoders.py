@@ -4,16 +4,12 @@ import pytest
 import timm
 import torch
 
-from anomalib_decad.components import EncoderWeightsError, create_encoder
+from anomalib_decad.components import create_encoder
 from anomalib_decad.components.encoders import CNNEncoder, ViTPyramid, check_name, default_size
 
 
-@pytest.fixture(scope="module")
-def cnn():
-    return CNNEncoder("test_resnet", [1, 2, 3], pretrained=False)
-
-
-def test_a_convolutional_network_gives_its_stages(cnn):
+def test_a_convolutional_network_gives_its_stages():
+    cnn = CNNEncoder("test_resnet", [1, 2, 3], pretrained=False)
     maps = cnn(torch.rand(2, 3, 64, 96))
     assert list(maps) == [1, 2, 3]
     for feature, channels, stride in zip(maps.values(), cnn.channels, cnn.strides, strict=True):
@@ -33,11 +29,6 @@ def test_its_outputs_are_timms(weights_of):
         torch.testing.assert_close(list(encoder(images).values()), network(images))
 
 
-def test_wrong_stages_are_refused():
-    with pytest.raises(ValueError, match=r"no network 'test_resnet' with the stages \[1, 9\]"):
-        CNNEncoder("test_resnet", [1, 9], pretrained=False)
-
-
 def test_a_transformer_gives_a_pyramid():
     encoder = ViTPyramid("test_vit", [1, 2, 3], pretrained=False, channels=[8, 64, 128])
     maps = list(encoder(torch.rand(2, 3, 64, 128)).values())
@@ -49,45 +40,37 @@ def test_a_transformer_gives_a_pyramid():
     torch.testing.assert_close(identity, torch.eye(len(identity)), atol=1e-5, rtol=0)
 
 
-def test_a_pyramid_needs_as_many_layers_as_channels():
-    with pytest.raises(ValueError, match="layers must be 3 layers of test_vit"):
-        ViTPyramid("test_vit", [1, 2], pretrained=False, channels=[8, 16, 32])
-
-
 @pytest.mark.parametrize(
-    ("name", "size", "message"),
+    ("name", "cls", "size", "message"),
     [
-        ("test_resnet", (64, 70), "multiples of 32 pixels, got 64 x 70; 64 x 64 would do"),
-        ("test_vit", (64, 80), "multiples of 64 pixels, got 64 x 80; 64 x 64 would do"),
+        ("test_resnet", CNNEncoder, (64, 70), "multiples of 32 pixels, got 64 x 70; 64 x 64 would do"),
+        ("test_vit", ViTPyramid, (64, 80), "multiples of 64 pixels, got 64 x 80; 64 x 64 would do"),
     ],
 )
-def test_sizes_are_checked(name, size, message):
+def test_the_name_chooses_the_kind_which_checks_sizes(name, cls, size, message):
     encoder = create_encoder(name, [1, 2, 3], None, False, (1, 2, 3), (8, 16, 32))
+    assert isinstance(encoder, cls)
     encoder.check(64, 64)
+    encoder.fuse(64, 64)
+    assert len(encoder(torch.rand(1, 3, 64, 64))) == 3
     with pytest.raises(ValueError, match=message):
         encoder.check(*size)
 
 
-@pytest.mark.parametrize(("name", "cls"), [("test_resnet", CNNEncoder), ("test_vit", ViTPyramid)])
-def test_the_name_chooses_the_kind(name, cls):
-    encoder = create_encoder(name, [1, 2, 3], None, False, (1, 2, 3))
-    assert isinstance(encoder, cls)
-    encoder.fuse(64, 64)
-    assert len(encoder(torch.rand(1, 3, 64, 64))) == 3
-
-
-def test_default_sizes():
+def test_names():
     assert default_size("test_resnet", (256, 224)) == (256, 224)
     assert default_size("vit_small_patch14_dinov2", (256, 256)) == (280, 280)
-
-
-def test_names_are_checked():
     assert check_name("timm/vit_base_patch14_dinov2.lvd142m") == "vit_base_patch14_dinov2"
-    with pytest.raises(ValueError, match="timm has no model 'resnet1'; close names are"):
-        check_name("resnet1")
 
 
-def test_weights_of_another_network_are_refused(weights_of):
-    encoder = CNNEncoder("test_resnet", [1, 2, 3], weights_of("test_efficientnet"))
-    with pytest.raises(EncoderWeightsError, match="holds no weights of the encoder test_resnet"):
-        encoder.load_weights()
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("test_resnet", [1, 9]), r"no network 'test_resnet' with the stages \[1, 9\]"),
+        (("test_vit", [1, 2]), "layers must be 3 layers of test_vit"),
+        (("resnet1", [1, 2, 3]), "timm has no model 'resnet1'; close names are"),
+    ],
+)
+def test_wrong_arguments_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        create_encoder(*arguments, weights=None, pretrained=False, stages=(1, 2, 3), channels=(8, 16, 32))

@@ -20,42 +20,37 @@ def stripes(noise=0.05, images=3):
     return abnormal, normal, torch.zeros_like(abnormal)
 
 
-def all_patches(images=3):
-    return torch.arange(COUNT).expand(images, -1)
+ALL = torch.arange(COUNT).expand(3, -1)
 
 
 @pytest.fixture
 def parts():
     torch.manual_seed(0)
-    abnormal, normal, expected = stripes()
+    abnormal, normal, _ = components = stripes()
     prior = ImagePrior(6)
-    prior.fit(abnormal, normal, expected, GRID, all_patches())
-    return prior, abnormal, normal, expected
+    expected = torch.randn_like(abnormal)
+    torch.testing.assert_close(prior(abnormal, normal, expected, GRID), expected)
+    prior.fit(*components, grid=GRID, chosen=ALL)
+    return prior, *components
 
 
-def test_at_its_start_it_is_what_prototypes_expect():
-    expected = torch.randn(2, COUNT, 6)
-    prior = ImagePrior(6)
-    torch.testing.assert_close(prior(torch.randn(2, COUNT, 6), torch.randn(2, COUNT, 3), expected, GRID), expected)
-
-
-def test_what_repeats_explains_itself(parts):
-    prior, abnormal, normal, expected = parts
-    left = (abnormal - prior(abnormal, normal, expected, GRID)).square().mean()
-    assert left < 0.05 * abnormal.square().mean()
+def test_what_repeats_explains_itself_in_each_image_alone(parts):
+    prior, *components = parts
+    together = prior(*components, GRID)
+    assert (components[0] - together).square().mean() < 0.05 * components[0].square().mean()
+    alone = [prior(*(part[None] for part in image), GRID)[0] for image in zip(*components, strict=True)]
+    torch.testing.assert_close(torch.stack(alone), together)
 
 
 def test_gains_are_least_squares(parts):
     prior, abnormal, normal, _ = parts
     torch.manual_seed(1)
     expected = 0.5 * abnormal + 0.3 * torch.randn_like(abnormal)
-    prior.fit(abnormal, normal, expected, GRID, all_patches())
+    prior.fit(abnormal, normal, expected, GRID, ALL)
     seen = prior._look(abnormal, normal, expected, GRID)
-    for channel in range(6):
-        both = torch.stack([part[..., channel].flatten() for part in (expected, seen)], dim=1)
-        gains = torch.linalg.lstsq(both, abnormal[..., channel].flatten()[:, None]).solution[:, 0]
-        assert prior.prototype_gain[channel].item() == pytest.approx(gains[0].item(), abs=0.02)
-        assert prior.image_gain[channel].item() == pytest.approx(gains[1].item(), abs=0.02)
+    by_channel = torch.stack([expected, seen], dim=-1).flatten(0, 1).transpose(0, 1)
+    gains = torch.linalg.lstsq(by_channel, abnormal.flatten(0, 1).T[..., None]).solution[..., 0]
+    torch.testing.assert_close(torch.stack([prior.prototype_gain, prior.image_gain], 1), gains, atol=0.02, rtol=0)
 
 
 def test_an_abnormal_patch_says_next_to_nothing_about_others(parts):
@@ -85,14 +80,6 @@ def test_a_patch_does_not_look_at_itself_or_near_it(parts):
     before = prior(abnormal, normal, expected, GRID)
     changed[:, far] += 0.1
     assert (prior(changed, normal, expected, GRID)[:, 40] - before[:, 40]).abs().max() > 1e-2
-
-
-def test_images_do_not_see_each_other(parts):
-    prior, abnormal, normal, expected = parts
-    together = prior(abnormal, normal, expected, GRID)
-    for index in range(len(abnormal)):
-        one = slice(index, index + 1)
-        torch.testing.assert_close(prior(abnormal[one], normal[one], expected[one], GRID), together[one])
 
 
 @pytest.mark.parametrize("grid", [(2, 2), (2, 3), (4, 4), (5, 5), (1, 30), (20, 20), (37, 10)])
@@ -144,7 +131,3 @@ def test_rounding_of_a_constant_channel_is_not_the_energy():
     residual = torch.randn(200, 6)
     residual[:, 0] = 1e-7
     assert latent_energy(residual, torch.tensor([1e-20, 1, 1, 1, 1, 1])).max() < 20
-
-
-def test_shape_of_images():
-    assert latent_energy(torch.randn(2, 5, 6), torch.ones(6)).shape == (2, 5)

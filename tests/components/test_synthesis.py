@@ -24,15 +24,17 @@ noises = pytest.mark.parametrize("noise", ["features", "gaussian"])
     delta=st.floats(0.01, 100),
     steps=st.integers(0, 3),
     noise=st.sampled_from(["features", "gaussian"]),
+    energy=st.sampled_from([quadratic, lambda x: (x * 0).sum(-1)]),
+    spread=st.sampled_from([0.0, 1.0]),
     batch=st.integers(1, 4),
     grid=st.tuples(st.integers(1, 9), st.integers(1, 9)),
     dim=st.integers(2, 16),
 )
-def test_norm_is_delta_on_the_chosen_patches_and_zero_elsewhere(delta, steps, noise, batch, grid, dim):
-    x = torch.randn(batch, grid[0] * grid[1], dim, dtype=torch.float64)
-    perturbed, mask = AdversarialSynthesis(delta, SynthesisOptions(fraction=1.0, num_steps=steps, noise=noise))(
-        x, quadratic, grid
-    )
+def test_norm_is_delta_on_the_chosen_patches_and_zero_elsewhere(delta, steps, noise, energy, spread, batch, grid, dim):
+    """Also where the energy has no gradient, or all patches are equal."""
+    x = 1 + spread * torch.randn(batch, grid[0] * grid[1], dim, dtype=torch.float64)
+    synthesis = AdversarialSynthesis(delta, SynthesisOptions(fraction=1.0, num_steps=steps, noise=noise))
+    perturbed, mask = synthesis(x, energy, grid)
     assert mask.any()
     norms = (perturbed - x).norm(dim=-1)
     torch.testing.assert_close(norms[mask], torch.full_like(norms[mask], delta), rtol=1e-6, atol=1e-9)
@@ -76,33 +78,16 @@ def test_no_step_ends_below_the_energy_of_the_patch_itself(noise):
     assert (hard - own)[above].mean() < 0.5 * (start - own)[above].mean()
 
 
-def test_steps_lower_the_energy_of_a_decoupler():
-    decoupler = Decoupler(16, DecouplerOptions(0.5, num_prototypes=0), InvertibleOptions(hidden_dim=8)).eval()
-    x = torch.randn(8, 64, 16)
-    random_, mask = AdversarialSynthesis(options=SynthesisOptions(fraction=1.0, num_steps=0))(x, decoupler.energy)
-    hard, hard_mask = AdversarialSynthesis(options=SynthesisOptions(fraction=1.0, num_steps=1))(x, decoupler.energy)
-    with torch.no_grad():
-        assert decoupler.energy(hard)[hard_mask].mean() < decoupler.energy(random_)[mask].mean()
-
-
 @pytest.mark.parametrize("steps", [0, 2])
 def test_anomalies_vary_as_features_do(steps):
     """Embeddings within a plane are not moved out of it, whatever the energy."""
     plane = torch.linalg.qr(torch.randn(6, 2)).Q
     x = torch.randn(4, 25, 2) @ plane.T
-    perturbed, mask = AdversarialSynthesis(options=SynthesisOptions(fraction=1.0, num_steps=steps))(
-        x, lambda y: (y - 1).square().mean(-1)
-    )
+    synthesis = AdversarialSynthesis(options=SynthesisOptions(fraction=1.0, num_steps=steps))
+    perturbed, mask = synthesis(x, lambda y: (y - 1).square().mean(-1))
     off_plane = perturbed - perturbed @ plane @ plane.T
     assert mask.any()
     assert off_plane.abs().max() < 1e-5
-
-
-def test_equal_patches_get_gaussian_noise():
-    perturbed, mask = AdversarialSynthesis(1.0, SynthesisOptions(fraction=1.0, num_steps=0))(
-        torch.ones(2, 9, 4), quadratic
-    )
-    torch.testing.assert_close((perturbed - 1).norm(dim=-1)[mask], torch.ones(int(mask.sum())))
 
 
 def test_no_gradient_reaches_the_embeddings_or_the_parameters():
@@ -129,7 +114,7 @@ def test_how_many_patches_are_perturbed_follows_from_the_shape_alone(fraction, b
 
 
 def test_regions_differ_in_size():
-    _, mask = AdversarialSynthesis(options=SynthesisOptions(num_steps=0))(torch.zeros(200, 400, 2), quadratic)
+    _, mask = AdversarialSynthesis(options=SynthesisOptions(0.5, num_steps=0))(torch.zeros(200, 400, 2), quadratic)
     shares = mask.float().mean(1)
     assert (shares > 0).float().mean().item() == pytest.approx(0.5, abs=0.01)
     assert 0.01 < shares[shares > 0].min() < 0.05
@@ -151,12 +136,6 @@ def test_perturbed_patches_lie_together_in_blobs():
     assert scattered == pytest.approx(share, abs=0.05)
     blobs, wide = neighbors(4)[0], neighbors(10)[0]
     assert scattered + 0.3 < blobs < wide
-
-
-def test_zero_gradient_keeps_the_norm():
-    x = torch.randn(2, 16, 4)
-    perturbed, mask = AdversarialSynthesis(2.0, SynthesisOptions(fraction=1.0))(x, lambda y: (y * 0).sum(-1))
-    torch.testing.assert_close((perturbed - x).norm(dim=-1)[mask], torch.full((int(mask.sum()),), 2.0))
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from anomalib_decad.components.decoupler import Decoupler
 from anomalib_decad.components.embedding_decoupling import EmbeddingDecoupling, attach
 from anomalib_decad.components.encoders import EncoderWeightsError, FrozenEncoder, ViTEncoder, create_encoder
 from anomalib_decad.components.image_prior import ImagePrior
-from anomalib_decad.components.invertible import InvertibleNetwork, LipschitzDenseNet, MonotoneUnit, Pila, fixed_point
+from anomalib_decad.components.invertible import InvertibleNetwork, Pila
 from anomalib_decad.components.losses import DecouplingLoss, FeatureMSELoss
 from anomalib_decad.components.options import (
     DecouplerOptions,
@@ -39,14 +39,11 @@ __all__ = [
     "ImagePrior",
     "InvertibleNetwork",
     "InvertibleOptions",
-    "LipschitzDenseNet",
-    "MonotoneUnit",
     "Pila",
     "SynthesisOptions",
     "ViTEncoder",
     "attach",
     "choose_patches",
     "create_encoder",
-    "fixed_point",
     "sample_patches",
 ]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The decoder that reconstructs the encoder's features from cleaned embeddings."""
+"""Decoder that reconstructs the encoder's features from cleaned embeddings."""
 
 from collections.abc import Iterable, Sequence
 from typing import cast
@@ -20,20 +20,16 @@ class FeatureDecoder(nn.Module):
     """Transformer blocks, and for each layer of the encoder a linear map of the embedding and a head on the blocks.
 
     A feature map is reconstructed as a linear map of the patch's own embedding plus what the blocks, which see its
-    surroundings, add to it. As in reverse distillation the order is reversed: early decoder blocks reconstruct deep
-    encoder layers. With as many decoder blocks as layers each head reads a block of its own; otherwise the heads are
-    spread evenly.
+    surroundings, add to it. As in reverse distillation, early decoder blocks reconstruct deep encoder layers: each head
+    reads a block of its own where there are as many as layers, and otherwise the heads are spread evenly.
 
-    Before training (:meth:`initialize`) the linear maps are least squares and the blocks and heads add nothing, so that
-    training starts from what a linear map can do.
+    Before training (:meth:`initialize`) the linear maps are least squares, and the blocks and heads add nothing.
 
     Args:
         dim (int): Number of channels of an embedding.
         num_layers (int): Number of feature maps to reconstruct.
-        depth (int): Number of transformer blocks.
-            Defaults to ``2``.
-        num_heads (int): Attention heads of a block; must divide ``dim``.
-            Defaults to ``6``.
+        depth (int): Number of transformer blocks. Defaults to ``2``.
+        num_heads (int): Attention heads of a block; must divide ``dim``. Defaults to ``6``.
 
     Raises:
         ValueError: If ``depth`` is below 1.
@@ -50,12 +46,7 @@ class FeatureDecoder(nn.Module):
 
     @torch.no_grad()
     def initialize(self, x: torch.Tensor, features: Sequence[torch.Tensor]) -> None:
-        """Fit the linear maps to normal patches, and have the rest add nothing.
-
-        Args:
-            x (torch.Tensor): Cleaned embeddings of shape (K, dim).
-            features (Sequence[torch.Tensor]): The feature maps of the same patches, of shape (K, dim).
-        """
+        """Fit the linear maps to cleaned embeddings and feature maps of normal patches, each of shape (K, dim)."""
         # On the CPU, as not every device has float64.
         x = x.cpu().double()
         centered = x - x.mean(0)
@@ -67,21 +58,13 @@ class FeatureDecoder(nn.Module):
             weight = torch.linalg.solve(gram, centered.T @ (target - mean)).T
             linear.weight.copy_(weight)
             linear.bias.copy_(mean - weight @ x.mean(0))
-        for block in cast("Iterable[Block]", self.blocks):
-            _zero(block.attn.proj)
-            _zero(block.mlp.fc2)
-        for head in cast("Iterable[nn.Sequential]", self.heads):
-            _zero(cast("nn.Linear", head[-1]))
+        added = [layer for block in cast("Iterable[Block]", self.blocks) for layer in (block.attn.proj, block.mlp.fc2)]
+        for layer in (*added, *(head[-1] for head in cast("Iterable[nn.Sequential]", self.heads))):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
 
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """Reconstruct the feature maps.
-
-        Args:
-            x (torch.Tensor): Cleaned embeddings of shape (B, N, dim).
-
-        Returns:
-            list[torch.Tensor]: A reconstruction of shape (B, N, dim) for each layer, in the encoder's order.
-        """
+        """Reconstruct the map (B, N, dim) of each layer, in the encoder's order, from clean embeddings (B, N, dim)."""
         embedding, outputs = x, []
         for block in self.blocks:
             x = block(x)
@@ -90,8 +73,3 @@ class FeatureDecoder(nn.Module):
             linear(embedding) + head(outputs[source])
             for linear, head, source in zip(self.linears, self.heads, self.sources, strict=True)
         ]
-
-
-def _zero(layer: nn.Linear) -> None:
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)

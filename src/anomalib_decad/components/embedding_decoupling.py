@@ -2,6 +2,7 @@
 """Synthesis and decoupling on the embedding between the encoder and the decoder of any model."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,48 +22,35 @@ __all__ = ["LEARNED_DECOUPLER", "LEARNED_LOSS", "LEARNED_SYNTHESIS", "EmbeddingD
 
 #: Defaults for embeddings that are learned: a small share is removed, without a prior ...
 LEARNED_DECOUPLER = DecouplerOptions(abnormal_fraction=0.125, num_prototypes=0, image_prior=False)
-
 #: ... anomalies are easy to see ...
-LEARNED_SYNTHESIS = SynthesisOptions(noise="gaussian")
-
+LEARNED_SYNTHESIS = SynthesisOptions(fraction=0.5, noise="gaussian")
 #: ... and the latent follows the energies.
 LEARNED_LOSS = DecouplingLossOptions(prior_weight=0.0, normal_weight=1.0, abnormal_weight=1.0, restoration_weight=1.0)
 
-# Embeddings are scaled to this norm, that of DecAD's own: its delta is in these units.
-_NORM = 5.0
-
-# Share of a batch's norm in the running one, as in torch's batch normalization.
-_MOMENTUM = 0.1
+_NORM = 5.0  # of scaled embeddings, as of DecAD's own: its delta is in these units
+_MOMENTUM = 0.1  # share of a batch's norm in the running one, as in torch's batch normalization
 
 
 class EmbeddingDecoupling(nn.Module):
     r"""Layer that removes what is abnormal from the embeddings of another method.
 
     In training mode it perturbs some of the embeddings (:class:`AdversarialSynthesis`) and then removes their abnormal
-    component (:class:`Decoupler`), so that what comes behind learns to answer with what is normal. :meth:`losses` gives
-    the terms to add to the method's own loss. In eval mode it only removes.
-
-    Learned embeddings have no principal axes to start from as DecAD's have. So a smaller share of the latent is
-    removed, of which the decoder misses less, and anomalies start at Gaussian noise, the easier ones: a latent that
-    knows nothing yet cannot tell a difference of patches from a normal patch. After 300 steps of reverse distillation
-    (``docs/other-methods.md``) the mean of the seven metrics was 69.8 with these defaults, and 64.2 with half of the
-    latent removed and anomalies that start at differences of patches.
+    component (:class:`Decoupler`), so that the layers after it learn to answer with what is normal. :meth:`losses`
+    gives the terms to add to the method's own loss. In eval mode it only removes. The defaults are those of learned
+    embeddings, which have no principal axes to start from (``docs/other-methods.md``).
 
     The method's encoder gets the gradient of the method's loss as if the layer were the identity, and none of the
     terms: an encoder that followed them would first make all embeddings equal. As embeddings that are learned have no
-    scale of their own, they are divided by a running mean of their norm before, and multiplied by it behind.
+    scale of their own, they are divided by a running mean of their norm before, and multiplied by it after.
 
     Args:
         dim (int): Number of channels of an embedding; at least 2.
-        delta (float): Radius of the synthetic anomalies where the mean norm of an embedding is 5; positive.
-            Defaults to ``2.5``.
-        decoupler (DecouplerOptions): Split of the latent.
-            Defaults to :data:`LEARNED_DECOUPLER`.
-        synthesis (SynthesisOptions): What synthetic anomalies are like.
-            Defaults to :data:`LEARNED_SYNTHESIS`.
+        delta (float): Radius of the synthetic anomalies where the mean norm of an embedding is 5; positive. Defaults to
+            ``2.5``.
+        decoupler (DecouplerOptions): Split of the latent. Defaults to :data:`LEARNED_DECOUPLER`.
+        synthesis (SynthesisOptions): Options of synthetic anomalies. Defaults to :data:`LEARNED_SYNTHESIS`.
         invertible (InvertibleOptions): Shape of the invertible network.
-        loss (DecouplingLossOptions): Weights of the terms, and the margin.
-            Defaults to :data:`LEARNED_LOSS`.
+        loss (DecouplingLossOptions): Weights of the terms, and the margin. Defaults to :data:`LEARNED_LOSS`.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -73,9 +61,6 @@ class EmbeddingDecoupling(nn.Module):
         torch.Size([2, 32, 7, 7])
         >>> sorted(decoupling.losses())
         ['abnormal_energy', 'normal_energy', 'restoration']
-
-    See Also:
-        :func:`attach`: puts it into a model.
 
     Reference:
         DecAD, ICCV 2025: the plug-in for RD4AD, UniAD and MambaAD.
@@ -106,28 +91,15 @@ class EmbeddingDecoupling(nn.Module):
         return bool(self.norm > 0)
 
     def forward(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """Remove what is abnormal.
-
-        Args:
-            embeddings (torch.Tensor): Embeddings, of shape (B, dim, H, W) or (B, N, dim).
-
-        Returns:
-            torch.Tensor: Cleaned embeddings, same shape.
-
-        Raises:
-            ValueError: If they have another number of channels.
-        """
+        """Clean embeddings of shape (B, dim, H, W) or (B, N, dim); a ValueError if they have other channels."""
         is_map = embeddings.ndim == 4
         tokens = embeddings.flatten(2).mT if is_map else embeddings
         if tokens.ndim != 3 or tokens.shape[-1] != self.dim:
-            msg = (
-                f"the embedding must be of shape (B, {self.dim}, H, W) or (B, N, {self.dim}), got "
-                f"{tuple(embeddings.shape)}: give the number of its channels as dim"
-            )
+            wanted = f"(B, {self.dim}, H, W) or (B, N, {self.dim})"
+            msg = f"the embedding must be of shape {wanted}, got {tuple(embeddings.shape)}: give its channels as dim"
             raise ValueError(msg)
         if self.training:
-            grid = (embeddings.shape[2], embeddings.shape[3]) if is_map else None
-            clean = self._train(tokens, grid)
+            clean = self._train(tokens, (embeddings.shape[2], embeddings.shape[3]) if is_map else None)
         else:
             # Not by 0: a model that never trained keeps the scale.
             scale = _NORM / torch.where(self.norm > 0, self.norm, _NORM)
@@ -136,11 +108,7 @@ class EmbeddingDecoupling(nn.Module):
         return clean.mT.contiguous().unflatten(2, embeddings.shape[2:]) if is_map else clean
 
     def losses(self) -> dict[str, torch.Tensor]:
-        """Give the weighted terms of the last batch that went through in training mode; each is used once.
-
-        Returns:
-            dict[str, torch.Tensor]: The scalars ``prior``, ``normal_energy``, ``abnormal_energy`` and ``restoration``,
-                as far as they have a weight, see :class:`DecouplingLoss`.
+        """Give the weighted terms (:class:`DecouplingLoss`) of the last batch in training mode; each is used once.
 
         Raises:
             RuntimeError: If no batch went through since they were last given.
@@ -164,17 +132,15 @@ class EmbeddingDecoupling(nn.Module):
         x = tokens.float() * scale
         fixed = x.detach()
         self.decoupler.initialize(fixed)
-        with self.decoupler.folded():
-            perturbed, mask = self.synthesis(fixed, self.decoupler.energy, grid)
-            output = self.decoupler(perturbed)
-            prior_error = self.decoupler.prior_error(output, mask)
-        self._losses = self.loss(fixed, output.x_clean, output.energy, mask, prior_error)
+        weights = self.decoupler.fold()
+        perturbed, mask = self.synthesis(fixed, partial(self.decoupler.energy, weights=weights), grid)
+        output = self.decoupler(perturbed, None, weights)
+        prior_loss = self.decoupler.update_statistics(output, mask)
+        self._losses = self.loss(fixed, output.x_clean, output.energy, mask, prior_loss)
         return (output.x_clean + (x - fixed)) / scale
 
 
 class _DecoupledLayer(nn.Module):
-    """A layer and the decoupling of its output."""
-
     def __init__(self, layer: nn.Module, decoupling: EmbeddingDecoupling) -> None:
         super().__init__()
         self.layer = layer
@@ -185,20 +151,17 @@ class _DecoupledLayer(nn.Module):
 
 
 def attach(model: nn.Module, layer: str, dim: int, **kwargs: Any) -> EmbeddingDecoupling:
-    """Have the output of one of a model's layers decoupled.
-
-    The layer is replaced by itself and an :class:`EmbeddingDecoupling` behind it. What remains to be done is to add
-    the sum of its ``losses()`` to the loss.
+    """Decouple the output of one of a model's layers; the sum of ``losses()`` is to be added to the model's loss.
 
     Args:
         model (nn.Module): Any reconstruction or distillation model.
-        layer (str): Name of the submodule whose output is the embedding, with dots as in ``named_modules``. The output
-            is a tensor of shape (B, dim, H, W) or (B, N, dim).
-        dim (int): Its number of channels.
+        layer (str): Name of the submodule whose output is the embedding, of shape (B, dim, H, W) or (B, N, dim), with
+            dots as in ``named_modules``.
+        dim (int): Number of channels.
         **kwargs (Any): Further arguments of :class:`EmbeddingDecoupling`.
 
     Returns:
-        EmbeddingDecoupling: What was put behind the layer.
+        EmbeddingDecoupling: The module that was put after the layer.
 
     Raises:
         ValueError: If the model has no such layer, or an argument is out of its range.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What other normal patches of the same image have for their abnormal component."""
+"""Refinement of the prior by other normal patches of the same image."""
 
 import torch
 from torch import nn
@@ -8,36 +8,32 @@ from anomalib_decad.components.precision import at_least_float32
 
 __all__ = ["ImagePrior", "latent_energy"]
 
-# Start of beta times the mean squared distance between normal components.
-_SHARPNESS = 20.0
+Grid = tuple[int, int]
+
+_SHARPNESS = 20.0  # start of beta times the mean squared distance between normal components
 
 # By how much the energy of a patch, which is about 1 for normal ones, lowers the logarithm of its weight, and the
-# largest energy that counts: logarithms stay within half precision.
-_CAUTION, _LARGEST_ENERGY = 6.0, 1000.0
+# largest energy that counts: logarithms stay within half precision, and so does what stands for minus infinity.
+_CAUTION, _LARGEST_ENERGY, _NEVER = 6.0, 1000.0, -3e4
 
 # Patches up to so many rows and columns away are not looked at, as a defect has them, too; fewer in small images.
 _RADIUS = 3
 
-# What stands for minus infinity.
-_NEVER = -3e4
-
 _RIDGE = 1e-3
-
-# Of the mean variance over the channels: what varies far less than the rest is rounding error.
-_FLOOR = 1e-4
+_FLOOR = 1e-4  # of the mean variance over the channels: what varies far less than the rest is rounding error
 
 
 class ImagePrior(nn.Module):
-    r"""Refines what a prior of prototypes expects by what other patches of the same image have.
+    r"""Refines what a prior of prototypes expects by the components of other patches of the same image.
 
     .. math::
         p(z_n, I) = g \odot p(z_n) + h \odot \sum_j w_j z_{a,j}, \qquad
         w = \mathrm{softmax}_j(-\beta \|z_n - z_{n,j}\|^2 - 6 H_j)
 
     over the patches j of the image I that are more than three rows or columns away, with their energies :math:`H_j` by
-    the prototypes alone: what is abnormal itself is hardly looked at. The gains g and h, one for each channel, and
+    the prototypes alone, so that abnormal patches hardly count. The gains g and h, one for each channel, and
     :math:`\beta` are learned; :meth:`fit` starts the gains as least squares. Textures and repeated parts explain
-    themselves in this way, however many prototypes there are (``benchmarks/NOTES.md``, "Values from the image itself").
+    themselves in this way (``benchmarks/NOTES.md``, "Values from the image itself").
 
     Args:
         num_abnormal (int): Channels of the abnormal component.
@@ -49,6 +45,7 @@ class ImagePrior(nn.Module):
         torch.Size([2, 100, 24])
     """
 
+    #: Of what prototypes leave of normal patches, by channel; updated in training by the decoupler.
     variance: torch.Tensor
 
     def __init__(self, num_abnormal: int) -> None:
@@ -58,17 +55,13 @@ class ImagePrior(nn.Module):
         self.log_beta = nn.Parameter(torch.zeros(()))
         self.register_buffer("variance", torch.ones(num_abnormal))
 
-    def forward(
-        self, abnormal: torch.Tensor, normal: torch.Tensor, expected: torch.Tensor, grid: tuple[int, int]
-    ) -> torch.Tensor:
-        """Refine what prototypes expect.
-
-        No gradient goes into the components of the other patches.
+    def forward(self, abnormal: torch.Tensor, normal: torch.Tensor, expected: torch.Tensor, grid: Grid) -> torch.Tensor:
+        """Refine what prototypes expect. No gradient goes into the components of the other patches.
 
         Args:
             abnormal (torch.Tensor): Abnormal components of all patches of images, shape (B, N, num_abnormal).
             normal (torch.Tensor): Normal components, shape (B, N, num_normal).
-            expected (torch.Tensor): What prototypes expect, shape (B, N, num_abnormal).
+            expected (torch.Tensor): Prior of the prototypes, shape (B, N, num_abnormal).
             grid (tuple[int, int]): Patch rows and columns, N = rows * columns.
 
         Returns:
@@ -79,34 +72,11 @@ class ImagePrior(nn.Module):
             seen = self._look(abnormal.detach(), normal.detach(), expected.detach(), grid)
             return self.prototype_gain * expected + self.image_gain * seen
 
-    def follow(self, abnormal: torch.Tensor, expected: torch.Tensor, weight: float) -> None:
-        """Follow the variance, by channel, of what prototypes leave of normal patches.
-
-        Args:
-            abnormal (torch.Tensor): Abnormal components of normal patches, shape (K, num_abnormal).
-            expected (torch.Tensor): What prototypes expect of them.
-            weight (float): Share of these in the running mean.
-        """
-        self.variance.lerp_((abnormal - expected).detach().square().mean(0), weight)
-
     @torch.no_grad()
     def fit(
-        self,
-        abnormal: torch.Tensor,
-        normal: torch.Tensor,
-        expected: torch.Tensor,
-        grid: tuple[int, int],
-        chosen: torch.Tensor,
+        self, abnormal: torch.Tensor, normal: torch.Tensor, expected: torch.Tensor, grid: Grid, chosen: torch.Tensor
     ) -> None:
-        """Fit to normal images.
-
-        Args:
-            abnormal (torch.Tensor): Abnormal components, shape (B, N, num_abnormal).
-            normal (torch.Tensor): Normal components, shape (B, N, num_normal).
-            expected (torch.Tensor): What prototypes expect, shape (B, N, num_abnormal).
-            grid (tuple[int, int]): Patch rows and columns, N = rows * columns.
-            chosen (torch.Tensor): Indices of the patches of each image that the gains are fitted to, shape (B, K).
-        """
+        """Fit to normal images, as in :meth:`forward`, the gains to the patches ``chosen``: indices (B, K)."""
         self.variance.copy_((abnormal - expected).square().flatten(0, 1).mean(0))
         spread = 2 * normal.flatten(0, 1).var(0, correction=0).sum()
         self.log_beta.copy_((_SHARPNESS / spread.clamp(min=1e-6)).log())
@@ -123,9 +93,7 @@ class ImagePrior(nn.Module):
         self.prototype_gain.copy_((u * c - v * b) / determinant)
         self.image_gain.copy_((v * a - u * b) / determinant)
 
-    def _look(
-        self, abnormal: torch.Tensor, normal: torch.Tensor, expected: torch.Tensor, grid: tuple[int, int]
-    ) -> torch.Tensor:
+    def _look(self, abnormal: torch.Tensor, normal: torch.Tensor, expected: torch.Tensor, grid: Grid) -> torch.Tensor:
         """Average the abnormal components of the other patches of each image."""
         energy = latent_energy(abnormal - expected, self.variance)
         beta = self.log_beta.exp()
@@ -135,8 +103,8 @@ class ImagePrior(nn.Module):
         return (logits + _near(grid, logits.device) * _NEVER).softmax(-1) @ abnormal
 
 
-def _near(grid: tuple[int, int], device: torch.device) -> torch.Tensor:
-    """Say which patches are too near each other, itself at least: 1 or 0, of shape (N, N)."""
+def _near(grid: Grid, device: torch.device) -> torch.Tensor:
+    """Mark the patches that are too near each other, itself at least: 1 or 0, of shape (N, N)."""
     rows, columns = grid
     radius = min(_RADIUS, (max(grid) - 1) // 3)
     row = torch.arange(rows, device=device).repeat_interleave(columns)
@@ -146,15 +114,5 @@ def _near(grid: tuple[int, int], device: torch.device) -> torch.Tensor:
 
 
 def latent_energy(residual: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:
-    r"""Compute the energy :math:`\mathrm{mean}((z_a - p(z_n))^2 / \sigma^2)` of abnormal components.
-
-    Args:
-        residual (torch.Tensor): Abnormal components less what is expected, :math:`z_a - p(z_n)`, shape
-            (..., num_abnormal).
-        variance (torch.Tensor): Variance :math:`\sigma^2` of each channel's residual over normal patches, shape
-            (num_abnormal,).
-
-    Returns:
-        torch.Tensor: Energies of shape (...), not negative, about 1 for normal patches.
-    """
+    """Compute the mean square of residuals (..., num_abnormal) over their variance (num_abnormal,), shape (...)."""
     return (residual.square() / variance.clamp(min=_FLOOR * variance.mean())).mean(-1)

@@ -15,8 +15,7 @@ __all__ = ["DecouplingLoss", "FeatureMSELoss"]
 class DecouplingLoss(nn.Module):
     r"""The terms that train the decoupling.
 
-    - ``prior``: mean distance of the prior from the abnormal components of unperturbed patches
-      (``Decoupler.prior_error``), which trains the prior alone.
+    - ``prior``: mean squared error of the prior in unperturbed patches, which trains the prior alone.
     - ``normal_energy``: mean abnormal energy H of unperturbed patches, which trains the latent, too.
     - ``abnormal_energy``: mean hinge :math:`\max(0, m - H)` of perturbed patches.
     - ``restoration``: :math:`\|\hat{x} - x\|^2 / \|x\|^2`, each averaged over the patches, with x the embedding before
@@ -36,25 +35,23 @@ class DecouplingLoss(nn.Module):
         x_clean: torch.Tensor,
         energy: torch.Tensor,
         perturbed: torch.Tensor,
-        prior_error: torch.Tensor | None = None,
+        prior_loss: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
-        """Compute the terms whose weight is not 0, times their weights.
+        """Compute the terms whose weight is not 0, times their weights; the loss is their sum.
 
         Args:
             x (torch.Tensor): Embeddings before perturbation, shape (B, N, dim).
             x_clean (torch.Tensor): Embeddings after removal, shape (B, N, dim).
             energy (torch.Tensor): Abnormal energies of the perturbed embeddings, shape (B, N).
             perturbed (torch.Tensor): Which patches were perturbed, booleans of shape (B, N).
-            prior_error (torch.Tensor | None): Errors of the prior in unperturbed patches, shape (K,); ``None`` where it
-                is 0.
+            prior_loss (torch.Tensor | None): Of ``Decoupler.update_statistics``. Defaults to ``None``: a prior of 0.
 
         Returns:
-            dict[str, torch.Tensor]: The scalars ``prior``, ``normal_energy``, ``abnormal_energy`` and
-                ``restoration``, as far as they have a weight; the loss is their sum.
+            dict[str, torch.Tensor]: Scalars by the names above.
         """
         options, terms = self.options, {}
-        if options.prior_weight and prior_error is not None:
-            terms["prior"] = options.prior_weight * prior_error.mean()
+        if options.prior_weight and prior_loss is not None:
+            terms["prior"] = options.prior_weight * prior_loss.mean()
         if options.normal_weight:
             terms["normal_energy"] = options.normal_weight * _mean(energy, ~perturbed)
         if options.abnormal_weight:
@@ -74,8 +71,7 @@ class FeatureMSELoss(nn.Module):
     """Sum over feature maps of the mean squared error of their reconstruction.
 
     Args:
-        weight (float): Factor of the sum: 1 in UniAD, 5 in MambaAD.
-            Defaults to ``1.0``.
+        weight (float): Factor of the sum: 1 in UniAD, 5 in MambaAD. Defaults to ``1.0``.
     """
 
     def __init__(self, weight: float = 1.0) -> None:
@@ -83,17 +79,6 @@ class FeatureMSELoss(nn.Module):
         self.weight = weight
 
     def forward(self, features: Sequence[torch.Tensor], reconstructions: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Compute the loss.
-
-        Args:
-            features (Sequence[torch.Tensor]): Feature maps of any shape.
-            reconstructions (Sequence[torch.Tensor]): Their reconstructions, same shapes.
-
-        Returns:
-            torch.Tensor: A scalar.
-        """
-        errors = [
-            functional.mse_loss(reconstruction.float(), feature.float())
-            for feature, reconstruction in zip(features, reconstructions, strict=True)
-        ]
-        return self.weight * torch.stack(errors).sum()
+        """Compute the loss, a scalar, of feature maps of any shapes and their reconstructions of the same shapes."""
+        pairs = zip(reconstructions, features, strict=True)
+        return self.weight * torch.stack([functional.mse_loss(a.float(), b.float()) for a, b in pairs]).sum()

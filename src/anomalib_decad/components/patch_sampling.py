@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which patches of an image a model is prepared with."""
+"""Choice of the patches of an image that a model is prepared with."""
 
 from collections.abc import Callable, Iterable, Sequence
 
@@ -10,26 +10,19 @@ from anomalib_decad.components.whitening import average_features
 
 __all__ = ["choose_patches", "sample_patches"]
 
-# A patch is as rare as its distance to this many others of its image, ...
-_NEIGHBORS = 8
-
-# ... and is drawn by this power of it.
-_POWER = 3.0
-
-# Of the largest weight: patches that are equal have none, and are drawn where nothing else is left.
-_FLOOR = 1e-6
+# A patch is drawn by this power of its distance to this many others of its image, at least by this share of the
+# largest: patches that are equal have no distance, and are drawn where nothing else is left.
+_POWER, _NEIGHBORS, _FLOOR = 3.0, 8, 1e-6
 
 
 def choose_patches(embeddings: torch.Tensor, count: int) -> torch.Tensor:
-    """Draw patches of each image, those rather that have few like them in it.
+    """Draw patches of each image, by the third power of the distance to the eighth nearest patch of the image.
 
-    Most patches of a small object's image are background. A sample that is drawn evenly is background, too, and
-    prototypes of it do not know the object. Here a patch is drawn by the third power of its distance to the eighth
-    nearest patch of its image (``benchmarks/NOTES.md``, "Preparation").
+    An even draw from images of small objects would be background, mostly (``benchmarks/NOTES.md``, "Preparation").
 
     Args:
         embeddings (torch.Tensor): Embeddings of the patches, shape (B, N, dim).
-        count (int): How many of each image; all where there are not as many.
+        count (int): Patches of each image; all where there are not as many.
 
     Returns:
         torch.Tensor: Their indices, of shape (B, min(count, N)), no patch twice.
@@ -55,12 +48,12 @@ def sample_patches(
     """Draw a sample of the patches of images, see :func:`choose_patches`.
 
     Args:
-        batches (Iterable[Sequence[torch.Tensor]]): Feature maps of each batch of images, each of shape (B, N, dim), one
-            for each layer. No more are asked for than are needed.
-        num_images (int): How many images to draw from; all where there are not as many.
-        num_patches (int): How many patches to draw from so many images, equally many from each.
-        report (Callable[[float], None] | None): Is told after each batch which part has been done, in [0, 1].
-            Defaults to ``None``: nobody is.
+        batches (Iterable[Sequence[torch.Tensor]]): Feature maps of each batch of images, one for each layer, each of
+            shape (B, N, dim). No more batches are taken than are needed.
+        num_images (int): Images to draw from; all where there are not as many.
+        num_patches (int): Patches to draw from so many images, equally many from each.
+        report (Callable[[float], None] | None): Progress callback, takes the part that is done, in [0, 1]. Defaults to
+            ``None``.
 
     Returns:
         list[torch.Tensor]: Features of shape (K, dim), one for each layer, in float32 or wider.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the abnormal component of a normal patch is, given its normal component."""
+"""Prior of the abnormal component of a normal patch, given its normal component."""
 
 import logging
 from collections.abc import Callable
@@ -10,17 +10,14 @@ from torch.nn import functional
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import OneCycleLR
 
-from anomalib_decad.components.in_parts import in_parts
-from anomalib_decad.components.precision import at_least_float32, linear_rows
+from anomalib_decad.components.precision import at_least_float32, in_parts, linear_rows
 from anomalib_decad.ranges import check_range
 
 __all__ = ["ConditionalPrior"]
 
 logger = logging.getLogger(__name__)
 
-# Start of beta times the mean squared distance between normal components and keys.
-_SHARPNESS = 20.0
-
+_SHARPNESS = 20.0  # start of beta times the mean squared distance between normal components and keys
 _KMEANS_ITERATIONS = 6
 # Passes over all patches and prototypes beside those of k-means. Each takes about as long as an epoch.
 _OTHER_PASSES = 3
@@ -36,19 +33,14 @@ class ConditionalPrior(nn.Module):
 
     with keys :math:`k_i`, values :math:`a_i`, the sharpness :math:`\beta` and r, a network of three linear layers, all
     learned. :meth:`fit` starts the keys as cluster centers of normal components, a value as the mean abnormal component
-    of what belongs to its key, and r as a regression of what the mixture leaves. Nothing of the abnormal component
-    itself enters, so an anomaly in it cannot be copied.
-
-    A prior of 0 asks for the same abnormal component of all normal patches, whatever they show: one product or another,
-    a part of it or the background. Where it depends on that, and the normal component tells it, this prior is sharper.
+    of its key's cluster, and r as a regression of what the mixture leaves. Nothing of the abnormal component itself
+    enters, so an anomaly in it cannot be copied.
 
     Args:
         num_normal (int): Channels of the normal component; at least 1.
         num_abnormal (int): Channels of the abnormal component; at least 1.
-        num_prototypes (int): Number of prototypes; at least 1.
-            Defaults to ``5120``.
-        hidden_dim (int): Channels inside r; 0 leaves it out.
-            Defaults to ``256``.
+        num_prototypes (int): Number of prototypes; at least 1. Defaults to ``5120``.
+        hidden_dim (int): Channels inside r; 0 leaves it out. Defaults to ``256``.
 
     Raises:
         ValueError: If a number is out of its range.
@@ -61,56 +53,25 @@ class ConditionalPrior(nn.Module):
 
     def __init__(self, num_normal: int, num_abnormal: int, num_prototypes: int = 5120, hidden_dim: int = 256) -> None:
         super().__init__()
-        for name, value, smallest in (
-            ("num_normal", num_normal, 1),
-            ("num_abnormal", num_abnormal, 1),
-            ("num_prototypes", num_prototypes, 1),
-            ("hidden_dim", hidden_dim, 0),
-        ):
-            check_range(value >= smallest, name, f"at least {smallest}", value)
+        sizes = {"num_normal": num_normal, "num_abnormal": num_abnormal, "num_prototypes": num_prototypes}
+        for name, value in sizes.items():
+            check_range(value >= 1, name, "at least 1", value)
+        check_range(hidden_dim >= 0, "hidden_dim", "at least 0", hidden_dim)
         self.keys = nn.Parameter(torch.randn(num_prototypes, num_normal))
         self.values = nn.Parameter(torch.zeros(num_abnormal, num_prototypes))
         self.log_beta = nn.Parameter(torch.tensor(_SHARPNESS / (2 * num_normal)).log())
         self.residual = _Network(num_normal, hidden_dim, num_abnormal) if hidden_dim else None
 
     def forward(self, normal: torch.Tensor) -> torch.Tensor:
-        """Predict abnormal components.
-
-        Args:
-            normal (torch.Tensor): Normal components of shape (..., num_normal).
-
-        Returns:
-            torch.Tensor: Abnormal components of shape (..., num_abnormal), in float32 or wider. Under automatic mixed
-                precision the weights of the mixture are computed in float32, as they are exponentials of differences
-                between large numbers, and what they weigh in the lower precision.
-        """
+        """Predict (..., num_abnormal) from normal components (..., num_normal), in float32 or wider."""
         mixture = linear_rows(self.weights(normal), self.values)
         if self.residual is not None:
             mixture = mixture + self.residual(normal)
         return at_least_float32(mixture)
 
-    @torch.no_grad()
-    def predict(self, normal: torch.Tensor) -> torch.Tensor:
-        """Predict the abnormal components of any number of patches, in bounded memory and without a gradient.
-
-        Args:
-            normal (torch.Tensor): Normal components of shape (K, num_normal).
-
-        Returns:
-            torch.Tensor: Abnormal components of shape (K, num_abnormal).
-        """
-        return in_parts(self, normal)
-
     def weights(self, normal: torch.Tensor) -> torch.Tensor:
-        """Compute the weights w of the prototypes.
-
-        Args:
-            normal (torch.Tensor): Normal components of shape (..., num_normal).
-
-        Returns:
-            torch.Tensor: Shape (..., num_prototypes), not negative, sum 1.
-        """
-        with torch.autocast(normal.device.type, enabled=False):
+        """Compute the weights w of the prototypes for (..., num_normal): (..., num_prototypes), not negative, sum 1."""
+        with torch.autocast(normal.device.type, enabled=False):  # exponentials of differences between large numbers
             beta = self.log_beta.exp()
             # |z_n|^2 is the same for all prototypes: the softmax does not see it.
             similarity = linear_rows(2 * beta * at_least_float32(normal), self.keys, -beta * self.keys.square().sum(-1))
@@ -129,12 +90,11 @@ class ConditionalPrior(nn.Module):
         Args:
             normal (torch.Tensor): Shape (K, num_normal).
             abnormal (torch.Tensor): Shape (K, num_abnormal).
-            num_epochs (int): How often the network r sees each patch.
-                Defaults to ``16``: 256 steps for the 32,768 patches that DecAD samples of up to five products.
-            batch_size (int): Patches in a step.
-                Defaults to ``2048``.
-            report (Callable[[float], None] | None): Is told now and then which part has been done, in [0, 1].
-                Defaults to ``None``: nobody is.
+            num_epochs (int): Epochs of the network r. Defaults to ``16``: 256 steps for the 32,768 patches that DecAD
+                samples of up to five products.
+            batch_size (int): Patches in a step. Defaults to ``2048``.
+            report (Callable[[float], None] | None): Progress callback, takes the part that is done, in [0, 1]. Defaults
+                to ``None``.
         """
         normal, abnormal = normal.detach(), abnormal.detach()
         passes = _KMEANS_ITERATIONS + _OTHER_PASSES
@@ -149,7 +109,7 @@ class ConditionalPrior(nn.Module):
         if self.residual is None:
             return
         with torch.no_grad():
-            rest = abnormal - self.predict(normal)
+            rest = abnormal - in_parts(self, normal)
         num_batches = -(-len(normal) // batch_size)
         optimizer = AdamW(self.residual.parameters(), lr=_LEARNING_RATE, weight_decay=_WEIGHT_DECAY)
         scheduler = OneCycleLR(optimizer, _LEARNING_RATE, total_steps=num_epochs * num_batches)
@@ -167,20 +127,15 @@ class ConditionalPrior(nn.Module):
     def _fit_prototypes(self, normal: torch.Tensor, abnormal: torch.Tensor, done: Callable[[int], None]) -> None:
         total, count = len(self.keys), min(len(self.keys), len(normal))
         if count < total:
-            logger.warning(
-                "There are %d normal patches to choose prototypes from: %d of %d prototypes are used, and copied.",
-                len(normal), count, total,
-            )  # fmt: skip
+            text = "There are %d normal patches to choose prototypes from: %d of %d prototypes are used, and copied."
+            logger.warning(text, len(normal), count, total)
         owners, centers = _cluster(normal, count, done)
         # Centers that were drawn twice as a start have no members; other patches take their place.
         empty = torch.bincount(owners, minlength=count) == 0
         centers[empty] = normal[torch.randperm(len(normal), device=normal.device)[: int(empty.sum())]]
         owners = _nearest(normal, centers)
-        members = torch.bincount(owners, minlength=count)
-        # Where patches are equal, some still have none.
-        centers, used = centers[members > 0], members > 0
-        sums = abnormal.new_zeros(count, abnormal.shape[1]).index_add_(0, owners, abnormal)
-        values = sums[used] / members[used, None]
+        values, used = _means(abnormal, owners, count)
+        centers = centers[used]  # where patches are equal, some centers still have no members
         repeated = torch.arange(total, device=normal.device) % len(centers)
         self.keys.copy_(centers[repeated])
         self.values.copy_(values[repeated].T)
@@ -191,28 +146,25 @@ class ConditionalPrior(nn.Module):
 
 
 def _cluster(rows: torch.Tensor, count: int, done: Callable[[int], None]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Find clusters as anomalib's KMeans does, which tells nobody how far it is.
-
-    Args:
-        rows (torch.Tensor): Shape (K, D).
-        count (int): Number of clusters.
-        done (Callable[[int], None]): Is told the number of iterations.
-
-    Returns:
-        tuple[torch.Tensor, torch.Tensor]: The cluster of each row, shape (K,), and the centers, shape (count, D).
-    """
+    """Cluster rows (K, D) as anomalib's KMeans, in bounded memory: the cluster of each (K,) and centers (count, D)."""
     centers = rows[torch.randint(0, len(rows), (count,))].clone()
     owners = rows.new_full((len(rows),), -1, dtype=torch.int64)
     for iteration in range(_KMEANS_ITERATIONS):
         before, owners = owners, _nearest(rows, centers)
         if torch.equal(owners, before):
             return owners, centers
-        members = torch.bincount(owners, minlength=count)
-        sums = torch.zeros_like(centers).index_add_(0, owners, rows)
-        used = members > 0
-        centers[used] = sums[used] / members[used, None]
+        means, used = _means(rows, owners, count)
+        centers[used] = means
         done(iteration + 1)
     return _nearest(rows, centers), centers
+
+
+def _means(rows: torch.Tensor, owners: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Average the rows (K, D) of each cluster that has some; say which these are, (count,)."""
+    members = torch.bincount(owners, minlength=count)
+    used = members > 0
+    sums = rows.new_zeros(count, rows.shape[1]).index_add_(0, owners, rows)
+    return sums[used] / members[used, None], used
 
 
 def _nearest(rows: torch.Tensor, centers: torch.Tensor) -> torch.Tensor:

@@ -13,25 +13,25 @@ __all__ = ["UNKNOWN", "CategoryPrediction", "CategoryRecognizer", "decode_names"
 
 logger = logging.getLogger(__name__)
 
-#: Index of an image that is unlike every category.
-UNKNOWN = -1
+Features = Sequence[torch.Tensor] | Mapping[Any, torch.Tensor]
 
-# An image is unlike a category from this many times the largest distance that is to be expected of an image of it.
-# Measured on five products, 16 images each: 99.9 % of the images of a product that was left out are found to be unlike
-# the others, and none of those of the others (docs/decisions.md).
+UNKNOWN = -1  #: Index of an image that is unlike every category.
+
+# An image is unlike a category from this many times the largest distance that is to be expected of an image of it
+# (docs/decisions.md).
 _LIMIT = 2.2
 
 # With fewer images beyond one of each category, nothing is known of how far others lie.
 _ENOUGH = 8
 
-# Of the mean variance over the channels, so that a channel that hardly varies is not all that counts.
-_FLOOR = 1e-2
-
 # Images whose distances are below this are copies of one, which say nothing either.
 _SAME = 1e-6
 
-# Relative error of features in bfloat16, which runtimes choose by themselves. Without it, a channel that is large and
-# hardly varies would make every image unlike all in that arithmetic.
+# Of the mean variance over the channels, so that a channel that hardly varies is not all that counts.
+_FLOOR = 1e-2
+
+# Relative error of features in bfloat16, which runtimes choose by themselves: a large channel that hardly varies would
+# make every image unlike all.
 _ROUNDING = 2.0**-8
 
 # The spread of a product of which one image is known, over that between the products.
@@ -39,16 +39,7 @@ _UNKNOWN_SPREAD = 0.1
 
 
 class CategoryPrediction(NamedTuple):
-    """anomalib's ``InferenceBatch`` with the category of each image.
-
-    Args:
-        pred_score (torch.Tensor | None): Scores of shape (B,).
-        pred_label (torch.Tensor | None): Labels of shape (B,), booleans.
-        anomaly_map (torch.Tensor | None): Maps of shape (B, 1, H, W).
-        pred_mask (torch.Tensor | None): Masks of shape (B, 1, H, W), booleans.
-        category (torch.Tensor | None): Index of each image's category, integers of shape (B,); -1 for an image that is
-            unlike every category.
-    """
+    """anomalib's ``InferenceBatch`` with ``category``: the index of each image's category, or -1, shape (B,)."""
 
     pred_score: torch.Tensor | None = None
     pred_label: torch.Tensor | None = None
@@ -65,7 +56,7 @@ class CategoryRecognizer(nn.Module):
     The category of an image is :math:`\arg\min_c \mathrm{mean}((d - \mu_c)^2 / \sigma^2)`; it is unlike all of them if
     that distance is above a limit, which the images that the categories were learned from set.
 
-    It knows no category until :meth:`learn`, or a state dict, tells it some; then every image is unlike all.
+    Before :meth:`learn`, or a state dict, it has no categories, and every image is unlike all.
 
     Example:
         >>> recognizer = CategoryRecognizer()
@@ -91,27 +82,15 @@ class CategoryRecognizer(nn.Module):
         self.register_buffer("encoded_names", encode_names([]))
 
     @staticmethod
-    def describe(features: Sequence[torch.Tensor] | Mapping[Any, torch.Tensor]) -> torch.Tensor:
-        """Describe images by the mean of each feature map over the image.
-
-        Args:
-            features (Sequence[torch.Tensor] | Mapping[Any, torch.Tensor]): Feature maps, each of shape (B, N, dim) or
-                (B, dim, rows, columns).
-
-        Returns:
-            torch.Tensor: Descriptors of shape (B, sum of all dim), float32.
-        """
+    def describe(features: Features) -> torch.Tensor:
+        """Compute float32 descriptors (B, sum of dims) of feature maps, each (B, N, dim) or (B, dim, rows, columns)."""
         maps = features.values() if isinstance(features, Mapping) else features
         means = [value.float().mean(dim=1 if value.ndim == 3 else (2, 3)) for value in maps]
         return torch.cat(means, dim=1)
 
     @torch.no_grad()
     def learn(self, descriptors: Mapping[str, torch.Tensor]) -> None:
-        """Learn categories in the place of those that are known.
-
-        Args:
-            descriptors (Mapping[str, torch.Tensor]): For each category, in the order of their indices, descriptors of
-                some normal images, shape (K, dim).
+        """Replace the categories, given descriptors (K, dim) of normal images of each, in the order of their indices.
 
         Raises:
             ValueError: If a category has no image, or a descriptor is not finite.
@@ -123,7 +102,7 @@ class CategoryRecognizer(nn.Module):
         if gone := [name for name in self.names if name not in descriptors]:
             logger.warning("The data have no %s any more: the model forgets what it knows of it.", ", ".join(gone))
         if not descriptors:
-            self._become([], self.means.new_empty(0, 0), self.means.new_empty(0), float("inf"))
+            self._set([], self.means.new_empty(0, 0), self.means.new_empty(0), float("inf"))
             return
         means = torch.stack([rows.float().mean(0) for rows in descriptors.values()])
         residuals = torch.cat([rows.float() - mean for rows, mean in zip(descriptors.values(), means, strict=True)])
@@ -141,61 +120,36 @@ class CategoryRecognizer(nn.Module):
         distances = (residuals.square() / variance).mean(-1) * (counts + 1) / (counts - 1).clamp(min=1)
         largest = float(distances.max())
         limit = _LIMIT * largest if freedom >= _ENOUGH and largest > _SAME else float("inf")
-        self._become(list(descriptors), means, 1 / variance, limit)
+        self._set(list(descriptors), means, 1 / variance, limit)
 
-    def forward(self, features: Sequence[torch.Tensor] | Mapping[Any, torch.Tensor]) -> torch.Tensor:
-        """Recognize the category of images.
-
-        Args:
-            features (Sequence[torch.Tensor] | Mapping[Any, torch.Tensor]): Feature maps, as in :meth:`describe`.
-
-        Returns:
-            torch.Tensor: Index of each image's category in :attr:`names`, integers of shape (B,); -1 for an image that
-                is unlike all of them.
-        """
+    def forward(self, features: Features) -> torch.Tensor:
+        """Find the index (B,) of each image's category in :attr:`names`, or -1; feature maps as in :meth:`describe`."""
         descriptors = self.describe(features)
         if not self.names:
             return torch.full_like(descriptors[:, 0], UNKNOWN, dtype=torch.long)
-        distances = ((descriptors[:, None] - self.means).square() * self.precision).mean(dim=-1)
-        smallest, index = distances.min(dim=1)
+        smallest, index = ((descriptors[:, None] - self.means).square() * self.precision).mean(dim=-1).min(dim=1)
         return torch.where(smallest <= self.limit, index, UNKNOWN)
 
-    def _become(self, names: list[str], means: torch.Tensor, precision: torch.Tensor, limit: float) -> None:
+    def _set(self, names: list[str], means: torch.Tensor, precision: torch.Tensor, limit: float) -> None:
         device = self.means.device
-        self.names = names
-        self.encoded_names = encode_names(names).to(device)
+        self.names, self.encoded_names = names, encode_names(names).to(device)
         self.means, self.precision = means.to(device), precision.to(device)
         self.limit.fill_(limit)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Take the shapes of a state dict."""
         for name in ("means", "precision", "encoded_names"):
-            if f"{prefix}{name}" not in state_dict:
-                continue
-            setattr(self, name, getattr(self, name).new_empty(state_dict[f"{prefix}{name}"].shape))
+            if (saved := state_dict.get(f"{prefix}{name}")) is not None:
+                setattr(self, name, getattr(self, name).new_empty(saved.shape))
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.names = decode_names(self.encoded_names)
 
 
 def encode_names(names: Sequence[str]) -> torch.Tensor:
-    """Write names into a tensor.
-
-    Args:
-        names (Sequence[str]): The names.
-
-    Returns:
-        torch.Tensor: Bytes, uint8 of shape (K,).
-    """
+    """Write names into a tensor of bytes, uint8 of shape (K,)."""
     return torch.tensor(list(json.dumps(list(names)).encode()), dtype=torch.uint8)
 
 
 def decode_names(encoded: torch.Tensor) -> list[str]:
-    """Read names from a tensor.
-
-    Args:
-        encoded (torch.Tensor): What :func:`encode_names` gave.
-
-    Returns:
-        list[str]: The names.
-    """
+    """Read the names from a tensor of :func:`encode_names`."""
     return json.loads(bytes(encoded.tolist()))

@@ -13,17 +13,14 @@ from anomalib_decad.ranges import check_range
 
 __all__ = ["AdversarialSynthesis", "square_grid"]
 
+Energy = Callable[[torch.Tensor], torch.Tensor]
+
 # Regions cover shares of an image's patches that are to each other as numbers between these, and their mean on average.
 _SMALLEST_REGION, _LARGEST_REGION = 0.02, 0.3
 
-# Of a gradient step, relative to delta.
-_STEP_LENGTHS = (1.0, 0.5, 0.25)
-
-# Differences of patches that the metric is taken from.
-_METRIC_SAMPLES = 512
-
-# Relative to the norm of the patches, or to delta.
-_SMALLEST_DIFFERENCE = 1e-5
+_STEP_LENGTHS = (1.0, 0.5, 0.25)  # of a gradient step, relative to delta
+_METRIC_SAMPLES = 512  # differences of patches that the metric is taken from
+_SMALLEST_DIFFERENCE = 1e-5  # relative to the norm of the patches, or to delta
 
 
 class AdversarialSynthesis(nn.Module):
@@ -34,48 +31,39 @@ class AdversarialSynthesis(nn.Module):
     that lowers the energy H of the decoupler, back onto the sphere after each step. Only the gradient of H is needed:
     the encoder is never called, no image is edited.
 
-    Both the start and the steps keep to directions in which features vary. The start is the difference d of two patches
-    of the batch, and the gradient is taken in the metric of such differences, :math:`\mathrm{E}[dd^T]\,\nabla H`.
-    Gaussian noise and the plain gradient go where normal features hardly vary. Before training
-    (``benchmarks/synthesis.py``) the median energy is 0.9 for normal patches and 3.9 for real defects; anomalies of
-    radius 2.5 start at 1.9 as Gaussian noise and at 1.7 as differences. A full step along the plain gradient lowers
-    both to 0.5, more normal than normal patches, which no training could call abnormal. So of several lengths, a step
-    takes the one with the lowest energy that is not below that of the patch before perturbation, or none: 1.3 and 1.2,
-    between normal patches and real defects.
+    Both the start and the steps keep to directions in which features vary: the start is the difference d of two patches
+    of the batch, and the gradient is taken in the metric of such differences, :math:`\mathrm{E}[dd^T]\,\nabla H`. Of
+    several lengths, a step takes the one with the lowest energy that is not below that of the unperturbed patch, or
+    none: a full step could end more normal than normal patches (``benchmarks/synthesis.py``).
 
-    The chosen patches are random blobs (smooth noise above a quantile), on some of the images of a batch.
+    The chosen patches are random blobs (smooth noise above a quantile), on some of the images of a batch. The radius
+    and the normalized gradient of the energy are those of DecAD's supplement.
 
     Args:
-        delta (float): Radius of the perturbation, in units of the embeddings; positive.
-            Defaults to ``2.5``, the best value of DecAD's ablation.
-        options (SynthesisOptions): What they are like beside that.
+        delta (float): Radius of the perturbation, in units of the embeddings; positive. Defaults to ``2.5``, the best
+            value of DecAD's ablation.
+        options (SynthesisOptions): Further options.
 
     Raises:
         ValueError: If ``delta`` is not positive.
-
-    Reference:
-        DecAD, ICCV 2025, supplement: delta = 2.5, normalized gradient of the energy.
     """
 
-    def __init__(self, delta: float = 2.5, options: SynthesisOptions = SynthesisOptions()) -> None:
+    def __init__(self, delta: float = 2.5, options: SynthesisOptions = SynthesisOptions(fraction=0.5)) -> None:
         super().__init__()
         check_range(delta > 0, "delta", "positive", delta)
         self.delta = delta
         self.options = options
 
     def forward(
-        self,
-        x: torch.Tensor,
-        energy: Callable[[torch.Tensor], torch.Tensor],
-        grid: tuple[int, int] | None = None,
+        self, x: torch.Tensor, energy: Energy, grid: tuple[int, int] | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Perturb embeddings.
 
         Args:
             x (torch.Tensor): Embeddings of shape (B, N, dim); no gradient goes into them.
             energy (Callable): Maps embeddings of shape (K, dim) to abnormal energies of shape (K,).
-            grid (tuple[int, int] | None): Patch rows and columns, N = rows * columns.
-                Defaults to ``None``: a square grid if N is a square, else one row.
+            grid (tuple[int, int] | None): Patch rows and columns, N = rows * columns. Defaults to ``None``: a square
+                grid if N is a square, else one row.
 
         Returns:
             tuple[torch.Tensor, torch.Tensor]: Perturbed embeddings of shape (B, N, dim), and which patches were
@@ -83,8 +71,7 @@ class AdversarialSynthesis(nn.Module):
         """
         x = x.detach()
         rows = x.flatten(0, 1)
-        mask = torch.zeros(len(rows), dtype=torch.bool, device=x.device)
-        perturbed = rows.clone()
+        mask, perturbed = torch.zeros(len(rows), dtype=torch.bool, device=x.device), rows.clone()
         indices = self._choose_patches(x, grid or square_grid(x.shape[1]))
         if len(indices):
             chosen = rows[indices]
@@ -102,9 +89,7 @@ class AdversarialSynthesis(nn.Module):
         different = differences.norm(dim=-1, keepdim=True) > _SMALLEST_DIFFERENCE * x.norm(dim=-1).mean()
         return torch.where(different, self._to_sphere(differences), gaussian)
 
-    def _perturbation(
-        self, x: torch.Tensor, chosen: torch.Tensor, energy: Callable[[torch.Tensor], torch.Tensor]
-    ) -> torch.Tensor:
+    def _perturbation(self, x: torch.Tensor, chosen: torch.Tensor, energy: Energy) -> torch.Tensor:
         """Perturb the embeddings ``chosen``, of shape (K, dim), of a batch of shape (B, N, dim)."""
         eps = self._start(x, chosen)
         chosen = at_least_float32(chosen)
@@ -121,12 +106,7 @@ class AdversarialSynthesis(nn.Module):
 
     @torch.no_grad()
     def _step(
-        self,
-        chosen: torch.Tensor,
-        eps: torch.Tensor,
-        level: torch.Tensor,
-        direction: torch.Tensor,
-        energy: Callable[[torch.Tensor], torch.Tensor],
+        self, chosen: torch.Tensor, eps: torch.Tensor, level: torch.Tensor, direction: torch.Tensor, energy: Energy
     ) -> torch.Tensor:
         """Choose the length of a step against a direction, each tensor of shape (K, dim) but the energies ``level``."""
         moved = torch.stack([eps - length * self.delta * direction for length in _STEP_LENGTHS])  # (lengths, K, dim)
@@ -136,8 +116,7 @@ class AdversarialSynthesis(nn.Module):
         points = torch.cat([chosen[None], chosen + candidates])
         levels = energy(points.flatten(0, 1)).unflatten(0, points.shape[:2])
         normal, levels = levels[0], levels[1:]
-        # The last one is no step.
-        levels = torch.cat([levels.masked_fill(levels < normal, torch.inf), level[None]])
+        levels = torch.cat([levels.masked_fill(levels < normal, torch.inf), level[None]])  # the last one is no step
         best = levels.argmin(0)
         return torch.cat([candidates, eps[None]])[best, torch.arange(len(eps), device=eps.device)]
 
@@ -147,8 +126,7 @@ class AdversarialSynthesis(nn.Module):
     def _choose_patches(self, x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """Draw the patches to perturb, as indices of shape (K,) into all patches of the batch.
 
-        How many there are, of how many images, follows from the shape of the batch alone: a device never waits for a
-        number, and can replay a training step as a graph.
+        K follows from the shape of the batch alone: a device never waits for it, and can replay a step as a graph.
         """
         batch, num_patches = x.shape[:2]
         if not self.options.fraction:

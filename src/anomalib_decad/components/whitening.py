@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is reconstructed and from what: standardized feature maps, and their fusion into one embedding a patch."""
+"""Partial whitening: standardized feature maps, which are reconstructed, and their fusion into one embedding."""
 
 from collections.abc import Iterable, Sequence
 from typing import cast
@@ -12,30 +12,20 @@ from anomalib_decad.components.precision import at_least_float32, linear_rows
 
 __all__ = ["FeatureFusion", "FeatureStandardizer", "average_features"]
 
-# Root mean square norm of an embedding: twice the radius delta = 2.5 of DecAD's best synthetic anomalies.
-_NORM = 5.0
-
-# Exponents of the partial whitenings: 0 leaves variances as they are, 1 makes all of them 1.
-_POWER = 0.5
+_NORM = 5.0  # root mean square of an embedding: twice the radius delta = 2.5 of DecAD's best synthetic anomalies
+_POWER = 0.5  # exponent of the whitening: 0 leaves variances as they are, 1 makes all of them 1
 
 # Share of the largest variance below which a direction is not stretched further: what is left there may be rounding
 # error, above all in bfloat16. The layer norms leave one direction empty; DINOv2's others have 1e-4 and more.
-_FLOOR = 1e-4
-_TINY = 1e-12
+_FLOOR, _TINY = 1e-4, 1e-12
 
 
 class FeatureStandardizer(nn.Module):
     r"""Whitens each feature map in part: the targets of the reconstruction.
 
-    A few channels of a vision transformer's residual stream are orders of magnitude larger than the rest and nearly
-    constant; without standardization they alone decide a cosine similarity. After it, a few principal directions do,
-    and small deviations from the normal hide in the others. So channels are brought to mean 0 and variance 1, and then
-    each principal direction, of variance :math:`\lambda`, is divided by :math:`\lambda^{1/4}`.
-
-    The statistics are those of a sample of normal patches, see :meth:`initialize`.
-
-    Measured (``benchmarks/NOTES.md``, "Fusion and normalization"): half-whitened targets are worth 1.2 points of the
-    mean of seven over channels of variance 1 only.
+    Channels are brought to mean 0 and variance 1, and then each principal direction, of variance :math:`\lambda`, is
+    divided by :math:`\lambda^{1/4}`. Without that, a few large and nearly constant channels of a vision transformer, or
+    a few principal directions, decide a cosine similarity alone (``benchmarks/NOTES.md``, "Fusion and normalization").
 
     Args:
         dim (int): Number of channels.
@@ -48,38 +38,25 @@ class FeatureStandardizer(nn.Module):
 
     @torch.no_grad()
     def initialize(self, features: Sequence[torch.Tensor]) -> None:
-        """Compute the statistics.
-
-        Args:
-            features (Sequence[torch.Tensor]): Feature maps of normal images, of shape (..., dim), one for each layer.
-        """
+        """Compute the statistics from feature maps of normal images, (..., dim), one for each layer."""
         for feature, axes in zip(features, cast("Iterable[_Axes]", self.axes), strict=True):
             rows = at_least_float32(feature.flatten(0, -2))
             scale = rows.std(0, correction=0).clamp(min=1e-6)
             axes.set(rows.mean(0), _partial_whitening(rows / scale) / scale)
 
     def forward(self, features: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Standardize feature maps.
-
-        Args:
-            features (Sequence[torch.Tensor]): Feature maps of shape (..., dim), one for each layer.
-
-        Returns:
-            list[torch.Tensor]: Standardized feature maps of the same shapes, in float32 or wider.
-        """
+        """Standardize feature maps (..., dim), one for each layer: the same shapes, in float32 or wider."""
         return [axes(feature.detach()) for feature, axes in zip(features, self.axes, strict=True)]
 
 
 class FeatureFusion(nn.Module):
-    r"""Averages the layer-normalized feature maps into one embedding a patch, along principal axes.
+    r"""Averages the layer-normalized feature maps into one embedding for each patch, along principal axes.
 
-    The axes are those of a sample of normal patches, the direction in which they vary least first, so that the first
-    channels of a latent near the embedding, which hold the abnormal component, start as what normal patches hardly use.
-    A direction of variance :math:`\lambda` is divided by :math:`\lambda^{1/4}`, and all by one number that gives the
-    normal embeddings a root mean square norm of 5, for any encoder: this is the scale of the radius delta.
-
-    Measured with the first version, without any training: the energy of the half of the axes with least variance, each
-    at variance 1, has a mean of the seven metrics of 78.8 for layer-normalized and 74.9 for standardized feature maps.
+    The axes are those of a sample of normal patches, the direction in which they vary least first: the first channels
+    of the latent hold the abnormal component, and start as what normal patches hardly use. A direction of variance
+    :math:`\lambda` is divided by :math:`\lambda^{1/4}`, and all by one number that gives the normal embeddings a root
+    mean square norm of 5, for any encoder: this is the scale of the radius delta (``benchmarks/NOTES.md``, "Fusion and
+    normalization").
 
     Args:
         dim (int): Number of channels.
@@ -91,37 +68,19 @@ class FeatureFusion(nn.Module):
 
     @torch.no_grad()
     def initialize(self, features: Sequence[torch.Tensor]) -> None:
-        """Compute the axes.
-
-        Args:
-            features (Sequence[torch.Tensor]): Feature maps of normal images, of shape (..., dim), one for each layer.
-        """
+        """Compute the axes from feature maps of normal images, (..., dim), one for each layer."""
         rows = average_features(features).flatten(0, -2)
         mean, matrix = rows.mean(0), _partial_whitening(rows)
         norm = ((rows - mean) @ matrix.T).square().sum(-1).mean().sqrt()
         self.axes.set(mean, matrix * _NORM / norm.clamp(min=1e-6))
 
     def forward(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Fuse feature maps.
-
-        Args:
-            features (Sequence[torch.Tensor]): Feature maps of shape (..., dim), one for each layer.
-
-        Returns:
-            torch.Tensor: Embeddings of shape (..., dim), in float32 or wider.
-        """
+        """Fuse feature maps (..., dim), one for each layer, into embeddings (..., dim), in float32 or wider."""
         return self.axes(average_features(features))
 
 
 def average_features(features: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Average layer-normalized feature maps.
-
-    Args:
-        features (Sequence[torch.Tensor]): Feature maps of shape (..., dim), one for each layer.
-
-    Returns:
-        torch.Tensor: Shape (..., dim), in float32 or wider, without a gradient.
-    """
+    """Average layer-normalized feature maps of shape (..., dim), in float32 or wider, without a gradient."""
     normalized = [functional.layer_norm(at_least_float32(f.detach()), f.shape[-1:]) for f in features]
     return torch.stack(normalized).mean(0)
 
@@ -147,14 +106,7 @@ class _Axes(nn.Module):
 
 
 def _partial_whitening(rows: torch.Tensor) -> torch.Tensor:
-    """Find the principal axes of rows, each divided by a power of its variance, in increasing order of variance.
-
-    Args:
-        rows (torch.Tensor): Shape (K, dim).
-
-    Returns:
-        torch.Tensor: The axes, as the rows of a matrix (dim, dim).
-    """
+    """Find the principal axes of (K, dim), each over a power of its variance, the least first, as rows (dim, dim)."""
     # On the CPU, as not every device has float64; correction=0, because a sample may be a single patch.
     variances, axes = torch.linalg.eigh(torch.cov((rows - rows.mean(0)).cpu().double().T, correction=0))
     variances = variances.clamp(min=max(_FLOOR * variances[-1].item(), _TINY))

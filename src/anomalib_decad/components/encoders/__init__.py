@@ -2,9 +2,7 @@
 """Frozen encoders from timm: vision transformers, convolutional networks, and pyramids of either."""
 
 from anomalib_decad.components.encoders.base import EncoderWeightsError, FrozenEncoder, check_name
-from anomalib_decad.components.encoders.cnn import CNNEncoder
-from anomalib_decad.components.encoders.factory import create_encoder, default_size
-from anomalib_decad.components.encoders.pyramid import ViTPyramid
+from anomalib_decad.components.encoders.pyramid import CNNEncoder, ViTPyramid, create_encoder, default_size
 from anomalib_decad.components.encoders.vit import ViTEncoder
 
 __all__ = [

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all frozen encoders share: lazily loaded weights, no gradients, eval mode."""
+"""Base of the frozen encoders: weights that are loaded lazily, no gradients, eval mode."""
 
 import difflib
 from collections.abc import Mapping
@@ -23,17 +23,16 @@ class EncoderWeightsError(RuntimeError):
 class FrozenEncoder(nn.Module):
     """Base of frozen timm networks.
 
-    The parameters get no gradient, and the network stays in eval mode whatever :meth:`train` is told. The pretrained
-    weights are loaded by :meth:`load_weights`, at the latest at the first forward pass, unless a state dict is loaded
-    before: a checkpoint brings the encoder's weights, and needs neither the hub nor a weights file.
-
+    The network has no gradients and stays in eval mode. Its weights are loaded in the first forward pass, or by
+    :meth:`load_weights`, unless a state dict is loaded before: a checkpoint needs neither the hub nor a weights file.
     A subclass has the network as a submodule, gives it as :attr:`network`, and calls :meth:`freeze_parameters`.
 
     Args:
         name (str): Name of the network in timm.
-        weights (str | Path | None): Local ``.safetensors`` or ``.pth`` file; ``None`` for timm's pretrained weights,
-            from the Hugging Face hub or its local cache.
-        pretrained (bool): Whether to load weights at all; random ones are good for tests only.
+        weights (str | Path | None): Local ``.safetensors`` or ``.pth`` file, in the key names of timm or of the
+            architecture's original release; ``None`` for timm's pretrained weights, from the Hugging Face hub or its
+            local cache.
+        pretrained (bool): Whether to load weights at all; random ones are for tests only.
 
     Raises:
         FileNotFoundError: If ``weights`` is no file.
@@ -65,7 +64,7 @@ class FrozenEncoder(nn.Module):
         return tuple(self.network.pretrained_cfg.get("std", (0.229, 0.224, 0.225)))
 
     def freeze_parameters(self) -> None:
-        """Have no gradients, and evaluate."""
+        """Turn gradients off, and eval mode on."""
         self.network.requires_grad_(False)
         self.network.eval()
 
@@ -78,12 +77,12 @@ class FrozenEncoder(nn.Module):
         """Load the pretrained weights, unless they or a state dict have been loaded.
 
         Raises:
-            EncoderWeightsError: If they cannot be had. The message says which were wanted and how to give them.
+            EncoderWeightsError: If they cannot be loaded. The message says which, and how to give them.
         """
         if not self._pending:
             return
         try:
-            # timm draws random weights first; a training's random numbers must not depend on where weights come from.
+            # timm draws random weights first: a training's random numbers must not depend on where weights come from.
             with torch.random.fork_rng(devices=[]):
                 state = self._read_weights(self.weights) if self.weights else self.create_pretrained().state_dict()
             wanted = self.network.state_dict()
@@ -93,21 +92,15 @@ class FrozenEncoder(nn.Module):
         self._pending = False
 
     def create_pretrained(self) -> nn.Module:
-        """Create the network in timm with pretrained weights, from the hub or its local cache.
-
-        Returns:
-            nn.Module: The network, with the key names of :attr:`network`.
-        """
+        """Create the network with timm's pretrained weights, with the key names of :attr:`network`."""
         raise NotImplementedError
 
     def _read_weights(self, path: str) -> Mapping[str, torch.Tensor]:
-        """Read a local file, in timm's key names or in those of the architecture's original release."""
-        state = timm.models.load_state_dict(path, weights_only=True)
-        return convert_checkpoint(self.network, state)
+        return convert_checkpoint(self.network, timm.models.load_state_dict(path, weights_only=True))
 
     @staticmethod
     def _on_state_dict(module: "FrozenEncoder", incompatible_keys: Any) -> None:
-        """Note that weights have been loaded, unless the state dict has none of the encoder's, as a partial one."""
+        """Note that weights have been loaded, unless the state dict has none of the encoder's."""
         missing = {f".{name}" for name in incompatible_keys.missing_keys}
         names = [f".{name}" for name in module.state_dict()]
         if not all(any(key.endswith(name) for key in missing) for name in names):
@@ -121,25 +114,13 @@ class FrozenEncoder(nn.Module):
         return (
             f"the weights of the encoder {self.name} ({source}) are not on this machine and could not be downloaded. "
             "Either download the weights file elsewhere and give its path as encoder_weights "
-            "(--model.encoder_weights), or copy the Hugging Face cache of a machine that has them and set "
-            f"HF_HOME to it and HF_HUB_OFFLINE=1. The cause: {type(error).__name__}: {reason}"
+            "(--model.encoder_weights), or copy the Hugging Face cache of a machine that has them and set HF_HOME to "
+            f"it and HF_HUB_OFFLINE=1. The cause: {type(error).__name__}: {reason}"
         )
 
 
 def check_name(name: str, patterns: str | list[str] = "") -> str:
-    """Check that timm has a model.
-
-    Args:
-        name (str): Name of the model, with or without timm's prefix and tag.
-        patterns (str | list[str]): Which names may be proposed instead.
-            Defaults to ``""``: all.
-
-    Returns:
-        str: Name of its architecture.
-
-    Raises:
-        ValueError: If there is none; the message has names that are close.
-    """
+    """Give the architecture of a timm model; a ValueError proposes close names, of those that match the patterns."""
     architecture = name.removeprefix("timm/").partition(".")[0]
     if not timm.is_model(architecture):
         close = difflib.get_close_matches(architecture, timm.list_models(patterns), n=3)
@@ -149,11 +130,9 @@ def check_name(name: str, patterns: str | list[str] = "") -> str:
     return architecture
 
 
-def check_multiple(name: str, multiple: int, size: tuple[int, int]) -> None:
-    if any(side % multiple for side in size):
-        good = [max(round(side / multiple), 1) * multiple for side in size]
-        msg = (
-            f"with the encoder {name} the image's sides must be multiples of {multiple} pixels, got {size[0]} x "
-            f"{size[1]}; {good[0]} x {good[1]} would do"
-        )
-        raise ValueError(msg)
+def check_multiple(name: str, size: tuple[int, int], multiple: tuple[int, int], text: str) -> None:
+    """Refuse an image size in pixels that is no multiple, which the message calls ``text``; name one that is."""
+    if any(side % step for side, step in zip(size, multiple, strict=True)):
+        good = [max(round(side / step), 1) * step for side, step in zip(size, multiple, strict=True)]
+        msg = f"the encoder {name} takes images whose sides are multiples of {text} pixels, got {size[0]} x {size[1]}"
+        raise ValueError(f"{msg}; {good[0]} x {good[1]} would do")

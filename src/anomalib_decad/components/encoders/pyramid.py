@@ -1,17 +1,84 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Frozen vision transformer as a pyramid of feature maps, in the place of a convolutional network."""
+"""Frozen encoders that give pyramids of feature maps: convolutional networks, and transformers in their place."""
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import timm
 import torch
 from torch import nn
 from torch.nn import functional
 
-from anomalib_decad.components.encoders.base import check_multiple
+from anomalib_decad.components.encoders.base import FrozenEncoder, check_multiple, check_name
 from anomalib_decad.components.encoders.vit import ViTEncoder
 
-__all__ = ["ViTPyramid"]
+__all__ = ["CNNEncoder", "ViTPyramid", "create_encoder", "default_size"]
+
+_TRANSFORMERS = ("vision_transformer", "deit", "eva", "beit")
+
+
+class CNNEncoder(FrozenEncoder):
+    """Frozen timm convolutional network that returns the outputs of chosen stages.
+
+    The other arguments are those of :class:`FrozenEncoder`, and so are the errors.
+
+    Args:
+        stages (Sequence[int]): Stages whose outputs are returned, counted from 0 at a stride of 2 pixels.
+
+    Raises:
+        ValueError: If ``name`` is no such network, or has no such stages.
+    """
+
+    def __init__(
+        self, name: str, stages: Sequence[int], weights: str | Path | None = None, pretrained: bool = True
+    ) -> None:
+        super().__init__(name, weights, pretrained)
+        self.stages = tuple(stages)
+        try:
+            self.cnn = self._create(pretrained=False)
+        except (IndexError, AssertionError, AttributeError, RuntimeError) as error:
+            msg = f"encoder: timm has no network {name!r} with the stages {list(stages)}: {error}"
+            raise ValueError(msg) from error
+        self.channels: list[int] = list(self.cnn.feature_info.channels())
+        #: Pixels from one position to the next in each feature map.
+        self.strides: list[int] = list(self.cnn.feature_info.reduction())
+        self.finest_stride: float = min(self.strides)
+        self.freeze_parameters()
+
+    @property
+    def network(self) -> Any:
+        """The convolutional network."""
+        return self.cnn
+
+    def check(self, height: int, width: int) -> None:
+        """Check that each map of an image, in pixels, has half the size of the last; a ValueError names a good size."""
+        multiple = 2 * max(self.strides)
+        check_multiple(self.name, (height, width), (multiple, multiple), str(multiple))
+
+    def create_pretrained(self) -> nn.Module:
+        """Create the network with timm's pretrained weights."""
+        return self._create(pretrained=True)
+
+    def forward(self, images: torch.Tensor) -> dict[str | int, torch.Tensor]:
+        """Encode normalized images (B, 3, H, W): for each stage a map (B, channels, H / stride, W / stride).
+
+        Raises:
+            EncoderWeightsError: If the weights cannot be loaded.
+        """
+        self.load_weights()
+        with torch.no_grad():
+            return dict(zip(self.stages, self.cnn(images), strict=True))
+
+    def fuse(self, height: int, width: int) -> None:
+        """Load the weights: nothing depends on the image size."""
+        del height, width
+        self.load_weights()
+
+    def _create(self, pretrained: bool) -> Any:
+        return timm.create_model(
+            self.name, pretrained=pretrained, features_only=True, exportable=True, out_indices=self.stages
+        )
 
 
 class ViTPyramid(nn.Module):
@@ -21,19 +88,11 @@ class ViTPyramid(nn.Module):
     of the first to the last layer are resized to twice, once and half the patch grid, and multiplied by fixed random
     matrices with orthonormal rows or columns to the channels that such a network would have.
 
-    Args:
-        name (str): Name of a timm vision transformer.
-        layers (Sequence[int]): Layers (transformer blocks) whose outputs are returned, counted from 1, in increasing
-            order.
-        weights (str | Path | None): Local file with its weights; ``None`` for timm's pretrained weights.
-        pretrained (bool): Whether to load weights at all; random ones are good for tests only.
-        channels (Sequence[int] | None): Channels of each map of the pyramid. Defaults to ``None``: no pyramid, maps of
-            one size and the transformer's own channels.
+    The other arguments are those of :class:`ViTEncoder`, and so are the errors.
 
-    Raises:
-        ValueError: If ``name`` is no timm vision transformer, or ``layers`` are not layers of it, or as many as there
-            are ``channels``.
-        FileNotFoundError: If ``weights`` is no file.
+    Args:
+        channels (Sequence[int] | None): Channels of each map of the pyramid, as many as ``layers``, else a ValueError.
+            Defaults to ``None``: no pyramid, maps of one size and the transformer's own channels.
     """
 
     def __init__(
@@ -46,27 +105,20 @@ class ViTPyramid(nn.Module):
     ) -> None:
         super().__init__()
         self.vit = ViTEncoder(name, layers, weights, pretrained)
+        if channels is not None and len(channels) != len(layers):
+            msg = f"layers must be {len(channels)} layers of {name}, got {list(layers)}"
+            raise ValueError(msg)
         self.name = name
-        patch = max(self.vit.patch_size)
+        dim, patch = self.vit.dim, max(self.vit.patch_size)
+        self.channels = list(channels or [dim] * len(layers))
+        #: Rows of each map over those of the patch grid; empty without a pyramid.
+        self.factors = [2.0 ** (1 - level) for level in range(len(channels or ()))]
         self.strides = [patch] * len(layers)
-        self.channels = [self.vit.dim] * len(layers)
-        self.factors: list[float] = []
-        if channels is not None:
-            if len(channels) != len(layers):
-                msg = f"layers must be {len(channels)} layers of {name}, got {list(layers)}"
-                raise ValueError(msg)
-            self.channels = list(channels)
-            self.factors = [2.0 ** (1 - level) for level in range(len(channels))]
-            generator = torch.Generator().manual_seed(0)
-            for level, size in enumerate(channels):
-                matrix = torch.randn(max(size, self.vit.dim), min(size, self.vit.dim), generator=generator)
-                orthonormal = torch.linalg.qr(matrix).Q
-                self.register_buffer(f"projection{level}", orthonormal if size >= self.vit.dim else orthonormal.mT)
-
-    @property
-    def finest_stride(self) -> float:
-        """Pixels from one position to the next in the finest feature map."""
-        return max(self.vit.patch_size) / max(self.factors, default=1.0)
+        self.finest_stride = patch / max(self.factors, default=1.0)
+        generator = torch.Generator().manual_seed(0)
+        for level, size in enumerate(channels or ()):
+            orthonormal = torch.linalg.qr(torch.randn(max(size, dim), min(size, dim), generator=generator)).Q
+            self.register_buffer(f"projection{level}", orthonormal if size >= dim else orthonormal.mT)
 
     @property
     def image_mean(self) -> tuple[float, ...]:
@@ -79,48 +131,20 @@ class ViTPyramid(nn.Module):
         return self.vit.image_std
 
     def check(self, height: int, width: int) -> None:
-        """Check that an image has whole patches, and that the pyramid's maps are each half as large as the one before.
-
-        Args:
-            height (int): Image height in pixels.
-            width (int): Image width in pixels.
-
-        Raises:
-            ValueError: If not; the message names a size that fits.
-        """
-        factor = 4 if self.factors else 1
-        check_multiple(self.name, factor * max(self.vit.patch_size), (height, width))
+        """Check that an image size in pixels has whole patches in each map; a ValueError names a good size."""
+        multiple = (4 if self.factors else 1) * max(self.vit.patch_size)
+        check_multiple(self.name, (height, width), (multiple, multiple), str(multiple))
 
     def load_weights(self) -> None:
-        """Load the pretrained weights, unless they or a state dict have been loaded.
-
-        Raises:
-            EncoderWeightsError: If they cannot be had.
-        """
+        """Load the pretrained weights, see :meth:`FrozenEncoder.load_weights`."""
         self.vit.load_weights()
 
     def fuse(self, height: int, width: int) -> None:
-        """Specialize for one image size, in place, for inference.
-
-        Args:
-            height (int): Image height in pixels.
-            width (int): Image width in pixels.
-        """
+        """Specialize for one image size in pixels, see :meth:`ViTEncoder.fuse`."""
         self.vit.fuse(height, width)
 
     def forward(self, images: torch.Tensor) -> dict[str | int, torch.Tensor]:
-        """Encode images.
-
-        Args:
-            images (torch.Tensor): Normalized images of shape (B, 3, H, W); H and W are multiples of the patch.
-
-        Returns:
-            dict[str | int, torch.Tensor]: For each layer a map of shape (B, channels, rows, columns).
-
-        Raises:
-            ValueError: If the image size does not fit.
-            EncoderWeightsError: If the weights had to be loaded and could not.
-        """
+        """Encode normalized images (B, 3, H, W): for each layer a map; errors as in :meth:`ViTEncoder.forward`."""
         grid = self.vit.grid(*images.shape[-2:])
         maps: dict[str | int, torch.Tensor] = {}
         with torch.no_grad():
@@ -134,3 +158,43 @@ class ViTPyramid(nn.Module):
                     feature = functional.interpolate(feature, size=size, mode="bilinear", align_corners=False)
                 maps[layer] = feature
         return maps
+
+
+def create_encoder(
+    name: str,
+    layers: Sequence[int] | None,
+    weights: str | Path | None,
+    pretrained: bool,
+    stages: Sequence[int],
+    channels: Sequence[int] | None = None,
+) -> CNNEncoder | ViTPyramid:
+    """Create a frozen encoder that gives a pyramid of feature maps.
+
+    Args:
+        name (str): Name of a timm convolutional network or vision transformer.
+        layers (Sequence[int] | None): Stages of the one, counted from 0, or layers of the other, counted from 1;
+            ``None`` for ``stages``, or the layers 3, 6 and 9.
+        weights (str | Path | None): See :class:`FrozenEncoder`, as ``pretrained``.
+        pretrained (bool): Whether to load weights at all.
+        stages (Sequence[int]): The method's stages of a convolutional network.
+        channels (Sequence[int] | None): See :class:`ViTPyramid`. Defaults to ``None``: no pyramid.
+
+    Returns:
+        CNNEncoder | ViTPyramid: The encoder, whose errors are raised.
+    """
+    if _is_transformer(name):
+        return ViTPyramid(name, layers or (3, 6, 9), weights, pretrained, channels)
+    return CNNEncoder(name, layers or stages, weights, pretrained)
+
+
+def default_size(name: str, size: tuple[int, int]) -> tuple[int, int]:
+    """Give the image size in pixels: 20 x 20 patches of a vision transformer, ``size`` for other networks."""
+    if not _is_transformer(name):
+        return size
+    with torch.device("meta"):  # no weights are made
+        height, width = ViTEncoder(name, [1], pretrained=False).patch_size
+    return 20 * height, 20 * width
+
+
+def _is_transformer(name: str) -> bool:
+    return timm.model_entrypoint(check_name(name)).__module__.rpartition(".")[2] in _TRANSFORMERS

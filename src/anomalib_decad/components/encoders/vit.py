@@ -11,7 +11,7 @@ from timm.layers import LayerScale
 from torch import nn
 
 from anomalib_decad.compat import antialiased_position_embeddings
-from anomalib_decad.components.encoders.base import FrozenEncoder, check_name
+from anomalib_decad.components.encoders.base import FrozenEncoder, check_multiple, check_name
 
 __all__ = ["ViTEncoder"]
 
@@ -19,15 +19,14 @@ __all__ = ["ViTEncoder"]
 class ViTEncoder(FrozenEncoder):
     """Frozen timm vision transformer that returns the patch tokens after chosen layers.
 
-    Layers are transformer blocks, counted from 1. Nothing behind the last chosen one is kept or computed.
-    Images of any size whose sides are multiples of the patch are taken; position embeddings are resampled to it.
+    Layers are transformer blocks, counted from 1; those after the last chosen one are removed. The position embeddings
+    are resampled to any image size that is a multiple of the patch.
 
     Args:
         name (str): Name of a timm vision transformer, for example ``"vit_base_patch14_dinov2"``.
-        layers (Sequence[int]): Layers whose outputs are returned, counted from 1, in increasing order.
-        weights (str | Path | None): Local ``.safetensors`` or ``.pth`` file in timm's or the original DINOv2's key
-            names. Defaults to ``None``: timm's pretrained weights, from the Hugging Face hub or its local cache.
-        pretrained (bool): Whether to load weights at all; random ones are good for tests only.
+        layers (Sequence[int]): Layers whose outputs are returned, in increasing order.
+        weights (str | Path | None): See :class:`FrozenEncoder`. Defaults to ``None``.
+        pretrained (bool): See :class:`FrozenEncoder`. Defaults to ``True``.
 
     Raises:
         ValueError: If ``name`` is no timm vision transformer, or ``layers`` are not layers of it.
@@ -37,20 +36,14 @@ class ViTEncoder(FrozenEncoder):
     vit: Any
 
     def __init__(
-        self,
-        name: str,
-        layers: Sequence[int],
-        weights: str | Path | None = None,
-        pretrained: bool = True,
+        self, name: str, layers: Sequence[int], weights: str | Path | None = None, pretrained: bool = True
     ) -> None:
         super().__init__(name, weights, pretrained)
         self.vit = _create_vit(name)
         depth = len(self.vit.blocks)
-        if (
-            not layers
-            or any(isinstance(layer, bool) or not isinstance(layer, int) for layer in layers)
-            or sorted(set(layers)) != list(layers)
-            or not (layers[0] >= 1 and layers[-1] <= depth)
+        are_numbers = all(isinstance(layer, int) and not isinstance(layer, bool) for layer in layers)
+        if not (
+            layers and are_numbers and sorted(set(layers)) == list(layers) and 1 <= layers[0] <= layers[-1] <= depth
         ):
             msg = f"layers must be increasing numbers from 1 to {depth}, the depth of {name}; got {list(layers)}"
             raise ValueError(msg)
@@ -81,44 +74,21 @@ class ViTEncoder(FrozenEncoder):
         return height, width
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Compute the number of patches in an image.
-
-        Args:
-            height (int): Image height in pixels.
-            width (int): Image width in pixels.
-
-        Returns:
-            tuple[int, int]: Number of patch rows and columns.
-
-        Raises:
-            ValueError: If a side is no multiple of the patch; the message names a size that is.
-        """
-        patch_height, patch_width = self.patch_size
-        if height % patch_height or width % patch_width:
-            good = [max(round(s / p), 1) * p for s, p in ((height, patch_height), (width, patch_width))]
-            msg = (
-                f"the encoder {self.name} takes images whose sides are multiples of its patch of "
-                f"{patch_height} x {patch_width} pixels, got {height} x {width}; {good[0]} x {good[1]} would do"
-            )
-            raise ValueError(msg)
-        return height // patch_height, width // patch_width
+        """Give the patch rows and columns of an image size in pixels; a ValueError names a size that fits."""
+        patch = self.patch_size
+        check_multiple(self.name, (height, width), patch, f"its patch of {patch[0]} x {patch[1]}")
+        return height // patch[0], width // patch[1]
 
     def create_pretrained(self) -> nn.Module:
-        """Create the transformer with pretrained weights."""
+        """Create the transformer with timm's pretrained weights."""
         return timm.create_model(self.name, pretrained=True, num_classes=0)
 
     def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
-        """Encode images.
-
-        Args:
-            images (torch.Tensor): Normalized images of shape (B, 3, H, W); H and W are multiples of the patch.
-
-        Returns:
-            list[torch.Tensor]: Patch tokens of shape (B, N, dim), N patches row by row, for each of the layers.
+        """Encode normalized images (B, 3, H, W): the patch tokens (B, N, dim) of each layer, row by row.
 
         Raises:
-            ValueError: If the image size does not fit.
-            EncoderWeightsError: If the weights had to be loaded and could not.
+            ValueError: If H or W is no multiple of the patch.
+            EncoderWeightsError: If the weights cannot be loaded.
         """
         self.grid(*images.shape[-2:])
         self.load_weights()
@@ -129,17 +99,10 @@ class ViTEncoder(FrozenEncoder):
 
     @torch.no_grad()
     def fuse(self, height: int, width: int) -> None:
-        """Specialize for one image size, in place, for inference: other sizes are no longer taken.
+        """Specialize for one image size in pixels, in place, for inference; a ValueError names a size that fits.
 
-        The position embeddings are resampled once instead of in each forward pass, and the scales behind attention
-        and MLP are multiplied into the weights in front of them. The outputs are the same within rounding.
-
-        Args:
-            height (int): Image height in pixels, a multiple of the patch.
-            width (int): Image width in pixels.
-
-        Raises:
-            ValueError: If the image size does not fit.
+        The position embeddings are resampled once, and the scales after attention and MLP are multiplied into the
+        weights before them. The outputs are the same within rounding; other sizes are no longer taken.
         """
         self.grid(height, width)
         self.load_weights()
@@ -155,7 +118,7 @@ class ViTEncoder(FrozenEncoder):
         self.vit = vit.requires_grad_(False).eval().to(next(self.vit.parameters()).device)
 
 
-def _create_vit(name: str, dynamic_img_size: bool = True) -> Any:  # timm's transformers share an interface, but no type
+def _create_vit(name: str, dynamic_img_size: bool = True) -> Any:
     """Create a timm vision transformer with random weights."""
     check_name(name, ["vit_*", "deit*", "eva*", "beit*"])
     try:
@@ -169,7 +132,7 @@ def _create_vit(name: str, dynamic_img_size: bool = True) -> Any:  # timm's tran
 
 
 def _fuse_layer_scale(block: nn.Module) -> None:
-    """Multiply the scales of a timm transformer block into the linear maps in front of them."""
+    """Multiply the layer scales of a timm transformer block into the linear maps before them."""
     for name, path in (("ls1", "attn.proj"), ("ls2", "mlp.fc2")):
         scale = getattr(block, name, None)
         try:
