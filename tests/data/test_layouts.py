@@ -70,18 +70,19 @@ def test_images_labels_and_masks(layout, tmp_path, caplog):
     assert not lines, lines
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_training_and_test(layout, tmp_path, make_model, make_engine):
-    """Defects are found where the masks are, in every layout."""
+def test_defects_are_found_where_the_masks_are_and_drawn_for_each_category(layout, tmp_path, make_model, make_engine):
     name, write, categories, arguments, _ = layout
     write(tmp_path / "data", categories)
     datamodule = MultiCategory(name, root=tmp_path / "data", **arguments, **OPTIONS)
-    model = make_model(image_size=(96, 128), anomaly_map=AnomalyMapOptions(blur_sigma=2.0))
+    model = make_model(image_size=(96, 128), anomaly_map=AnomalyMapOptions(blur_sigma=2.0), visualizer=True)
     (results,) = make_engine(max_steps=2, limit_val_batches=0).train(model, datamodule=datamodule)
+    (folder,) = tmp_path.glob("DecAD/**/images")
+    assert {entry.name for entry in folder.iterdir()} == set(categories)
     for category in categories:
         assert results[f"{category}/pixel_AUROC"] > 0.9
         assert results[f"{category}/image_AUROC"] == 1
+        assert len(list((folder / category).rglob("*.*"))) == GOOD + BAD
 
 
 @pytest.mark.parametrize(("test_type", "count"), [("private", 3), ("private_mixed", 5)])
@@ -93,19 +94,6 @@ def test_private_images_of_mvtec_ad_2(test_type, count, tmp_path):
     assert len(batch.image) == 2 * count
     assert batch.gt_label is None
     assert batch.gt_mask is None
-
-
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_pictures_are_in_a_folder_of_their_category(layout, tmp_path, make_model, make_engine):
-    name, write, categories, arguments, _ = layout
-    write(tmp_path / "data", categories)
-    datamodule = MultiCategory(name, root=tmp_path / "data", **arguments, **OPTIONS)
-    engine = make_engine()
-    engine.test(make_model(visualizer=True), datamodule=datamodule)
-    (folder,) = tmp_path.glob("DecAD/*/tests/v0/images")
-    assert {entry.name for entry in folder.iterdir()} == set(categories)
-    for category in categories:
-        assert len(list((folder / category).rglob("*.*"))) == GOOD + BAD
 
 
 @pytest.mark.parametrize("numbers", [[1, 3], [3], ["01", 3]])

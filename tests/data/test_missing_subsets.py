@@ -3,7 +3,6 @@
 import shutil
 
 import pytest
-from anomalib.data import MVTecAD
 
 from anomalib_decad import MultiCategory
 from conftest import make_dataset
@@ -64,38 +63,20 @@ def test_training_images_stand_in_for_validation_images(count, tmp_path, caplog)
     assert not hasattr(wants_none, "val_data") or not len(wants_none.val_data)
 
 
-def test_one_product_without_test_images_joins_others_that_have_some(tmp_path, caplog):
+@pytest.mark.parametrize(("layout", "missing"), [("MVTecAD", "test"), ("Folder", "test/square")])
+def test_one_product_without_defects_joins_others_that_have_some(layout, missing, tmp_path, caplog):
     make_dataset(tmp_path, ("bolts", "cloth"))
-    shutil.rmtree(tmp_path / "bolts" / "test")
+    shutil.rmtree(tmp_path / "bolts" / missing)
     shutil.rmtree(tmp_path / "bolts" / "ground_truth")
-    datamodule = MultiCategory("MVTecAD", root=tmp_path, num_workers=0, seed=0)
-    datamodule.setup()
-    labels = datamodule.test_data.samples.groupby("category").label_index.sum()
-    assert labels.to_dict() == {"bolts": 0, "cloth": 3}
-    batch = next(iter(datamodule.test_dataloader()))
-    assert batch.gt_mask.flatten(1).any(1).sum() == 3
-    assert "The category bolts: no anomalous test images" in caplog.text
-
-
-def test_products_of_folders_may_have_no_defects(tmp_path, caplog):
-    make_dataset(tmp_path, ("bolts", "cloth"))
-    shutil.rmtree(tmp_path / "bolts" / "test" / "square")
-    arguments = {"normal_dir": "train/good", "abnormal_dir": "test/square", "normal_test_dir": "test/good",
-                 "mask_dir": "ground_truth/square"}  # fmt: skip
-    datamodule = MultiCategory(
-        "Folder", root=tmp_path, datamodule_args=arguments, val_split_mode="same_as_test", num_workers=0
-    )
+    folders = {"normal_dir": "train/good", "abnormal_dir": "test/square", "normal_test_dir": "test/good",
+               "mask_dir": "ground_truth/square"}  # fmt: skip
+    options = {"datamodule_args": folders, "val_split_mode": "same_as_test"} if layout == "Folder" else {}
+    datamodule = MultiCategory(layout, root=tmp_path, num_workers=0, seed=0, **options)
     datamodule.setup()
     labels = datamodule.test_data.samples.groupby("category").label_index.sum()
     assert labels.to_dict() == {"bolts": 0, "cloth": 3}
     assert next(iter(datamodule.test_dataloader())).gt_mask.flatten(1).any(1).sum() == 3
     assert "The category bolts: no anomalous test images" in caplog.text
-
-
-def test_a_test_set_that_lost_its_normal_images_is_said(mvtec_root, make_model, make_engine, caplog):
-    datamodule = MVTecAD(mvtec_root, "bolts", test_split_mode="none", train_batch_size=4, num_workers=0)
-    make_engine(max_steps=1).fit(make_model(), datamodule=datamodule)
-    assert "The data has no normal test images, so there are no image metrics" in caplog.text
 
 
 def test_real_iad_keeps_its_normal_test_images(tmp_path):

@@ -8,9 +8,10 @@ import pytest
 from anomalib.data.errors import MisMatchError
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from anomalib_decad import MultiCategory
-from anomalib_decad.data.pairing import pair_by_name
+from anomalib_decad.data.layouts import pair_by_name
 from conftest import make_dataset
 
 STEMS = st.text("a1-_.m", min_size=1, max_size=4)
@@ -34,6 +35,12 @@ def write(path, image):
     assert cv2.imwrite(str(path), image.astype(np.uint8))
 
 
+def multi(layout, root, **folders):
+    """A datamodule of products; of those in folders, some may be called otherwise."""
+    options = {"datamodule_args": {**FOLDER, **folders}, "val_split_mode": "same_as_test"} if layout == "Folder" else {}
+    return MultiCategory(layout, root=root, num_workers=0, **options)
+
+
 def pairs_of(datamodule):
     datamodule.setup()
     items = [datamodule.test_data[index] for index in range(len(datamodule.test_data))]
@@ -41,9 +48,9 @@ def pairs_of(datamodule):
 
 
 @given(stems=st.sets(STEMS, min_size=1, max_size=6), before=st.sampled_from(["", "mask-", "m"]),
-       behind=st.sampled_from(["", "_mask", "_gt", "1"]))  # fmt: skip
-def test_masks_of_one_naming_are_found(stems, before, behind):
-    masks = {("hole", f"{before}{stem}{behind}"): stem for stem in stems}
+       after=st.sampled_from(["", "_mask", "_gt", "1"]))  # fmt: skip
+def test_masks_of_one_naming_are_found(stems, before, after):
+    masks = {("hole", f"{before}{stem}{after}"): stem for stem in stems}
     images = [("hole", stem) for stem in sorted(stems)]
     assert pair_by_name(images, masks) == sorted(stems)
 
@@ -59,9 +66,7 @@ def test_a_mask_is_in_the_folder_of_its_image_unless_its_name_is_the_only_one():
 @pytest.mark.parametrize("layout", ["MVTecAD", "MPDD", "Folder"])
 def test_masks_are_not_paired_by_sort_order(layout, mask_name, tmp_path):
     write_defects(tmp_path / "gear", ["anomaly-1", "anomaly-10", "anomaly-2", "anomaly"], mask_name)
-    arguments = {"datamodule_args": FOLDER, "val_split_mode": "same_as_test"} if layout == "Folder" else {}
-    pairs = pairs_of(MultiCategory(layout, root=tmp_path, num_workers=0, **arguments))
-    assert sorted(pairs) == [(1, 1), (2, 2), (3, 3), (4, 4)]
+    assert sorted(pairs_of(multi(layout, tmp_path))) == [(1, 1), (2, 2), (3, 3), (4, 4)]
 
 
 @pytest.mark.parametrize("mask_dir", ["ground_truth", ["ground_truth/hole", "ground_truth/dent"]])
@@ -71,10 +76,7 @@ def test_folders_of_several_defects(mask_dir, tmp_path):
         for part in ("test", "ground_truth"):
             shutil.copytree(tmp_path / "gear" / part / "square", tmp_path / "gear" / part / name)
     write(tmp_path / "gear" / "ground_truth" / "dent" / "2_mask.png", np.full((32, 32), 255))
-    arguments = {**FOLDER, "abnormal_dir": ["test/hole", "test/dent"], "mask_dir": mask_dir}
-    datamodule = MultiCategory(
-        "Folder", root=tmp_path, num_workers=0, val_split_mode="same_as_test", datamodule_args=arguments
-    )
+    datamodule = multi("Folder", tmp_path, abnormal_dir=["test/hole", "test/dent"], mask_dir=mask_dir)
     assert sorted(pairs_of(datamodule)) == [(1, 1), (1, 1), (2, 2), (2, 1024)]
 
 
@@ -83,29 +85,24 @@ def test_of_folders_in_one_another_the_innermost_has_an_image(tmp_path):
     write_defects(root, ["1", "2", "3"], "{}.png")
     shutil.move(root / "test" / "good", root / "train" / "good" / "test")
     shutil.move(root / "ground_truth" / "square", root / "test" / "square" / "masks")
-    arguments = {**FOLDER, "normal_test_dir": "train/good/test", "mask_dir": "test/square/masks"}
-    datamodule = MultiCategory("Folder", root=tmp_path, num_workers=0, val_split_mode="same_as_test",
-                               datamodule_args=arguments)  # fmt: skip
+    datamodule = multi("Folder", tmp_path, normal_test_dir="train/good/test", mask_dir="test/square/masks")
     assert sorted(pairs_of(datamodule)) == [(1, 1), (2, 2), (3, 3)]
     assert (len(datamodule.train_data), len(datamodule.test_data)) == (1, 4)
 
 
 def test_a_folder_that_is_named_twice_is_refused(tmp_path):
     write_defects(tmp_path / "gear", ["1"], "{}.png")
-    arguments = {**FOLDER, "mask_dir": "test/../test/square"}
-    datamodule = MultiCategory("Folder", root=tmp_path, num_workers=0, datamodule_args=arguments)
     with pytest.raises(ValueError, match=r"abnormal_dir and mask_dir are the same folder, .*/gear/test/square: its im"):
-        datamodule.setup()
+        multi("Folder", tmp_path, mask_dir="test/../test/square").setup()
 
 
 @pytest.mark.parametrize("layout", ["MVTecAD", "Folder"])
 def test_an_image_without_its_mask_is_named(layout, tmp_path):
     write_defects(tmp_path / "gear", ["1", "10"])
     (tmp_path / "gear" / "ground_truth" / "square" / "1_mask.png").unlink()
-    arguments = {"datamodule_args": FOLDER} if layout == "Folder" else {}
     message = r"the category 'gear' cannot be read: 1 of 2 anomalous images have no mask, the first is .*/1\.png: its"
     with pytest.raises(MisMatchError, match=message):
-        MultiCategory(layout, root=tmp_path, num_workers=0, **arguments).setup()
+        multi(layout, tmp_path).setup()
 
 
 @pytest.mark.parametrize("name", ["abnormal_dir", "mask_dir"])
@@ -113,9 +110,9 @@ def test_a_folder_that_no_product_has_is_mistyped(name, tmp_path):
     write_defects(tmp_path / "gear", ["1"])
     write_defects(tmp_path / "nut", ["1"])
     shutil.rmtree(tmp_path / "nut" / FOLDER[name])
-    MultiCategory("Folder", root=tmp_path, num_workers=0, datamodule_args=FOLDER)
+    multi("Folder", tmp_path)
     with pytest.raises(FileNotFoundError, match=f"{name}: there is no folder .*/gear/wrong, nor in any other product"):
-        MultiCategory("Folder", root=tmp_path, num_workers=0, datamodule_args={**FOLDER, name: "wrong"})
+        multi("Folder", tmp_path, **{name: "wrong"})
 
 
 def test_several_masks_of_an_image_are_joined_or_refused(tmp_path):
@@ -123,23 +120,18 @@ def test_several_masks_of_an_image_are_joined_or_refused(tmp_path):
     other = np.zeros((32, 32))
     other.flat[-3:] = 255
     write(tmp_path / "gear" / "ground_truth" / "square" / "1_mask.bmp", other)
-    assert pairs_of(MultiCategory("MVTecAD", root=tmp_path, num_workers=0)) == [(1, 4)]
+    assert pairs_of(multi("MVTecAD", tmp_path)) == [(1, 4)]
     write(tmp_path / "gear" / "ground_truth" / "square" / "1_mask.bmp", np.zeros((16, 32)))
     with pytest.raises(MisMatchError, match=r"1_mask\.bmp, .*1_mask\.png are of one image, and have different sizes"):
-        MultiCategory("MVTecAD", root=tmp_path, num_workers=0).setup()
+        multi("MVTecAD", tmp_path).setup()
 
 
-def test_a_broken_link_is_said(tmp_path, caplog):
-    write_defects(tmp_path / "gear", ["1"])
-    (tmp_path / "gear" / "train" / "good" / "link.png").symlink_to("nowhere.png")
-    assert pairs_of(MultiCategory("MVTecAD", root=tmp_path, num_workers=0)) == [(1, 1)]
-    assert "1 links lead nowhere, the first is" in caplog.text
-
-
-def test_a_mask_without_its_image_is_named(tmp_path, caplog):
+def test_broken_links_and_masks_without_an_image_are_said(tmp_path, caplog):
     write_defects(tmp_path / "gear", ["1", "10"])
+    (tmp_path / "gear" / "train" / "good" / "link.png").symlink_to("nowhere.png")
     (tmp_path / "gear" / "test" / "square" / "1.png").unlink()
-    assert pairs_of(MultiCategory("MVTecAD", root=tmp_path, num_workers=0)) == [(2, 2)]
+    assert pairs_of(multi("MVTecAD", tmp_path)) == [(2, 2)]
+    assert "1 links lead nowhere, the first is" in caplog.text
     assert "1 masks have no image, the first is" in caplog.text
 
 
@@ -147,11 +139,20 @@ def test_a_mask_without_its_image_is_named(tmp_path, caplog):
 def test_a_product_without_masks_is_scored_by_images(layout, tmp_path, caplog):
     make_dataset(tmp_path, ("gear",), num_train=2, num_test=2)
     shutil.rmtree(tmp_path / "gear" / "ground_truth")
-    folders = {name: folder for name, folder in FOLDER.items() if name != "mask_dir"}
-    arguments = {"datamodule_args": folders, "val_split_mode": "same_as_test"} if layout == "Folder" else {}
-    datamodule = MultiCategory(layout, root=tmp_path, num_workers=0, **arguments)
+    datamodule = multi(layout, tmp_path, mask_dir=None)
     datamodule.setup()
     batch = next(iter(datamodule.test_dataloader()))
     assert batch.gt_mask is None
     assert batch.gt_label.sum() == 2
     assert "The category gear: no masks, so there are no pixel metrics" in caplog.text
+
+
+@pytest.mark.parametrize("layout", ["MVTecAD", "Folder"])
+def test_images_of_other_formats_are_named(layout, tmp_path, caplog):
+    write_defects(tmp_path / "gear", ["1"])
+    for name in ("train/good/a.gif", "test/square/b.jp2", "notes.gif"):
+        Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "gear" / name)
+    assert pairs_of(multi(layout, tmp_path)) == [(1, 1)]
+    for name in ("train/good/a.gif", "test/square/b.jp2"):
+        assert f"the first is {tmp_path / 'gear' / name}" in caplog.text
+    assert caplog.text.count("1 images are not used, as their format is none of .jpg .jpeg") == 2

@@ -1,13 +1,13 @@
 """Images of more than 8 bits, masks that are not two-valued, and what a look at the data says."""
 
-import importlib.util
 import warnings
 
 import cv2
 import numpy as np
 import pytest
+import tifffile
 import torch
-from anomalib.data import MVTecAD, PredictDataset
+from anomalib.data import PredictDataset
 from anomalib.data.utils import read_image as read_of_anomalib
 from anomalib.data.utils import read_mask as read_mask_of_anomalib
 from hypothesis import given, settings
@@ -16,8 +16,15 @@ from PIL import Image
 
 from anomalib_decad import MultiCategory
 from anomalib_decad.data import reading
-from anomalib_decad.data.reading import find_white, is_deep, read_image, read_mask
-from conftest import ROOT, make_dataset
+from anomalib_decad.data.reading import (
+    image_size,
+    is_high_bit_depth,
+    is_misread_by_anomalib,
+    read_image,
+    read_mask,
+    white_level,
+)
+from conftest import make_dataset
 
 WHITES = {8: 255, 10: 1023, 12: 4095, 16: 65535}
 OPTIONS = {"num_workers": 0, "train_batch_size": 4, "eval_batch_size": 4}
@@ -49,8 +56,8 @@ def test_deep_images_keep_their_values(data, bits, suffix, channels, folder):
     values = np.array(data.draw(st.lists(st.integers(0, white), min_size=12, max_size=12)), np.uint16)
     values[0] = white
     path = write(folder / f"deep.{suffix}", values.reshape(4, -1, 3)[..., :channels].copy())
-    assert is_deep(path)
-    assert find_white([path])[0] == white
+    assert is_high_bit_depth(path)
+    assert white_level([path]) == white
     image = read_image(path, white)
     expected = values.reshape(4, -1, 3)[..., :channels].astype(np.float32)[..., ::-1] / white
     assert torch.allclose(image, torch.from_numpy(expected.copy()).permute(2, 0, 1).expand(3, -1, -1))
@@ -61,28 +68,33 @@ def test_other_images_are_read_as_anomalib_does(mode, tmp_path):
     values = np.random.default_rng(0).integers(0, 255, (8, 9, 3), np.uint8)
     path = tmp_path / ("image.tif" if mode == "CMYK" else "image.png")
     Image.fromarray(values).convert(mode).save(path)
-    assert not is_deep(path)
+    assert not is_high_bit_depth(path)
     assert torch.equal(read_image(path), read_of_anomalib(path, as_tensor=True))
 
 
 def test_white_is_that_of_the_product_and_not_of_the_image(tmp_path):
     dark = write(tmp_path / "dark.png", np.full((4, 4), 900, np.uint16))
     bright = write(tmp_path / "bright.png", np.full((4, 4), 4000, np.uint16))
-    assert find_white([dark, bright]) == (4095, "12 bits")
-    assert find_white([dark]) == (1023, "10 bits")
+    assert white_level([dark, bright]) == 4095
+    assert white_level([dark]) == 1023
 
 
-@pytest.mark.parametrize(("largest", "white", "kind"), [(0.7, 1, "fractions"), (70000.0, 70000, "an unknown kind")])
-def test_values_that_are_no_whole_numbers_of_16_bits(largest, white, kind, tmp_path):
+@pytest.mark.parametrize(("largest", "white"), [(0.7, 1), (70000.0, 70000)])
+def test_values_that_are_no_whole_numbers_of_16_bits(largest, white, tmp_path):
     path = write(tmp_path / "float.tif", np.linspace(0, largest, 16, dtype=np.float32).reshape(4, 4))
-    assert find_white([path]) == (pytest.approx(white), kind)
+    assert white_level([path]) == pytest.approx(white)
     assert read_image(path, white).max() == pytest.approx(largest / white)
 
 
-def test_values_above_white_are_clipped_and_said(tmp_path, caplog):
+def test_values_above_white_and_below_0_are_clipped_and_said(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(reading, "_warned", set())  # each white level is said once
     path = write(tmp_path / "bright.png", np.full((4, 4), 4000, np.uint16))
     assert read_image(path, 1022).max() == 1
     assert "bright.png has values above 1022" in caplog.text
+    path = write(tmp_path / "height.tif", np.linspace(-1, 1, 16, dtype=np.float32).reshape(4, 4))
+    assert white_level([path]) == 1
+    assert read_image(path, 1.0).min() == 0
+    assert "height.tif has values above 1, which is white in other images of the product, or below 0" in caplog.text
 
 
 @pytest.mark.parametrize("odd", [np.nan, np.inf, -np.inf])
@@ -90,24 +102,13 @@ def test_values_that_are_not_finite_do_not_make_white(odd, tmp_path):
     values = np.linspace(0, 0.5, 16, dtype=np.float32).reshape(4, 4)
     values[0, 0] = odd
     paths = [write(tmp_path / name, values) for name in ("first.tif", "second.tif")]
-    assert find_white(paths) == (1.0, "fractions")
+    assert white_level(paths) == 1
     image = read_image(paths[0], 1.0)
     assert image[0, 0, 0] == (1.0 if odd == np.inf else 0.0)
     torch.testing.assert_close(image[:, 1:].as_subclass(torch.Tensor), torch.from_numpy(values[1:]).expand(3, -1, -1))
     write(paths[1], np.full((4, 4), odd, np.float32))
-    for read in (find_white, lambda paths: [read_image(path) for path in paths]):
-        with pytest.raises(OSError, match=r"second\.tif cannot be read \(it has no finite value\)"):
-            read(paths)
-
-
-def test_negative_values_are_black_and_said(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(reading, "_clipped", set())  # each is said once
-    path = write(tmp_path / "height.tif", np.linspace(-1, 1, 16, dtype=np.float32).reshape(4, 4))
-    assert read_image(path, 1.0).min() == 0
-    assert "height.tif has negative values: they are clipped" in caplog.text
-    write(path, np.full((4, 4), -9, np.float32))
-    with pytest.raises(OSError, match=r"all values of .*height\.tif are negative, and 0 is black"):
-        find_white([path])
+    with pytest.raises(OSError, match=r"second\.tif cannot be read"):
+        white_level(paths)
 
 
 @pytest.mark.parametrize("bits", [8, 10, 12, 16])
@@ -122,7 +123,7 @@ def test_products_of_any_depth_look_as_those_of_8_bits(bits, tmp_path, caplog):
     caplog.clear()
     datamodule = MultiCategory("MVTecAD", root=tmp_path, **OPTIONS)
     datamodule.setup()
-    assert datamodule.whites == {"bolts": WHITES[bits]}
+    assert datamodule.white_levels == {"bolts": WHITES[bits]}
     assert f"category bolts: images of more than 8 bits, in which {WHITES[bits]} is white" in caplog.text
     assert "category cloth" not in caplog.text
     for item in map(datamodule.test_data.__getitem__, range(12)):
@@ -166,15 +167,90 @@ def test_predictions_of_a_folder_of_deep_images(trained, make_model, make_engine
         batches = make_engine().predict(make_model(), dataset=PredictDataset(tmp_path / name), ckpt_path=path)
         results[name] = torch.cat([batch.pred_score.flatten() for batch in batches])
     assert torch.allclose(results["8"], results["16"], atol=0.02)
-    assert "4095 is white, as " + ("in the training" if trained == 12 else "their values fit 12 bits") in caplog.text
+    assert "4095 is white, as " + ("in the training" if trained == 12 else "their values fit it") in caplog.text
 
 
-def test_white_images_of_other_datamodules_are_said(make_model, make_engine, tmp_path, caplog):
+def turn(path, orientation, target=None):
+    """Save an image so that a viewer, which turns it by its tag, shows it as it was."""
+    undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # Pillow's transpositions
+    with Image.open(path) as image:
+        exif = image.getexif()
+        exif[274] = orientation
+        turned = image.transpose(Image.Transpose(undo[orientation])) if orientation > 1 else image
+        turned.save(target or path, exif=exif)
+    return target or path
+
+
+@pytest.mark.parametrize(
+    ("kind", "suffix"),
+    [("L", "png"), ("L", "jpg"), ("RGB", "png"), ("RGB", "tif"), ("RGB", "jpg"), ("I;16", "png"), ("I;16", "tif")],
+)
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_images_are_turned_by_their_orientation(kind, suffix, orientation, tmp_path):
+    values = np.random.default_rng(0).integers(0, 65535, (16, 24), np.uint16)
+    values[8:] = values[::8][0]
+    is_deep = kind == "I;16"
+    image = Image.fromarray(values) if is_deep else Image.fromarray((values >> 8).astype(np.uint8)).convert(kind)
+    image.save(tmp_path / "plain.png")
+    turn(tmp_path / "plain.png", orientation, tmp_path / "turned.png")
+    path = tmp_path / f"image.{suffix}"
+    with Image.open(tmp_path / "turned.png") as turned:
+        turned.save(path, exif=turned.getexif(), **({"quality": 100, "subsampling": 0} if suffix == "jpg" else {}))
+    assert_is(path, values, 0.02 if suffix == "jpg" else 0.005)
+    assert is_misread_by_anomalib(path) == (orientation > 1 or is_deep)
+
+
+def test_color_images_of_16_bits_are_turned(tmp_path):
+    values = np.random.default_rng(0).integers(0, 65535, (16, 24), np.uint16)
+    stored = [values, values[:, ::-1], values[::-1, ::-1], values[::-1], values.T, np.rot90(values),
+              np.rot90(values, 2).T, np.rot90(values, -1)]  # fmt: skip
+    for orientation, undone in enumerate(stored, 1):
+        tag = (274, "H", 1, orientation, True)
+        tifffile.imwrite(tmp_path / "image.tif", np.dstack([undone] * 3), photometric="rgb", extratags=[tag])
+        assert_is(tmp_path / "image.tif", values, 0.005)
+
+
+def assert_is(path, values, tolerance):
+    image = read_image(path)
+    assert image_size(path) == (24, 16)
+    expected = torch.from_numpy(values.astype(np.float32) / 65535).expand(3, -1, -1)
+    torch.testing.assert_close(image.as_subclass(torch.Tensor), expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_set_with_an_orientation_is_that_of_upright_images(orientation, tmp_path, caplog):
     make_dataset(tmp_path, ("bolts",))
-    deepen(tmp_path, 12)
-    engine = make_engine(max_steps=2)
-    engine.train(make_model(), datamodule=MVTecAD(tmp_path, "bolts", train_batch_size=4, num_workers=0))
-    assert caplog.text.count("Use MultiCategory, which scales them") == 2  # in training and in test
+    datamodule = MultiCategory("MVTecAD", root=tmp_path, **OPTIONS)
+    datamodule.setup()
+    upright = [datamodule.test_data[index] for index in range(6)]
+    for path in tmp_path.glob("bolts/t*/*/*.png"):
+        turn(path, orientation)
+    datamodule = MultiCategory("MVTecAD", root=tmp_path, **OPTIONS)
+    datamodule.setup()
+    assert "another size" not in caplog.text
+    for item, expected in zip(map(datamodule.test_data.__getitem__, range(6)), upright, strict=True):
+        assert torch.equal(item.image, expected.image)
+        assert torch.equal(item.gt_mask, expected.gt_mask)
+
+
+def test_a_folder_with_an_orientation_is_predicted_as_upright_images(make_model, make_engine, tmp_path):
+    make_dataset(tmp_path / "data", ("bolts",))
+    datamodule = MultiCategory("MVTecAD", root=tmp_path / "data", **OPTIONS)
+    model, engine = make_model(visualizer=True), make_engine()
+    engine.fit(model, datamodule=datamodule)
+    scores, pictures = [], []
+    for name, orientation in (("upright", 1), ("turned", 6)):
+        (tmp_path / name).mkdir()
+        for path in tmp_path.glob("data/bolts/test/square/*.png"):
+            turn(path, orientation, tmp_path / name / path.name)
+        engine = make_engine()
+        batches = engine.predict(model, dataset=PredictDataset(tmp_path / name))
+        scores.append(torch.cat([batch.pred_score.flatten() for batch in batches]))
+        pictures.append([cv2.imread(str(path)) for path in sorted(tmp_path.rglob(f"images/{name}/*.png"))])
+    assert torch.allclose(*scores, atol=1e-4)
+    assert len(pictures[0]) == 3
+    for upright, turned in zip(*pictures, strict=True):
+        assert np.abs(upright.astype(int) - turned).mean() < 1
 
 
 def test_masks_of_two_values_are_read_as_anomalib_does(tmp_path):
@@ -186,32 +262,43 @@ def test_masks_of_two_values_are_read_as_anomalib_does(tmp_path):
     assert read_mask(path).tolist() == [[0, 1], [1, 1]]
 
 
-@pytest.mark.parametrize(
-    "kind", ["dark red", "dark blue", "palette", "transparent", "grey and alpha", "float", "16 bits"]
-)
-def test_every_value_above_0_is_a_defect(kind, tmp_path):
-    found = np.zeros((6, 7), bool)
-    found[2:4, 3:5] = True
-    colours = np.zeros((6, 7, 3), np.uint8)
-    if kind == "dark red":
-        colours[found] = (1, 0, 0)
-    elif kind in {"dark blue", "palette", "transparent"}:
-        colours[found] = (0, 0, 4)
-    if kind == "palette":
-        image = Image.fromarray(colours).convert("P", palette=Image.Palette.ADAPTIVE)
-    elif kind == "transparent":
-        image = Image.fromarray(np.dstack([colours, np.full((6, 7), 255, np.uint8)]))
-    elif kind == "grey and alpha":
-        image = Image.fromarray(np.dstack([found * 3, np.full((6, 7), 255)]).astype(np.uint8), "LA")
-    elif kind == "float":
-        image = Image.fromarray(found.astype(np.float32) / 2)
-    elif kind == "16 bits":
-        image = Image.fromarray(found.astype(np.uint16))
-    else:
-        image = Image.fromarray(colours)
-    path = tmp_path / ("mask.tiff" if kind == "float" else "mask.png")
-    image.save(path)
+def colored(found, color, alpha=None):
+    """An image of one color where there is a defect, black elsewhere."""
+    colors = np.where(found[..., None], color, 0)
+    return Image.fromarray((colors if alpha is None else np.dstack([colors, alpha * 255])).astype(np.uint8))
+
+
+def with_palette(found, *palette):
+    image = Image.fromarray(found.astype(np.uint8), "P")
+    image.putpalette(palette)
+    return image
+
+
+#: How masks are saved, and what is said of them.
+MASKS = {
+    "dark red": (lambda found: colored(found, (1, 0, 0)), ""),
+    "dark blue": (lambda found: colored(found, (0, 0, 4)), ""),
+    "opaque": (lambda found: colored(found, (0, 0, 4), found * 0 + 1), ""),
+    "palette": (lambda found: colored(found, (0, 0, 4)).convert("P", palette=Image.Palette.ADAPTIVE), ""),
+    "16 bits": (lambda found: Image.fromarray(found.astype(np.uint16)), ""),
+    "alpha": (lambda found: colored(found | True, (255, 255, 255), found), "alpha channel"),
+    "alpha of grey": (lambda found: colored(found, (0, 0, 0), found).convert("LA"), "alpha channel"),
+    "layer": (lambda found: colored(found, (255, 0, 0), found), "alpha channel"),
+    "white palette": (lambda found: with_palette(found, 255, 255, 255, 255, 0, 0), "palette whose first color"),
+    "palette of grey": (lambda found: with_palette(found, 90, 90, 90, 9, 9, 9), "palette whose first color"),
+    "swapped palette": (lambda found: with_palette(~found, 255, 255, 255, 0, 0, 0), "palette whose first color"),
+}
+
+
+@pytest.mark.parametrize(("draw", "finding"), MASKS.values(), ids=MASKS)
+def test_kinds_of_masks(draw, finding, tmp_path, caplog):
+    make_dataset(tmp_path, ("bolts",), num_test=1)
+    path = tmp_path / "bolts" / "ground_truth" / "square" / "000_mask.png"
+    found = cv2.imread(str(path), cv2.IMREAD_GRAYSCALE) > 0
+    draw(found).save(path)
     assert np.array_equal(read_mask(path).numpy(), found)
+    MultiCategory("MVTecAD", root=tmp_path, **OPTIONS).setup()
+    assert not finding or f"the mask 000_mask.png has a{'n' if finding[0] == 'a' else ''} {finding}" in caplog.text
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png"])
@@ -253,7 +340,12 @@ def test_a_look_at_the_data_says_what_is_odd(tmp_path, caplog):
     write(tmp_path / "bolts/test/good/000.png", np.full((80, 96), 7, np.uint8))
     for path in tmp_path.glob("bolts/train/good/*.png"):
         write(path, np.full((80, 96), 7, np.uint8))
-    assert "has one value everywhere" in find_line(tmp_path, caplog)
+    nearly_all = np.full((80, 96), 255, np.uint8)
+    nearly_all[:3] = 0
+    write(tmp_path / "bolts/ground_truth/square/000_mask.png", nearly_all)
+    line = find_line(tmp_path, caplog)
+    assert "has one value everywhere" in line
+    assert "the mask 000_mask.png covers 96% of the image" in line
 
 
 def test_a_file_that_is_no_image_is_named(tmp_path):
@@ -275,57 +367,6 @@ def test_names_with_letters_outside_ascii(layout, tmp_path):
     )
     datamodule.setup()
     assert {name for batch in datamodule.test_dataloader() for name in batch.category} == {"Schräubchen", "螺栓"}
-
-
-def test_a_path_that_anomalib_refuses_is_named_with_its_category(tmp_path):
-    (tmp_path / "Prüfung" / "can" / "train" / "good").mkdir(parents=True)
-    message = "the category 'can' cannot be read: .*: rename the folders so that their names have ASCII letters only"
-    with pytest.raises(ValueError, match=message):
-        MultiCategory("MVTecAD2", root=tmp_path / "Prüfung", **OPTIONS).setup()
-
-
-@pytest.mark.parametrize("script", ["onnx_inference", "openvino_inference"])
-@pytest.mark.parametrize("bits", [None, 12])
-def test_examples_scale_deep_images(script, bits, tmp_path, monkeypatch):
-    spec = importlib.util.spec_from_file_location(script, ROOT / "examples" / f"{script}.py")
-    example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
-    batches = []
-
-    def predict(batch):
-        batches.append(batch)
-        return {"pred_score": np.zeros((1, 1)), "pred_label": np.zeros((1, 1)), "anomaly_map": batch[:, :1],
-                "pred_mask": np.zeros((1, 1, 8, 8))}  # fmt: skip
-
-    monkeypatch.setattr(example, "load", lambda *_: predict)
-    shades = np.linspace(0, 1, 64).reshape(8, 8)
-    paths = [write(tmp_path / "a.png", (shades * 255).astype(np.uint8)),
-             write(tmp_path / "b.png", (shades * 4095).astype(np.uint16)),
-             write(tmp_path / "dark.png", (shades * 819).astype(np.uint16))]  # fmt: skip
-    given = [*map(str, paths), "--output", str(tmp_path / "out"), *(["--bits", str(bits)] if bits else [])]
-    monkeypatch.setattr("sys.argv", [script, "model", *given])
-    example.main()
-    for batch, scale in zip(batches, (1, 1, 0.2), strict=True):
-        assert batch.dtype == np.float32
-        assert np.allclose(batch, shades * scale, atol=1 / 255)
-    assert len(list((tmp_path / "out").iterdir())) == 3
-
-
-@pytest.mark.parametrize("predict", [False, True])
-def test_pictures_of_deep_images_show_them_as_the_model_sees_them(predict, make_model, make_engine, tmp_path):
-    make_dataset(tmp_path / "data", ("bolts",))
-    deepen(tmp_path / "data", 12)
-    datamodule = MultiCategory("MVTecAD", root=tmp_path / "data", **OPTIONS)
-    engine, model = make_engine(), make_model(visualizer=True)
-    if predict:
-        engine.predict(model, dataset=PredictDataset(tmp_path / "data" / "bolts" / "test" / "good"))
-    else:
-        engine.test(model, datamodule=datamodule)
-    pictures = sorted(path for path in tmp_path.rglob("images/**/*.png") if path.parent.name == "good")
-    assert len(pictures) == 3
-    original = cv2.imread(str(tmp_path / "data/bolts/test/good/000.png"), cv2.IMREAD_UNCHANGED)
-    picture = cv2.imread(str(pictures[0]))[40:, :200]  # below the title of the first field, the image
-    assert picture.mean() == pytest.approx((original / 4095 * 255).mean(), abs=12)
 
 
 @pytest.mark.parametrize("subset", ["train", "test"])

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Many categories in one datamodule."""
 
-from anomalib_decad.data.category_batch import CategoryBatch, CategoryItem
-from anomalib_decad.data.category_dataset import CategoryDataset
+from anomalib_decad.data.dataset import CategoryBatch, CategoryDataset, CategoryItem
 from anomalib_decad.data.multi_category import MultiCategory
-from anomalib_decad.data.prediction_root import PredictionRoot
-from anomalib_decad.data.reading import find_unreadable
+from anomalib_decad.data.prediction_folder import PredictionFolder, PredictionRoot, absolute
+from anomalib_decad.data.reading import image_size, read_image
 from anomalib_decad.data.visualizer import CategoryVisualizer
 
 __all__ = [
@@ -14,6 +13,9 @@ __all__ = [
     "CategoryItem",
     "CategoryVisualizer",
     "MultiCategory",
+    "PredictionFolder",
     "PredictionRoot",
-    "find_unreadable",
+    "absolute",
+    "image_size",
+    "read_image",
 ]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One datamodule for each category of a dataset: which there are, and how they are made."""
+"""Which categories there are, and one of anomalib's datamodules for each."""
 
 import copy
 import importlib
@@ -20,8 +20,7 @@ __all__ = ["create_datamodules", "describe_download", "is_without_images"]
 
 logger = logging.getLogger(__name__)
 
-#: What may lie in a folder that a dataset is about to be downloaded to.
-_ARCHIVES = {".gz", ".tar", ".tgz", ".xz", ".zip"}
+_ARCHIVES = {".gz", ".tar", ".tgz", ".xz", ".zip"}  # may lie in a folder that a dataset is downloaded to
 
 #: Names that tables and files have for something else, which a category of this name would be lost to.
 _RESERVED = {"mean": "the mean over the categories", "unknown": "what is unlike every category"}
@@ -32,44 +31,26 @@ def create_datamodules(
     categories: Sequence[str | int] | str | None,
     settings: dict[str, Any],
 ) -> dict[str, AnomalibDataModule]:
-    """Create a datamodule for each category.
-
-    Args:
-        datamodule (str | type[AnomalibDataModule] | AnomalibDataModule | Sequence[AnomalibDataModule]): As for
-            ``MultiCategory``.
-        categories (Sequence[str | int] | str | None): As for ``MultiCategory``.
-        settings (dict[str, Any]): Arguments of the datamodule.
-
-    Returns:
-        dict[str, AnomalibDataModule]: The datamodules by the names of their categories.
-
-    Raises:
-        ValueError: If a name, an argument or the root is wrong; the message lists the valid ones.
-    """
-    datamodules = _create(datamodule, [categories] if isinstance(categories, str) else categories, settings)
+    """Create a datamodule for each category, by its name; arguments and errors are those of ``MultiCategory``."""
+    categories = [categories] if isinstance(categories, str) else categories
+    if not isinstance(datamodule, str | type) and settings:
+        given = f"{type(datamodule).__name__} that is wrapped" if isinstance(datamodule, AnomalibDataModule) else "list"
+        msg = f"{', '.join(settings)}: give these to the {given}"
+        raise ValueError(msg)
+    if isinstance(datamodule, Sequence) and not isinstance(datamodule, str):
+        names = [str(name) for name in categories or [module.category or module.name for module in datamodule]]
+        if not names or len(set(names)) != len(names) or len(names) != len(datamodule):
+            msg = f"a list of {len(datamodule)} datamodules needs as many different category names, got {names}"
+            raise ValueError(msg)
+        datamodules = dict(zip(names, datamodule, strict=True))
+    else:
+        template = datamodule if isinstance(datamodule, AnomalibDataModule) else _create_template(datamodule, settings)
+        datamodules = {name: _with_category(template, name) for name in _choose_categories(template, categories)}
     for name, what in _RESERVED.items():
         if name in datamodules:
             msg = f"a category cannot be called {name!r}, as {what} is: rename its folder"
             raise ValueError(msg)
     return datamodules
-
-
-def _create(
-    datamodule: str | type[AnomalibDataModule] | AnomalibDataModule | Sequence[AnomalibDataModule],
-    categories: Sequence[str | int] | None,
-    settings: dict[str, Any],
-) -> dict[str, AnomalibDataModule]:
-    if isinstance(datamodule, Sequence) and not isinstance(datamodule, str):
-        return _name_datamodules(datamodule, categories, settings)
-    if isinstance(datamodule, AnomalibDataModule):
-        if settings:
-            msg = f"{', '.join(settings)}: give these to the {type(datamodule).__name__} that is wrapped"
-            raise ValueError(msg)
-        template = datamodule
-    else:
-        template = _create_template(_find_class(datamodule), settings)
-    names = _choose_categories(template, categories)
-    return {name: _with_category(template, name) for name in names}
 
 
 def is_without_images(datamodule: AnomalibDataModule) -> bool:
@@ -82,18 +63,10 @@ def is_without_images(datamodule: AnomalibDataModule) -> bool:
 
 
 def describe_download(datamodule: AnomalibDataModule) -> str | None:
-    """Say what a datamodule will download.
-
-    Args:
-        datamodule (AnomalibDataModule): The datamodule.
-
-    Returns:
-        str | None: A sentence; ``None`` if its dataset has no address that anomalib would download it from.
-    """
+    """Say what a datamodule will download; ``None`` if anomalib has no address of its dataset."""
     module: Any = importlib.import_module(type(datamodule).__module__)
-    info = getattr(module, "DOWNLOAD_INFO", None)
     name, root = type(datamodule).__name__, getattr(datamodule, "root", None)
-    if info is not None:
+    if info := getattr(module, "DOWNLOAD_INFO", None):
         return f"{root} has no images: downloading all of {name} into it, from {info.url}"
     urls = getattr(module, "DOWNLOAD_URLS", {})
     if isinstance(urls, Mapping) and datamodule.category in urls:
@@ -101,59 +74,35 @@ def describe_download(datamodule: AnomalibDataModule) -> str | None:
     return None
 
 
-def _name_datamodules(
-    datamodules: Sequence[AnomalibDataModule], categories: Sequence[str | int] | None, settings: dict[str, Any]
-) -> dict[str, AnomalibDataModule]:
-    """Take a list of datamodules for the categories."""
-    if settings:
-        msg = f"{', '.join(settings)}: give these to the datamodules of the list"
-        raise ValueError(msg)
-    names = (
-        [str(name) for name in categories] if categories else [module.category or module.name for module in datamodules]
-    )
-    if not names or len(set(names)) != len(names) or len(names) != len(datamodules):
-        msg = f"a list of {len(datamodules)} datamodules needs as many different category names, got {names}"
-        raise ValueError(msg)
-    return dict(zip(names, datamodules, strict=True))
+def _has_categories(cls: Any) -> bool:
+    is_datamodule = inspect.isclass(cls) and issubclass(cls, AnomalibDataModule) and cls.__name__ != "MultiCategory"
+    return is_datamodule and (cls is Folder or "category" in inspect.signature(cls).parameters)
 
 
 def _find_class(datamodule: str | type[AnomalibDataModule]) -> type[AnomalibDataModule]:
-    """Find a datamodule class by its name or import path."""
-    if not isinstance(datamodule, str):
-        return datamodule
-    module, _, name = datamodule.rpartition(".")
-    try:
-        found = getattr(importlib.import_module(module) if module else anomalib.data, name, None)
-    except ModuleNotFoundError as error:
-        if not f"{module}.".startswith(f"{error.name}."):
-            raise  # the module is there, and lacks another one
-        found = None
-    if not (inspect.isclass(found) and issubclass(found, AnomalibDataModule)):
-        msg = f"datamodule: anomalib has no {datamodule!r}; those with categories are {', '.join(_with_categories())}"
+    """Find a datamodule class that has categories, by its name or import path."""
+    found: Any = datamodule
+    if isinstance(datamodule, str):
+        module, _, name = datamodule.rpartition(".")
+        try:
+            found = getattr(importlib.import_module(module or "anomalib.data"), name, None)
+        except ModuleNotFoundError as error:
+            if not f"{module}.".startswith(f"{error.name}."):
+                raise  # the module is there, and lacks another one
+            found = None
+    if not _has_categories(found):
+        problem = f"{found.__name__} has no categories" if inspect.isclass(found) else f"anomalib has no {datamodule!r}"
+        valid = sorted(name for name in anomalib.data.__all__ if _has_categories(getattr(anomalib.data, name)))
+        msg = f"datamodule: {problem}; those with categories are {', '.join(valid)}"
         raise ValueError(msg)
     return found
 
 
-def _with_categories() -> list[str]:
-    """List anomalib's datamodules that can be wrapped."""
-    classes = (getattr(anomalib.data, name) for name in anomalib.data.__all__ if name != "MultiCategory")
-    return sorted(
-        cls.__name__
-        for cls in classes
-        if inspect.isclass(cls)
-        and issubclass(cls, AnomalibDataModule)
-        and (cls is Folder or "category" in inspect.signature(cls).parameters)
-    )
-
-
-def _create_template(cls: type[AnomalibDataModule], settings: dict[str, Any]) -> AnomalibDataModule:
+def _create_template(datamodule: str | type[AnomalibDataModule], settings: dict[str, Any]) -> AnomalibDataModule:
     """Create the datamodule that the categories' are copies of."""
+    cls = _find_class(datamodule)
     parameters = inspect.signature(cls).parameters
-    if cls is not Folder and "category" not in parameters:
-        msg = f"datamodule: {cls.__name__} has no categories; those that have are {', '.join(_with_categories())}"
-        raise ValueError(msg)
-    unknown = [name for name in settings if name not in parameters]
-    if unknown:
+    if unknown := [name for name in settings if name not in parameters]:
         msg = f"{cls.__name__} takes no {', '.join(unknown)}; it takes {', '.join(parameters)}"
         raise ValueError(msg)
     if issubclass(cls, RealIAD):
@@ -163,57 +112,47 @@ def _create_template(cls: type[AnomalibDataModule], settings: dict[str, Any]) ->
         if "normal_dir" not in settings or "root" not in settings:
             msg = "Folder needs root, and datamodule_args with normal_dir: the folder of normal images in each category"
             raise ValueError(msg)
-        return cls(name="", **settings)
+        settings = {"name": "", **settings}
     return cls(**settings)
 
 
-def _choose_categories(template: AnomalibDataModule, categories: Sequence[str | int] | None) -> list[str]:
-    """Check the names of categories, or find all.
+def _with_category(template: AnomalibDataModule, category: str) -> AnomalibDataModule:
+    """Copy a datamodule that was not set up yet for another category."""
+    module = copy.deepcopy(template)
+    if isinstance(module, Folder):
+        module.root = Path(module.root or ".") / category
+        rename_datamodule(module, category)
+    module.category = category
+    return module
 
-    What is in the root counts. The names that the dataset defines count only while there is nothing in it.
-    """
-    name, root = type(template).__name__, getattr(template, "root", None)
-    valid = _present_categories(template)
-    if is_without_images(template):
-        _check_missing_root(template)
-        valid = _defined_categories(type(template))
-    elif not valid and _defined_categories(type(template)):
-        folders = sorted(entry.name for entry in Path(str(root)).iterdir() if entry.is_dir())
-        msg = (
-            f"{name}: no categories found in {root}, which has {', '.join(folders[:20]) or 'no folders'}: "
-            f"a category is a folder {_describe_layout(template)}"
-        )
+
+def _choose_categories(template: AnomalibDataModule, categories: Sequence[str | int] | None) -> list[str]:
+    """Check the names of categories, or find all: those in the root, or while it is empty those of the dataset."""
+    cls, root = type(template), getattr(template, "root", "")
+    if is_without_images(template) and not Path(root).is_dir():
+        default = getattr(inspect.signature(cls).parameters.get("root"), "default", None)
+        is_default = Path(str(default)) == Path(root) or Path(root).parent == get_datasets_dir()
+        if Path(root).exists() or not is_default:  # it may be mistyped
+            remedy = f": make it to have {cls.__name__} downloaded into it" if describe_download(template) else ""
+            msg = f"root: there is no folder {root}{remedy}"
+            raise ValueError(msg)
+    valid = _defined_categories(cls) if is_without_images(template) else _present_categories(template)
+    if not valid and (categories is None or _defined_categories(cls)):
+        folders = ", ".join(sorted(entry.name for entry in Path(str(root)).glob("*/"))[:20]) or "no folders"
+        text = f"{cls.__name__}: no categories found in {root}, which has {folders}"
+        msg = f"{text}: a category is a folder {_describe_layout(template)}"
         raise ValueError(msg)
-    names = list(valid) if categories is None else [_find_name(category, valid) for category in categories]
-    wrong = [name for name in names if name not in valid] if valid else []
-    if not names or wrong or len(set(names)) != len(names):
-        problem = f"no category {', '.join(map(repr, wrong))}" if wrong else f"categories must be different: {names}"
-        if not names:
-            problem = f"no categories found in {root}: a category is a folder {_describe_layout(template)}"
-        msg = f"{name}: {problem}; valid names are {', '.join(valid) or 'unknown'}, those in {root}"
+    # YAML reads 01 as a number.
+    by_number: dict[Any, str] = {int(name): name for name in valid if name.isdecimal()}
+    names = valid if categories is None else [str(by_number.get(name, name)) for name in categories]
+    problem = f"categories must be different: {names}" if len(set(names)) != len(names) else ""
+    if wrong := [name for name in names if valid and name not in valid]:
+        problem = f"no category {', '.join(map(repr, wrong))}"
+    if problem or not names:
+        text = f"{cls.__name__}: {problem or 'no categories are given'}"
+        msg = f"{text}; valid names are {', '.join(valid) or 'unknown'}, those in {root}"
         raise ValueError(msg)
     return names
-
-
-def _check_missing_root(template: AnomalibDataModule) -> None:
-    """Refuse a root that does not exist, unless it is the dataset's own: it may be mistyped."""
-    root = Path(template.root)  # type: ignore[attr-defined]
-    parameter = inspect.signature(type(template)).parameters.get("root")
-    default = parameter.default if parameter else None
-    is_default = (isinstance(default, str | Path) and Path(default) == root) or root.parent == get_datasets_dir()
-    if not root.is_dir() and (root.exists() or not is_default):
-        remedy = (
-            f": make it to have {type(template).__name__} downloaded into it" if describe_download(template) else ""
-        )
-        msg = f"root: there is no folder {root}{remedy}"
-        raise ValueError(msg)
-
-
-def _find_name(category: str | int, valid: Sequence[str]) -> str:
-    """Find the name of a category that may be a number: YAML reads 01 as one."""
-    if isinstance(category, int):
-        return next((name for name in valid if name.isdecimal() and int(name) == category), str(category))
-    return category
 
 
 def _defined_categories(cls: type[AnomalibDataModule]) -> list[str]:
@@ -225,31 +164,32 @@ def _defined_categories(cls: type[AnomalibDataModule]) -> list[str]:
     return list(getattr(module, "CATEGORIES", ()))
 
 
+def _folders_of_normal(template: AnomalibDataModule) -> list[str]:
+    wanted = template.normal_dir if isinstance(template, Folder) else "train"
+    return [str(wanted)] if isinstance(wanted, str | Path) else [str(name) for name in wanted]
+
+
 def _describe_layout(template: AnomalibDataModule) -> str:
     """Say how a category is told from other folders."""
     if isinstance(template, RealIAD):
         return f"of the dataset's in realiad_{template.resolution}"
-    return f"with {' or '.join(map(str, _folders_of_normal(template)))} in it"
-
-
-def _folders_of_normal(template: AnomalibDataModule) -> list[str | Path]:
-    wanted = template.normal_dir if isinstance(template, Folder) else "train"
-    return [wanted] if isinstance(wanted, str | Path) else list(wanted)
+    return f"with {' or '.join(_folders_of_normal(template))} in it"
 
 
 def _present_categories(template: AnomalibDataModule) -> list[str]:
     """List the categories in the root, and say which of its folders are none."""
-    root = getattr(template, "root", None)
-    if root is None or not Path(root).is_dir():
+    if getattr(template, "root", None) is None:
         return []
-    root = Path(root)
+    root = Path(template.root)  # type: ignore[attr-defined]
     defined = _defined_categories(type(template))
     if isinstance(template, Kaputt):
-        return _kaputt_categories(root) or defined
-    if isinstance(template, RealIAD):
-        folder = root / f"realiad_{template.resolution}"
-        # Its dataset takes no other names.
-        return sorted(entry.name for entry in folder.iterdir() if entry.name in defined) if folder.is_dir() else []
+        try:
+            table = pd.read_parquet(root / "datasets" / "query-train.parquet", columns=["item_material"])
+        except (ImportError, OSError):  # which setup says
+            return defined
+        return sorted(table["item_material"].dropna().unique()) or defined
+    if isinstance(template, RealIAD):  # its dataset takes no other names
+        return sorted({entry.name for entry in root.glob(f"realiad_{template.resolution}/*")} & set(defined))
     if isinstance(template, Visa):
         # As it is distributed, or as anomalib copies it: with empty folders for the categories that are missing.
         original = {folder.name for folder in root.iterdir() if (folder / "Data" / "Images").is_dir()}
@@ -265,22 +205,3 @@ def _present_categories(template: AnomalibDataModule) -> list[str]:
         logger.warning("%s: %s are no categories: a category is a folder %s.", root, ", ".join(others[:20]),
                        _describe_layout(template))  # fmt: skip
     return present
-
-
-def _kaputt_categories(root: Path) -> list[str]:
-    """List the materials in Kaputt's table of training images; none if it cannot be read, which setup says."""
-    try:
-        materials = pd.read_parquet(root / "datasets" / "query-train.parquet", columns=["item_material"])
-    except (ImportError, OSError):
-        return []
-    return sorted(materials["item_material"].dropna().unique())
-
-
-def _with_category(template: AnomalibDataModule, category: str) -> AnomalibDataModule:
-    """Copy a datamodule that was not set up yet for another category."""
-    module = copy.deepcopy(template)
-    if isinstance(module, Folder):
-        module.root = Path(module.root or ".") / category
-        rename_datamodule(module, category)
-    module.category = category
-    return module

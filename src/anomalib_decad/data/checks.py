@@ -4,7 +4,6 @@
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -15,22 +14,16 @@ from anomalib.data.utils import LabelName
 from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 
-from anomalib_decad.data.reading import find_white, is_deep, naming, read_values
+from anomalib_decad.data.dataset import mask_paths
+from anomalib_decad.data.reading import image_size, is_high_bit_depth, naming, read_mask, read_values, white_level
 
-__all__ = ["check_category", "look_at_subsets"]
+__all__ = ["check_category"]
 
 logger = logging.getLogger(__name__)
 
-# Of each category: headers that are read, images of more than 8 bits that find the white, images and masks that are
-# decoded. A look at thirty categories takes a few seconds.
+# Of each category: headers that are read, images of high bit depth that tell the white level, images and masks that
+# are decoded. A look at thirty categories takes a few seconds.
 _HEADERS, _WHITES, _IMAGES, _MASKS = 24, 16, 4, 4
-
-
-class _Look(NamedTuple):
-    """What a look has found."""
-
-    white: float | None
-    findings: list[str]
 
 
 def check_category(category: str, datasets: Mapping[str, AnomalibDataset], held_out: int = 0) -> float | None:
@@ -38,131 +31,95 @@ def check_category(category: str, datasets: Mapping[str, AnomalibDataset], held_
 
     Args:
         category (str): Name of the category.
-        datasets (Mapping[str, AnomalibDataset]): Its datasets by subset: ``train``, ``val``, ``test``.
+        datasets (Mapping[str, AnomalibDataset]): Its datasets: ``train``, ``val``, ``test``.
         held_out (int): How many of its training images stand in for missing validation images.
-            Defaults to ``0``.
 
     Returns:
-        float | None: The value of white in its images of more than 8 bits; ``None`` if the sample has none.
+        float | None: The value of white in its images of high bit depth, if the sample has some.
 
     Raises:
-        MisMatchError: If an anomalous image has no mask, although the dataset is one with masks.
+        MisMatchError: If an anomalous image lacks its mask, in a dataset with masks.
         OSError: If a file cannot be read.
     """
-    tables = {subset: dataset.samples for subset, dataset in datasets.items()}
-    every = pd.concat(tables.values(), ignore_index=True)
-    white, findings = _look_at_images(every)
-    findings += look_at_subsets(tables)
+    white, findings = _check_images(sorted({path for data in datasets.values() for path in data.samples.image_path}))
+    findings += _check_subsets(datasets)
     if held_out:
         findings.append(f"no validation images, so {held_out} of its training images are held out for the thresholds")
     for dataset in datasets.values():
         if len(dataset) and dataset.task != TaskType.CLASSIFICATION:
-            findings += _look_at_masks(dataset.samples)
-    test = datasets.get("test")
-    if test is not None and len(test) and test.task == TaskType.CLASSIFICATION and test.has_anomalous:
-        findings.append("no masks, so there are no pixel metrics")
+            findings += _check_masks(dataset.samples[dataset.samples.label_index == LabelName.ABNORMAL])
     if findings:
-        _say(category, "; ".join(dict.fromkeys(findings)))
+        rank_zero_only(logger.warning)("The category %s: %s.", category, "; ".join(dict.fromkeys(findings)))
     return white
-
-
-@rank_zero_only
-def _say(category: str, findings: str) -> None:
-    logger.warning("The category %s: %s.", category, findings)
 
 
 def _sample(paths: list[str], count: int) -> list[str]:
     """Take some of a list from all of its parts."""
-    paths = list(dict.fromkeys(paths))
     return [paths[index] for index in np.unique(np.linspace(0, len(paths) - 1, min(count, len(paths))).astype(int))]
 
 
-def _look_at_images(samples: pd.DataFrame) -> _Look:
-    findings = []
-    paths = _sample(sorted(map(str, samples.image_path)), _HEADERS)
-    deep = []
+def _check_images(paths: list[str]) -> tuple[float | None, list[str]]:
+    paths, white, findings, high = _sample(paths, _HEADERS), None, [], []
     for path in paths:
         with naming(path):
-            if is_deep(path):
-                deep.append(path)
-    white = None
-    if deep:
-        white, kind = find_white(_sample(deep, _WHITES))
-        findings.append(f"images of more than 8 bits, in which {white:g} is white, as their values fit {kind}")
-        if kind == "an unknown kind":
-            findings[-1] += " (save them with 16 bits, or give MultiCategory their bit_depth)"
-        if len(deep) < len(paths):
+            if is_high_bit_depth(path):
+                high.append(path)
+    if high:
+        white = white_level(_sample(high, _WHITES))
+        findings.append(f"images of more than 8 bits, in which {white:g} is white")
+        if white > 65535:
+            findings[0] += ", which is unusual (save them with 16 bits, or give MultiCategory their bit_depth)"
+        if len(high) < len(paths):
             findings.append("images of 8 bits beside those of more")
-    constant = [path for path in _sample(paths, _IMAGES) if _is_constant(path)]
-    if constant:
-        findings.append(f"{Path(constant[0]).name} has one value everywhere")
-    return _Look(white, findings)
-
-
-def _is_constant(path: str) -> bool:
-    with naming(path):
-        if is_deep(path):
+    for path in _sample(paths, _IMAGES):
+        with naming(path):
             values = read_values(path)
-        else:
-            with Image.open(path) as image:
-                values = np.asarray(image.convert("RGB"))
-    return bool((values == values[:1, :1]).all())
+        if (values == values[:1, :1]).all():
+            return white, [*findings, f"{Path(path).name} has one value everywhere"]
+    return white, findings
 
 
-def look_at_subsets(tables: Mapping[str, pd.DataFrame]) -> list[str]:
-    """Say which kinds of images are missing in the test and validation set.
-
-    Args:
-        tables (Mapping[str, pd.DataFrame]): anomalib's tables of samples by subset: ``test``, ``val``.
-
-    Returns:
-        list[str]: What is missing, and what that means.
-    """
-    findings = []
-    test, val = tables.get("test"), tables.get("val")
-    labels = set() if test is None else set(test.label_index)
-    if test is None or test.empty:
+def _check_subsets(datasets: Mapping[str, AnomalibDataset]) -> list[str]:
+    findings, test = [], datasets.get("test")
+    labels = set(test.samples.label_index) if test is not None else set()
+    if not labels:
         findings.append("no test images, so there are no metrics")
     elif LabelName.UNKNOWN not in labels:
         if LabelName.NORMAL not in labels:
             findings.append("no normal test images, so there are no image metrics (test_split_mode=from_dir has them)")
         if LabelName.ABNORMAL not in labels:
             findings.append("no anomalous test images, so there are no metrics")
-    if val is None or val.empty:
+    if LabelName.ABNORMAL in labels and test is not None and test.task == TaskType.CLASSIFICATION:
+        findings.append("no masks, so there are no pixel metrics")
+    if not len(datasets.get("val", ())):
         findings.append("no validation images, so it has no part in the thresholds (see val_split_mode)")
     return findings
 
 
-def _size_of(path: str | Path) -> tuple[int, int]:
-    with naming(path), Image.open(path) as image:
-        return image.size
-
-
-def _look_at_masks(samples: pd.DataFrame) -> list[str]:
-    anomalous = samples[samples.label_index == LabelName.ABNORMAL]
-    masks = [value if isinstance(value, list) else [value] for value in anomalous.mask_path]
-    missing = [
-        image
-        for image, paths in zip(anomalous.image_path, masks, strict=True)
-        if not all(isinstance(path, str | Path) and Path(path).is_file() for path in paths)
-    ]
-    if missing:
-        msg = f"{len(missing)} of {len(anomalous)} anomalous images have no mask, the first is {missing[0]}"
+def _check_masks(anomalous: pd.DataFrame) -> list[str]:
+    masks = {str(sample.image_path): mask_paths(sample) for _, sample in anomalous.iterrows()}
+    if missing := [image for image, paths in masks.items() if not paths or not all(Path(p).is_file() for p in paths)]:
+        msg = f"{len(missing)} of {len(masks)} anomalous images have no mask, the first is {missing[0]}"
         raise MisMatchError(msg)
-    for paths in masks:
-        if len(paths) > 1 and len({_size_of(path) for path in paths}) > 1:
+    for paths in masks.values():
+        if len(paths) > 1 and len({image_size(path) for path in paths}) > 1:
             msg = f"the masks {', '.join(map(str, paths))} are of one image, and have different sizes: make them equal"
             raise MisMatchError(msg)
-    findings = []
-    pairs = {str(paths[0]): str(image) for image, paths in zip(anomalous.image_path, masks, strict=True)}
-    for path in _sample(list(pairs), _MASKS):
-        name = Path(path).name
-        with naming(path), Image.open(path) as mask, Image.open(pairs[path]) as image:
-            values = np.unique(np.asarray(mask.convert("L")))
-            if mask.size != image.size:
-                findings.append(f"the mask {name} is of another size than its image")
-        if len(values) > 2:
-            findings.append(f"the mask {name} has {len(values)} values, not two: save masks as PNG with 0 and 255")
-        elif not values.any():
-            findings.append(f"the mask {name} of an anomalous image is empty")
-    return findings
+    chosen = [(masks[image][0], image) for image in _sample(list(masks), _MASKS)]
+    return [f"the mask {Path(mask).name} {odd}" for mask, image in chosen for odd in _check_mask(mask, image)]
+
+
+def _check_mask(path: str, image: str) -> list[str]:
+    with naming(path), Image.open(path) as mask:
+        has_alpha, palette = "A" in mask.getbands(), mask.getpalette() if mask.mode == "P" else None
+        num_values = len(np.unique(np.asarray(mask.convert("L"))))
+    share = float(read_mask(path).float().mean())
+    odd = {
+        "is of another size than its image": image_size(path) != image_size(image),
+        "has an alpha channel, which may be what counts (see docs/many-products.md)": has_alpha,
+        "has a palette whose first color is not black": bool(palette and any(palette[:3])),
+        f"has {num_values} values, not two: save masks as PNG with 0 and 255": num_values > 2,
+        "of an anomalous image is empty": share == 0,
+        f"covers {share:.0%} of the image": share > 0.95,
+    }
+    return [text for text, is_odd in odd.items() if is_odd]
