@@ -2,20 +2,23 @@
 """The seven metrics of multi-class anomaly detection, for each category."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 import cv2
 import numpy as np
 import torch
 
-from anomalib_decad.metrics.gather import gather
+from anomalib_decad.metrics.predictions import gather
 from anomalib_decad.metrics.score_histogram import ScoreHistogram
 from anomalib_decad.ranges import check_range
 
-__all__ = ["MEAN", "METRICS", "CategoryMetrics", "region_weights"]
+__all__ = ["MAD", "MEAN", "METRICS", "CategoryMetrics", "region_weights"]
 
 #: The seven metrics, in the order of the literature.
 METRICS = ("image_AUROC", "image_AP", "image_F1Max", "pixel_AUROC", "pixel_AP", "pixel_F1Max", "pixel_AUPRO")
+
+#: Mean of the seven metrics, as the literature calls it.
+MAD = "mAD"
 
 #: Name of the row that holds the mean over the categories.
 MEAN = "mean"
@@ -96,7 +99,7 @@ class CategoryMetrics:
                 self._histogram(mine, category).merge(histogram)
         self.without_masks.update(other.without_masks)
 
-    def synchronise(self) -> None:
+    def synchronize(self) -> None:
         """Gather the scores of all processes of a distributed run into each of them."""
         gathered = gather((self.images, self.pixels, self.without_masks))
         self.reset()
@@ -110,9 +113,9 @@ class CategoryMetrics:
 
         Returns:
             dict[str, dict[str, float]]: For each category in alphabetical order, and for ``"mean"`` over the
-                categories, the metrics of :data:`METRICS` in [0, 1]. NaN stands for a metric that cannot be computed:
-                of a category with only normal or only anomalous images, or where images have no masks. Such a category
-                is left out of the mean of that metric.
+                categories, the metrics of :data:`METRICS` and their mean ``"mAD"``, in [0, 1]. NaN stands for one that
+                cannot be computed: of a category with only normal or only anomalous images, or where images have no
+                masks. Such a category is left out of the mean of that metric.
         """
         table: dict[str, dict[str, float]] = {}
         for category in sorted(self.images):
@@ -126,15 +129,13 @@ class CategoryMetrics:
             table[category] = row
         if table:
             table[MEAN] = {name: _mean(row[name] for row in table.values()) for name in METRICS}
-        return table
+        # NaN if one of the seven is missing.
+        return {
+            category: {**row, MAD: float(np.mean([row[name] for name in METRICS]))} for category, row in table.items()
+        }
 
     def _histogram(self, histograms: dict[str, ScoreHistogram], category: str) -> ScoreHistogram:
         return histograms.setdefault(category, ScoreHistogram(self.max_bins))
-
-    @staticmethod
-    def mean_of_seven(row: Mapping[str, float]) -> float:
-        """Compute the mean of the seven metrics of a row; NaN if one of them is missing."""
-        return float(np.mean([row[name] for name in METRICS]))
 
 
 def region_weights(mask: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from anomalib_decad.metrics.category_metrics import MEAN
-from anomalib_decad.metrics.gather import gather
+from anomalib_decad.metrics.predictions import gather
 
 __all__ = ["DECISIONS", "DecisionMetrics"]
 
@@ -55,7 +55,7 @@ class DecisionMetrics:
                 category = name or "unknown"
                 counts[category] = counts.get(category, np.zeros(4)) + row
 
-    def synchronise(self) -> None:
+    def synchronize(self) -> None:
         """Add up the decisions of all processes of a distributed run in each of them."""
         gathered = gather((self.images, self.pixels))
         self.reset()

@@ -17,7 +17,8 @@ from sklearn.metrics import f1_score
 
 from anomalib_decad.components import CategoryPrediction
 from anomalib_decad.data import CategoryBatch
-from anomalib_decad.decisions import (
+from anomalib_decad.metrics import threshold_of
+from anomalib_decad.thresholds import (
     BestF1,
     CategoryPostProcessor,
     FalseAlarmRate,
@@ -25,8 +26,7 @@ from anomalib_decad.decisions import (
     Limits,
     exported_thresholds,
 )
-from anomalib_decad.decisions.validation_scores import ValidationScores
-from anomalib_decad.metrics import threshold_of
+from anomalib_decad.thresholds.validation_scores import ValidationScores
 
 SIZE = (8, 8)
 

@@ -4,7 +4,7 @@
 import logging
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from anomalib.data import Batch, InferenceBatch
@@ -14,10 +14,10 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from anomalib_decad.compat import set_thresholds
 from anomalib_decad.components.recognition import UNKNOWN, CategoryPrediction, decode_names, encode_names
-from anomalib_decad.decisions.limits import Limits, decide, normalize
-from anomalib_decad.decisions.policies import BestF1, FixedThreshold, ThresholdPolicy
-from anomalib_decad.decisions.validation_scores import ValidationScores
-from anomalib_decad.metrics import without_repeated
+from anomalib_decad.metrics import own_images
+from anomalib_decad.thresholds.limits import Limits, normalize
+from anomalib_decad.thresholds.policies import BestF1, FixedThreshold, ThresholdPolicy
+from anomalib_decad.thresholds.validation_scores import ValidationScores
 
 __all__ = ["CategoryPostProcessor"]
 
@@ -52,7 +52,7 @@ class CategoryPostProcessor(PostProcessor):
             ``enable_threshold_matching``, ``image_sensitivity``, ``pixel_sensitivity``.
 
     Example:
-        >>> from anomalib_decad.decisions import FalseAlarmRate
+        >>> from anomalib_decad.thresholds import FalseAlarmRate
         >>> post_processor = CategoryPostProcessor(image_policy=FalseAlarmRate(0.001))
     """
 
@@ -150,6 +150,24 @@ class CategoryPostProcessor(PostProcessor):
             return Limits(*(float(getattr(self, name)) for name in Limits._fields))
         return Limits(*self.category_limits[:, index].tolist())
 
+    def raw_threshold(self, kind: Literal["image", "pixel"], category: str | None = None) -> float | None:
+        """Give the raw score that labels, or masks, follow: that of the threshold, moved by the sensitivity.
+
+        Args:
+            kind (Literal["image", "pixel"]): Of the scores of images or of pixels.
+            category (str | None): The category; those that are not known have the threshold of all together.
+                Defaults to ``None``: the post-processor's own ``category``, if it has one.
+
+        Returns:
+            float | None: The score; ``None`` before a validation.
+        """
+        known = category if category in self.categories else self.category
+        limits = self.limits(known if known in self.categories else None)
+        threshold, smallest, largest = limits[:3] if kind == "image" else limits[3:]
+        sensitivity = self.image_sensitivity if kind == "image" else self.pixel_sensitivity
+        value = threshold + (0.5 - sensitivity) * (largest - smallest)
+        return None if math.isnan(value) else value
+
     def set_threshold(
         self, category: str | None = None, image: float | None = None, pixel: float | None = None
     ) -> None:
@@ -221,7 +239,7 @@ class CategoryPostProcessor(PostProcessor):
     ) -> None:
         """Count the scores of a batch."""
         del pl_module, batch
-        if (own := without_repeated(trainer, outputs, *args, **kwargs)) is not None:
+        if (own := own_images(trainer, outputs, *args, **kwargs)) is not None:
             self._scores.update(own)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -232,7 +250,7 @@ class CategoryPostProcessor(PostProcessor):
         known = {} if trainer.state.fn == TrainerFn.FITTING else {name: self.limits(name) for name in self.categories}
         kept = {name: limits for name, limits in known.items() if not math.isnan(limits.image_threshold)}
         scores, self._scores = self._scores, ValidationScores()
-        scores.synchronise()
+        scores.synchronize()
         if not scores.products:
             return
         joint, limits = scores.limits(self.image_policy, self.pixel_policy, self.enable_threshold_matching)
@@ -244,7 +262,7 @@ class CategoryPostProcessor(PostProcessor):
         names = list(dict.fromkeys([*getattr(recognizer, "names", []), *kept, *sorted(limits)]))
         self._set_categories(names, [limits.get(name, kept.get(name, joint)) for name in names])
         if self.enable_thresholding:
-            scores.say_what_is_missing(self.image_policy, names, kept)
+            scores.warn_about_missing(self.image_policy, names, kept)
 
     # Decisions
 
@@ -282,11 +300,13 @@ class CategoryPostProcessor(PostProcessor):
         return CategoryPrediction(*plain, category=index if self.category is None else torch.zeros_like(index))
 
     def post_process_batch(self, batch: Batch) -> None:
-        """Normalize scores and maps of a batch, and decide, in place.
+        """Normalize scores and maps of a batch, and decide, in place; keep them as they were in other fields.
 
         Args:
-            batch (Batch): Batch with raw predictions.
+            batch (Batch): Batch with raw predictions, which gets ``raw_score`` and ``raw_map`` unless it has them.
         """
+        if not hasattr(batch, "raw_score"):
+            batch.raw_score, batch.raw_map = batch.pred_score, batch.anomaly_map  # type: ignore[attr-defined]
         if not self.categories and self.category is None:
             super().post_process_batch(batch)
             return
@@ -309,7 +329,8 @@ class CategoryPostProcessor(PostProcessor):
         ):
             normalized = None if raw is None else normalize(raw, *bounds)
             # Of raw scores, too: anomalib compares these with 0.5, which they have nothing to do with.
-            label = None if normalized is None or not self.enable_thresholding else decide(normalized, sensitivity)
+            # A score that is not a number is anomalous, so that somebody looks at it.
+            label = None if normalized is None or not self.enable_thresholding else ~(normalized <= 1 - sensitivity)
             decided += [normalized if self.enable_normalization else raw, label]
         return InferenceBatch(*decided)
 

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import f1_score
 
-from anomalib_decad.decisions import BestF1, FalseAlarmRate, FixedThreshold, ThresholdPolicy
 from anomalib_decad.metrics import ScoreHistogram
+from anomalib_decad.thresholds import BestF1, FalseAlarmRate, FixedThreshold, ThresholdPolicy
 
 floats = st.floats(-1e6, 1e6, width=32)
 

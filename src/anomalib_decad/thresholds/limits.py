@@ -2,21 +2,21 @@
 """What the scores of a product are compared with."""
 
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["Limits", "decide", "normalize"]
+__all__ = ["Limits", "normalize"]
 
 
 class Limits(NamedTuple):
-    """What a product's scores are compared with, in raw scores.
+    """What a product's scores are compared with, in raw scores; NaN where nothing is known.
 
     Args:
-        image_threshold (Any): What scores higher is an anomalous image.
+        image_threshold (Any): Higher scores are anomalous images.
         image_min (Any): Smallest score of a validation image.
         image_max (Any): Largest score of a validation image.
-        pixel_threshold (Any): What scores higher is a defect.
+        pixel_threshold (Any): Higher scores are defects.
         pixel_min (Any): Smallest score of a pixel.
         pixel_max (Any): Largest score of a pixel.
     """
@@ -27,20 +27,6 @@ class Limits(NamedTuple):
     pixel_threshold: Any = math.nan
     pixel_min: Any = math.nan
     pixel_max: Any = math.nan
-
-    def raw_threshold(self, kind: Literal["image", "pixel"], sensitivity: float) -> float | None:
-        """Give the raw score that is normalized to one minus a sensitivity.
-
-        Args:
-            kind (Literal["image", "pixel"]): Of the scores of images or of pixels.
-            sensitivity (float): In [0, 1]; 0.5 gives the threshold itself.
-
-        Returns:
-            float | None: The score; ``None`` before a validation.
-        """
-        threshold, smallest, largest = self[:3] if kind == "image" else self[3:]
-        value = float(threshold + (0.5 - sensitivity) * (largest - smallest))
-        return None if math.isnan(value) else value
 
 
 def normalize(
@@ -65,16 +51,3 @@ def normalize(
     normalized = ((scores - threshold) / torch.where(has_span, span, 1.0) + 0.5).clamp(0, 1)
     one_value = torch.where(scores > threshold, 1.0, torch.where(scores < threshold, 0.0, 0.5)).to(scores.dtype)
     return torch.where(has_span, normalized, one_value)
-
-
-def decide(normalized: torch.Tensor, sensitivity: float) -> torch.Tensor:
-    """Decide which normalized scores are anomalous. One that is no number is, so that it is looked at.
-
-    Args:
-        normalized (torch.Tensor): Scores in [0, 1], of any shape.
-        sensitivity (float): In [0, 1]; 0.5 has the threshold at 0.5.
-
-    Returns:
-        torch.Tensor: Booleans of the same shape.
-    """
-    return ~(normalized <= 1 - sensitivity)

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from anomalib_decad.decisions.limits import Limits
-from anomalib_decad.decisions.policies import FalseAlarmRate, ThresholdPolicy
-from anomalib_decad.metrics import ScoreHistogram, gather, score_of
+from anomalib_decad.metrics import ScoreHistogram, gather, raw_scores_of
+from anomalib_decad.thresholds.limits import Limits
+from anomalib_decad.thresholds.policies import FalseAlarmRate, ThresholdPolicy
 
 __all__ = ["ValidationScores"]
 
@@ -88,7 +88,7 @@ class ValidationScores:
             batch (Any): Predictions, with labels and masks where there are some.
         """
         names = getattr(batch, "category", None) or [None] * len(batch.image)
-        scores, maps = score_of(batch), batch.anomaly_map
+        scores, maps = raw_scores_of(batch), batch.anomaly_map
         for name in dict.fromkeys(names):
             rows = [row for row, other in enumerate(names) if other == name]
             found = self.products.setdefault(name, _ProductScores())
@@ -99,7 +99,7 @@ class ValidationScores:
                 masks = None if batch.gt_mask is None else batch.gt_mask.reshape(len(names), -1)[rows]
                 found.pixel.update(chosen, masks)
 
-    def synchronise(self) -> None:
+    def synchronize(self) -> None:
         """Gather the scores of all processes of a distributed run into each of them."""
         gathered = gather(self.products)
         self.products = {}
@@ -132,7 +132,7 @@ class ValidationScores:
         }
         return every, limits
 
-    def say_what_is_missing(self, policy: ThresholdPolicy, names: Sequence[str], kept: Collection[str] = ()) -> None:
+    def warn_about_missing(self, policy: ThresholdPolicy, names: Sequence[str], kept: Collection[str] = ()) -> None:
         """Log where a threshold of images could not be chosen as the policy has it.
 
         Args:
