@@ -14,10 +14,10 @@ from anomalib.models import Padim
 from lightning.pytorch import Callback
 from torchvision.transforms.v2 import CenterCrop, Compose, Normalize, Resize
 
-from anomalib_decad.decisions import CategoryPostProcessor
+from anomalib_decad.callbacks import AnomalyMapWriter, PredictionTable
+from anomalib_decad.callbacks.prediction_table import COLUMNS, _find_defect
 from anomalib_decad.metrics import CategoryEvaluator
-from anomalib_decad.runs import MapWriter, PredictionTable
-from anomalib_decad.runs.prediction_table import COLUMNS, _find_defect
+from anomalib_decad.thresholds import CategoryPostProcessor
 from conftest import anomalib
 
 
@@ -90,11 +90,14 @@ def test_other_models_have_it_too(make_data, tmp_path):
         "resnet18", ["layer1"], pre_trained=False, n_features=20, evaluator=CategoryEvaluator(), visualizer=False,
         post_processor=CategoryPostProcessor(),
     )  # fmt: skip
-    engine = Engine(default_root_dir=tmp_path, accelerator="cpu", callbacks=[table, MapWriter("float32")], logger=False)
+    engine = Engine(
+        default_root_dir=tmp_path, accelerator="cpu", callbacks=[table, AnomalyMapWriter("float32")], logger=False
+    )
     data = make_data()
     engine.fit(model, datamodule=data)
     engine.test(model, datamodule=data)
-    lines = read(table.path)
+    path = next(tmp_path.rglob("predictions.csv"))
+    lines = read(path)
     assert len(lines) == len(data.test_data)
     assert {line["product"] for line in lines} == {"bolts", "cloth"}
     assert {line["label"] for line in lines} <= {"normal", "anomalous"}
@@ -105,11 +108,11 @@ def test_other_models_have_it_too(make_data, tmp_path):
     # Padim's maps, whose largest value is its score, as they were before they were normalized.
     by_path = {line["path"]: float(line["raw_score"]) for line in lines}
     assert max(by_path.values()) > 1
-    for path in table.path.parent.rglob("*.tiff"):
+    for file in path.parent.rglob("*.tiff"):
         (raw,) = [
-            score for name, score in by_path.items() if name.endswith(str(path.with_suffix(".png")).split("maps/")[1])
+            score for name, score in by_path.items() if name.endswith(str(file.with_suffix(".png")).split("maps/")[1])
         ]
-        assert tifffile.imread(path).max() <= raw * (1 + 1e-5)
+        assert tifffile.imread(file).max() <= raw * (1 + 1e-5)
 
 
 def test_the_box_is_that_of_the_largest_defect_in_the_file(tmp_path):
@@ -144,7 +147,7 @@ def test_a_model_that_crops_knows_no_place_in_the_file(step, tmp_path):
     )
     table = PredictionTable()
     table.on_test_start(trainer, module)
-    table.on_test_batch_end(trainer, module, None, batch, 0)
+    table.read_batch(trainer, module, batch, 1)
     table.on_test_end(trainer, module)
     (line,) = read(tmp_path / "predictions.csv")
     assert line["label"] == "anomalous"
@@ -152,17 +155,18 @@ def test_a_model_that_crops_knows_no_place_in_the_file(step, tmp_path):
     if isinstance(step, CenterCrop):
         assert place == [""] * 5
         with pytest.raises(ValueError, match="save_maps: the model's pre_processor crops images"):
-            MapWriter("float32").setup(trainer, module, "test")
+            AnomalyMapWriter("float32").setup(trainer, module, "test")
     else:
         assert place == ["8", "8", "8", "8", "0.0625"]
-        MapWriter("float32").setup(trainer, module, "test")
+        AnomalyMapWriter("float32").setup(trainer, module, "test")
 
 
 def record(table, trainer, path, score=0.5):
     """Start a table, and have it take the prediction of one image."""
     table.on_predict_start(trainer, None)
     batch = ImageBatch(image=torch.zeros(1, 3, 4, 4), pred_score=torch.tensor([score]), image_path=[path])
-    table.on_predict_batch_end(trainer, SimpleNamespace(), batch, batch, 0)
+    table.on_predict_batch_end(trainer, None, batch, batch, 0)
+    table.on_predict_epoch_end(trainer, None)
 
 
 def test_a_score_that_is_no_number_is_an_error(tmp_path):
@@ -185,7 +189,7 @@ def test_a_run_that_fails_leaves_no_part(tmp_path):
 
 
 def test_parts_of_processes_are_joined(tmp_path, monkeypatch):
-    from anomalib_decad.runs import prediction_table
+    from anomalib_decad.callbacks import prediction_table
 
     tables = []
     for rank in (1, 0):
@@ -193,8 +197,8 @@ def test_parts_of_processes_are_joined(tmp_path, monkeypatch):
         table = PredictionTable()
         record(table, trainer, f"{rank}.png")
         tables.append((trainer, table))
-    names = [str(tmp_path / f"predictions.csv.{rank}.partial") for rank in (0, 1)]
-    monkeypatch.setattr(prediction_table, "gather", lambda _: names)
+    names = [str(tmp_path / f".predictions.csv.{rank}.partial") for rank in (0, 1)]
+    monkeypatch.setattr(prediction_table, "gather", lambda value: names if isinstance(value, str) else [value])
     for trainer, table in tables:
         table.on_predict_end(trainer, None)
     assert [line["path"] for line in read(tmp_path / "predictions.csv")] == ["0.png", "1.png"]
@@ -211,7 +215,7 @@ def test_maps_of_equally_named_images_stay_apart(tmp_path):
     loader = SimpleNamespace(dataset=SimpleNamespace(image_filenames=paths))
     trainer = SimpleNamespace(default_root_dir=tmp_path / "run", predicting=True, predict_dataloaders=loader)
     batch = ImageBatch(image=torch.zeros(3, 3, 8, 8), anomaly_map=torch.rand(3, 8, 8), image_path=paths)
-    MapWriter("float32").on_predict_batch_end(trainer, None, batch, batch, 0)
+    AnomalyMapWriter("float32").read_batch(trainer, None, batch, 3)
     files = sorted(str(path.relative_to(tmp_path / "run")) for path in (tmp_path / "run").rglob("*.tiff"))
     good = "anomaly_maps/images/{}/test/good/{}"
     assert files == [
@@ -220,7 +224,7 @@ def test_maps_of_equally_named_images_stay_apart(tmp_path):
     # Another process, which has other images of the folder, gives them the same names.
     one = ImageBatch(image=batch.image[1:2], anomaly_map=batch.anomaly_map[1:2], image_path=paths[1:2])
     (tmp_path / "run" / good.format("brush", "0.png.tiff")).unlink()
-    MapWriter("float32").on_predict_batch_end(trainer, None, one, one, 0)
+    AnomalyMapWriter("float32").read_batch(trainer, None, one, 1)
     assert sorted(str(path.relative_to(tmp_path / "run")) for path in (tmp_path / "run").rglob("*.tiff")) == files
 
 
@@ -239,18 +243,17 @@ def test_without_recognition_nothing_is_called_unknown(tmp_path):
     table = PredictionTable()
     table.on_predict_start(trainer, None)
     batch = ImageBatch(image=torch.zeros(1, 3, 4, 4), pred_score=torch.tensor([0.5]), image_path=["0.png"])
-    table.on_predict_batch_end(trainer, module, batch, batch, 0)
+    table.read_batch(trainer, module, batch, 1)
     post_processor.follow(["bolt"])
-    table.on_predict_batch_end(trainer, module, batch, batch, 0)
+    table.read_batch(trainer, module, batch, 1)
     batch.category_index = torch.tensor([-1])
-    table.on_predict_batch_end(trainer, module, batch, batch, 0)
+    table.read_batch(trainer, module, batch, 1)
     table.on_predict_end(trainer, None)
     assert [line["product"] for line in read(tmp_path / "predictions.csv")] == ["", "", "unknown"]
 
 
 @pytest.mark.slow
 def test_policies_on_the_command_line(encoder_weights, data_args, tmp_path):
-    """A policy is chosen, thresholds are shown and changed, and what comes next obeys."""
     model = [
         "--model", "DecAD", "--model.encoder", "test_vit", "--model.encoder_weights", encoder_weights,
         "--model.image_size", "[64,64]", "--model.layers", "[1,2]", "--model.decoupler.num_prototypes", "16",
@@ -265,10 +268,4 @@ def test_policies_on_the_command_line(encoder_weights, data_args, tmp_path):
     state = torch.load(checkpoint, weights_only=True)
     assert state["anomalib_post_processor_config"]["image_policy"] == {"name": "FalseAlarmRate", "rate": 0.3}
 
-    from anomalib_decad.decisions.command import main
-
-    main([str(checkpoint), "--category", "bolts", "--image", "1000"])
-    result = anomalib("test", "--model", "DecAD", *data_args, "--ckpt_path", checkpoint, "--default_root_dir", tmp_path)
-    assert "Decisions in %" in result.stdout
-    lines = read(next(path for path in tmp_path.rglob("predictions.csv") if "tests" in path.parts))
-    assert {line["label"] for line in lines if line["product"] == "bolts"} == {"normal"}
+    assert state["state_dict"]["post_processor.category_limits"].shape == (6, 2)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A page that shows what a test has found, for every anomalib model."""
 
-from anomalib_decad.report.callback import Report
+from anomalib_decad.callbacks.report.callback import Report
 
 __all__ = ["Report"]

@@ -1,0 +1,147 @@
+"""The page: what it says, that nothing in it comes from a name, and that it is bounded."""
+
+import html
+import math
+import re
+from types import SimpleNamespace
+from unittest.mock import Mock
+
+import matplotlib as mpl
+import pytest
+import torch
+from anomalib.data.utils import ValSplitMode
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from report_examples import NASTY, make_batch, make_post_processor, run_test, two_products
+
+from anomalib_decad.callbacks import Report
+from anomalib_decad.callbacks.report.charts import loss_chart
+
+names = st.sampled_from(NASTY) | st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=20)
+
+
+def text_of(path):
+    """The texts of a page."""
+    page = re.sub(r"<(style|script)>.*?</\1>", "", path.read_text("utf-8"), flags=re.DOTALL)
+    return html.unescape(" ".join(re.sub(r"<[^>]*>", "", page).split()))
+
+
+def test_it_says_what_was_found(tmp_path, capsys):
+    path = two_products(tmp_path)
+    assert capsys.readouterr().out.endswith(f"Report: {path}\n")
+    text = text_of(path)
+    for part in ("on factory", "6 images, missed defects: 1 of 3, false alarms: 1 of 3", "Missed defect", "False alarm",
+                 "6 of 6 shown", "Pixel AUPRO", "mAD", "loss.weight", "Mask F1", "75.0"):  # fmt: skip
+        assert part in text
+    assert [file.name for file in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_it_loads_nothing_and_all_that_is_referred_to_is_there(tmp_path):
+    path = two_products(tmp_path)
+    page = path.read_text()
+    addresses = re.findall(r' (?:src|href|action|data)="([^"]*)"', page)
+    assert addresses
+    assert all(address.startswith(("data:", "#")) for address in addresses)
+    assert not re.search(r"https?://|url\((?!#)|@import", page)
+    ids = re.findall(r' id="([^"]*)"', page)
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r'(?:href="#|url\(#|labelledby=")([^")]*)', page)) <= set(ids)
+    assert all("aria-label" in svg for svg in re.findall(r"<svg[^>]*role=\"img\"[^>]*>", page))
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(product=names, folder=names, file=names)
+def test_names_stay_names(tmp_path, product, folder, file):
+    def run(*names):
+        product, folder, file = (name.replace("/", "_") for name in names)
+        batch = make_batch([0.1, 0.9], [False, True], product, [f"/data/{folder}/{file}.png"] * 2)
+        path = run_test(tmp_path, [batch], post_processor=make_post_processor(), evaluator=False)
+        assert " ".join(product.split()) in text_of(path)
+        return re.findall(r"<[a-z!/][^\s>]*|(?<= )[a-z-]+(?==\")", path.read_text("utf-8"))
+
+    # No tag and no attribute depends on what the names are.
+    assert run(product, folder, file) == run("product", "folder", "file")
+
+
+@pytest.mark.parametrize(
+    ("part", "scores", "labels", "options"),
+    [
+        ("have no labels", [0.1, 0.9], None, {}),
+        ("only normal images", [0.1, 0.9], [False, False], {}),
+        ("only defects", [0.1, 0.9], [True, True], {"size": (40, 9)}),
+        ("1 defects have no mask", [0.1, 0.9], [False, True], {"masks": False}),
+        ("AUROC 100.0 %", [0.1, 0.9], [False, True], {"maps": False}),
+        ("AUROC 50.0 %", [0.5, 0.5], [False, True], {}),
+        ("1 images have no finite score", [0.1, float("nan"), 0.9], [False, False, True], {}),
+    ],
+)
+def test_what_is_missing_is_said(part, scores, labels, options, tmp_path):
+    assert part in text_of(run_test(tmp_path, [make_batch(scores, labels, **options)], None, make_post_processor()))
+    text = text_of(run_test(tmp_path, [make_batch(scores, labels, **options)], evaluator=False))
+    assert "There is no threshold" in text
+    assert "Missed defect " not in text
+    assert "False alarm " not in text
+    assert "evaluator=CategoryEvaluator()" in text
+
+
+@pytest.mark.parametrize(("is_raw", "threshold"), [(True, "5.000"), (False, "0.5000")])
+def test_scores_and_thresholds_have_one_unit(is_raw, threshold, tmp_path):
+    """Those of a model that gives no raw scores are normalized."""
+    batch = make_batch([1.0, 9.0], [False, True])
+    if not is_raw:
+        batch.raw_score = None
+    text = text_of(run_test(tmp_path, [batch], post_processor=make_post_processor(5.0, 0.0, 10.0)))
+    assert f"threshold {threshold}" in text
+    assert "missed defects: 0 of 1" in text
+    assert ("normalized by anomalib" in text) != is_raw
+
+
+@pytest.mark.parametrize("mode", [ValSplitMode.SAME_AS_TEST, ValSplitMode.FROM_TRAIN])
+def test_it_says_when_thresholds_were_chosen_on_the_test_images(mode, tmp_path):
+    one = SimpleNamespace(name="factory", val_split_mode=mode)
+    for data in (one, SimpleNamespace(name="factory", datamodules={"bolts": one})):
+        text = text_of(two_products(tmp_path, datamodule=data))
+        assert ("chosen on these test images" in text) == (mode == ValSplitMode.SAME_AS_TEST)
+
+
+def test_ten_thousand_images_are_bounded(tmp_path):
+    labels = (torch.rand(100) < 0.2).tolist()
+    batches = (make_batch(torch.rand(100).tolist(), labels) for _ in range(100))
+    path = run_test(tmp_path, batches, Report(max_images=20, image_size=32), make_post_processor(), evaluator=False)
+    assert path.stat().st_size < 200_000
+    assert "20 of 10,000 shown" in text_of(path)
+    assert path.read_text().count("<article") == 20
+
+
+def test_charts_are_small_and_the_same_each_time_and_products_share_the_room(tmp_path, monkeypatch):
+    monkeypatch.setattr("anomalib_decad.callbacks.report.page._MAX_IMAGES", 12)
+    scores, style, pages = torch.rand(300).tolist(), dict(mpl.rcParams), []
+    for _ in range(2):
+        batches = (make_batch(scores, [False, True, True] * 100, f"p{i}", size=(2, 2)) for i in range(4))
+        pages.append(run_test(tmp_path, batches, post_processor=make_post_processor(), evaluator=False).read_text())
+    assert dict(mpl.rcParams) == style
+    assert pages[0].count("<article") == 12
+    first, second = (re.findall(r'<svg viewBox="0 0 360.*?</svg>', page, re.DOTALL) for page in pages)
+    assert first == second
+    assert len(first) == 12
+    assert sum(map(len, first)) / 12 < 8_000
+    assert not re.search(r"#[0-9a-f]{6}", "".join(first))  # colors are those of the page
+
+
+@pytest.mark.parametrize("error", [OSError("No space left on device"), RuntimeError("something else")])
+def test_an_error_is_a_warning_and_leaves_what_was_there(error, tmp_path, monkeypatch, capsys, caplog):
+    path = two_products(tmp_path)
+    before = path.read_text()
+    capsys.readouterr()
+    monkeypatch.setattr("pathlib.Path.write_text", Mock(side_effect=error))
+    two_products(tmp_path, evaluator=False)
+    assert path.read_text() == before
+    assert "Report:" not in capsys.readouterr().out
+    assert str(error) in caplog.text
+
+
+@pytest.mark.parametrize("values", [[1.0], [0.0, -1.0, float("nan")], [1e-6, 1e6, float("inf")], [float("nan")]])
+def test_a_loss_of_any_course_is_drawn(values):
+    chart = loss_chart("loss", dict(enumerate(values, 1)), "key")
+    assert f"{sum(map(math.isfinite, values))} points from step 1 to {len(values)}" in chart.text
+    assert "nan" not in chart.svg
