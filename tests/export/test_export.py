@@ -21,8 +21,8 @@ from torchvision.transforms.v2 import Compose, Normalize, Resize
 import products
 from anomalib_decad import DecAD, MultiCategory
 from anomalib_decad.components import DecouplerOptions, InvertibleOptions
-from anomalib_decad.decisions import CategoryPostProcessor
 from anomalib_decad.export.pre_processor import MatrixResize, for_export
+from anomalib_decad.thresholds import CategoryPostProcessor
 from conftest import BENCHMARKS, ENCODER, ROOT
 
 pytestmark = pytest.mark.slow
@@ -307,13 +307,21 @@ def test_the_example_of_a_model_without_thresholds(checkpoint, images, tmp_path)
     assert len(list((tmp_path / "out").glob("*.png"))) == 2
 
 
+def start(script, *arguments):
+    """Run a script as a user does."""
+    command = [sys.executable, str(script), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
 def run_example(kind, path, images, output):
     """Run an example, and give the line of each image."""
-    script = ROOT / "examples" / f"{kind}_inference.py"
-    command = [sys.executable, str(script), str(path), *map(str, images), "--output", str(output)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    result = start(example(kind), path, *images, "--output", output)
     assert result.returncode == 0, result.stderr
     return result.stdout.splitlines()
+
+
+def example(kind):
+    return ROOT / "examples" / f"{kind}_inference.py"
 
 
 @pytest.mark.parametrize(
@@ -369,51 +377,41 @@ def test_examples_refuse_thresholds_that_they_cannot_apply(kind, export, images,
     content = json.loads((tmp_path / "model.thresholds.json").read_text())
     content["categories"][0]["image"] = 0.9
     (tmp_path / "model.thresholds.json").write_text(json.dumps(content))
-    script = ROOT / "examples" / f"{kind}_inference.py"
-    command = [
-        sys.executable,
-        str(script),
-        str(tmp_path / path.name),
-        str(images[0]),
-        "--output",
-        str(tmp_path / "out"),
-    ]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    arguments = example(kind), tmp_path / path.name, images[0], "--output", tmp_path / "out"
+    result = start(*arguments)
     assert result.returncode == 1
     assert "or give --category" in result.stderr
-    result = subprocess.run([*command, "--category", "brick"], capture_output=True, text=True, timeout=120, check=False)
-    assert ": brick, score" in result.stdout
+    assert ": brick, score" in start(*arguments, "--category", "brick").stdout
 
 
-def test_integers_without_images_are_refused_at_once(checkpoint, tmp_path):
-    model = DecAD.load_from_checkpoint(checkpoint)
-    with pytest.raises(ValueError, match="needs images to calibrate with"):
-        model.to_openvino(tmp_path, compression_type="INT8_PTQ")
-    with pytest.raises(ValueError, match="is not a valid CompressionType"):
-        model.to_openvino(tmp_path, compression_type="INT3")
-    assert not list(tmp_path.iterdir())
-
-
-def test_control_of_labels_without_thresholds_is_refused_at_once(checkpoint, datamodule, tmp_path):
-    with pytest.raises(ValueError, match="INT8_ACQ controls the accuracy of labels.*never validated"):
-        never_validated(checkpoint).to_openvino(tmp_path, compression_type="INT8_ACQ", datamodule=datamodule)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"compression_type": "INT8_PTQ"}, "needs images to calibrate with"),
+        ({"compression_type": "INT3"}, "is not a valid CompressionType"),
+        ({"compression_type": "INT8_ACQ", "max_drop": 2}, "max_drop must be between 0 and 1"),
+        (
+            {"compression_type": "INT8_ACQ", "datamodule": 1},
+            "INT8_ACQ controls the accuracy of labels.*never validated",
+        ),
+    ],
+)
+def test_wrong_compressions_are_refused_at_once(options, message, checkpoint, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        never_validated(checkpoint).to_openvino(tmp_path, **options)
     assert not list(tmp_path.iterdir())
 
 
 def test_exporting_leaves_the_model_as_it_was(checkpoint, tmp_path):
     model = DecAD.load_from_checkpoint(checkpoint)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    model.to_torch(tmp_path)
+    path = model.to_torch(tmp_path)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    assert any(parametrize.is_parametrized(module) for module in model.model.modules())
     assert model.train().model(torch.rand(4, 3, *SIZE)).x.requires_grad is False
-
-
-def test_exported_torch_model_has_no_training_parts(export):
-    model = torch.load(export("torch"), weights_only=False)["model"]
-    assert not any(parametrize.is_parametrized(module) for module in model.modules())
-    assert not any(parameter.requires_grad for parameter in model.parameters())
-    pickle.dumps(model)
+    exported = torch.load(path, weights_only=False)["model"]
+    assert not any(parametrize.is_parametrized(module) for module in exported.modules())
+    assert not any(parameter.requires_grad for parameter in exported.parameters())
+    pickle.dumps(exported)
 
 
 def test_another_models_resampling_of_positions_changes_nothing(checkpoint, expected, images, monkeypatch):
@@ -431,43 +429,40 @@ def test_another_models_resampling_of_positions_changes_nothing(checkpoint, expe
     assert vit.resample_abs_pos_embed is without
 
 
-def test_no_size_to_export_for_is_one_clear_error(encoder_weights, tmp_path):
+def test_what_cannot_be_exported_is_refused_before_a_file_is_made(make_model, encoder_weights, tmp_path):
     model = DecAD(encoder=ENCODER, encoder_weights=encoder_weights, layers=[1], pre_processor=False)
     with pytest.raises(ValueError, match="--input_size"):
         model.to_onnx(tmp_path)
     with pytest.raises(ValueError, match="48 x 64 would do"):
         model.to_onnx(tmp_path, input_size=(50, 60))
-    assert not list(tmp_path.iterdir())
-
-
-def test_what_cannot_be_exported_is_refused_before_a_file_is_made(make_model, tmp_path):
     model = make_model().eval()
     with pytest.raises(ValueError, match=r"input_size must be two positive numbers, .* got \[-3, 64\]"):
         model.to_onnx(tmp_path / "new", input_size=(-3, 64))
-    (tmp_path / "file").write_text("in the way")
-    with pytest.raises(OSError, match="give another folder"):
-        model.to_torch(tmp_path / "file")
     model.post_processor.category = "foo"
     with pytest.raises(ValueError, match="foo"):
         model.to_torch(tmp_path / "new")
-    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name != "file"]
+    assert not list(tmp_path.iterdir())
+    model.post_processor.category = None
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OSError, match="give another folder"):
+        model.to_torch(tmp_path / "file")
 
 
-@pytest.mark.parametrize("script", ["onnx_inference.py", "openvino_inference.py"])
-def test_examples_find_a_product_by_its_index(script, tmp_path):
-    example = runpy.run_path(str(ROOT / "examples" / script))
+@pytest.mark.parametrize("kind", ["onnx", "openvino"])
+def test_examples_find_a_product_by_its_index(kind, tmp_path):
+    script = runpy.run_path(str(example(kind)))
     rows = [{"index": i, "name": f"p{i}", "image": 0.1 * i, "pixel": 0.5} for i in range(3)]
     path = tmp_path / "model.thresholds.json"
     path.write_text(json.dumps({"image": 0.5, "pixel": 0.5, "categories": rows[:0:-1]}), encoding="utf-8-sig")
-    thresholds = example["read_thresholds"](tmp_path / "model.xml")
-    assert example["choose"](thresholds, 1, None) == ("p1", 0.1, 0.5)
-    assert example["choose"](thresholds, -1, None) == ("unknown", 0.5, 0.5)
+    thresholds = script["read_thresholds"](tmp_path / "model.xml")
+    assert script["choose"](thresholds, 1, None) == ("p1", 0.1, 0.5)
+    assert script["choose"](thresholds, -1, None) == ("unknown", 0.5, 0.5)
     with pytest.raises(SystemExit, match="no thresholds of the product with index 0"):
-        example["choose"](thresholds, 0, None)
+        script["choose"](thresholds, 0, None)
     for value in ("NaN", "-1", "null", '"x"', 400 * "9"):
         path.write_text(f'{{"image": {value}, "pixel": 0.5, "categories": []}}')
         with pytest.raises(SystemExit, match="has no thresholds of an export"):
-            example["read_thresholds"](tmp_path / "model.xml")
+            script["read_thresholds"](tmp_path / "model.xml")
 
 
 @pytest.mark.parametrize("size", [(20, 30), (40, 50), (33, 17), (500, 7)])
@@ -487,15 +482,14 @@ def test_other_resizing_is_exported_with_a_warning(caplog):
     assert pre_processor.export_transform.transforms[0].antialias is False
 
 
-@pytest.mark.parametrize(("script", "kind"), [("onnx_inference.py", "onnx"), ("openvino_inference.py", "openvino")])
-def test_examples_run_without_anomalib(script, kind, export, images, expected, tmp_path):
-    path = ROOT / "examples" / script
-    code = (
-        "import runpy, sys; sys.modules.update(anomalib=None, torch=None, anomalib_decad=None);"
-        f"sys.argv = sys.argv[1:]; runpy.run_path({str(path)!r}, run_name='__main__')"
+@pytest.mark.parametrize("kind", ["onnx", "openvino"])
+def test_examples_run_without_anomalib(kind, export, images, expected, tmp_path):
+    (tmp_path / "run.py").write_text(
+        "import runpy, sys\n"
+        "sys.modules.update(anomalib=None, torch=None, anomalib_decad=None)\n"
+        f"runpy.run_path({str(example(kind))!r}, run_name='__main__')\n"
     )
-    command = [sys.executable, "-c", code, script, str(export(kind)), *map(str, images), "--output", str(tmp_path)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    result = start(tmp_path / "run.py", export(kind), *images, "--output", tmp_path)
     assert result.returncode == 0, result.stderr
     for line, image, item in zip(result.stdout.splitlines(), images, expected, strict=True):
         name, _, rest = line.partition(": score ")  # nobody says which product it is
@@ -505,53 +499,32 @@ def test_examples_run_without_anomalib(script, kind, export, images, expected, t
         assert cv2.imread(str(tmp_path / image.name)).shape == cv2.imread(str(image)).shape
 
 
-@pytest.mark.parametrize("script", ["onnx_inference.py", "openvino_inference.py"])
-def test_examples_skip_and_list_what_cannot_be_read(script, export, images, tmp_path):
-    path = ROOT / "examples" / script
-    model = export("onnx" if script.startswith("onnx") else "openvino")
-    whole = cv2.imread(str(images[0]))
-    names = []
-    for ending in ("png", "jpg"):
-        cv2.imwrite(str(tmp_path / f"part.{ending}"), whole)
-        content = (tmp_path / f"part.{ending}").read_bytes()
-        (tmp_path / f"part.{ending}").write_bytes(content[: len(content) // 2])
-        names.append(str(tmp_path / f"part.{ending}"))
+@pytest.mark.parametrize("kind", ["onnx", "openvino"])
+def test_examples_skip_and_list_what_cannot_be_read(kind, export, images, tmp_path):
+    whole, names = cv2.imread(str(images[0])), []
+    for name in ("part.png", "part.jpg"):
+        cv2.imwrite(str(tmp_path / name), whole)
+        content = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(content[: len(content) // 2])
+        names.append(str(tmp_path / name))
     cv2.imwrite(str(tmp_path / "whole.jpg"), whole)
     names.append(str(tmp_path / "none.png"))
     for more, status in (([str(images[0]), str(tmp_path / "whole.jpg")], 0), ([], 1)):
-        command = [sys.executable, str(path), str(model), *names, *more, "--output", str(tmp_path / "out")]
-        result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        result = start(example(kind), export(kind), *names, *more, "--output", tmp_path / "out")
         assert result.returncode == status, result.stderr
         last = result.stderr.strip().splitlines()[-1]
         assert last == f"Skipped 3 files that are no images, or incomplete: {', '.join(names)}"
         assert [line.partition(": score ")[0] for line in result.stdout.splitlines()] == more
 
 
-@pytest.mark.parametrize(
-    ("script", "arguments", "expected_text"),
-    [
-        (
-            "inference.py",
-            ["--formats", "torch", "--models", "DecAD", "--seconds", "0.2", "--rounds", "1"],
-            "| encoder |",
-        ),
-        pytest.param(
-            "exported_accuracy.py",
-            ["--formats", "torch", "onnx", "--every", "6"],
-            "| onnx |",
-            marks=pytest.mark.exhaustive,
-        ),
-    ],
-)
-def test_benchmarks_of_exports(script, arguments, expected_text, checkpoint, data, tmp_path):
-    if script == "inference.py":
-        arguments = [*arguments, "--checkpoint", checkpoint, "--image-size", "64", "--folder", tmp_path]
+@pytest.mark.parametrize("script", ["inference", pytest.param("exported_accuracy", marks=pytest.mark.exhaustive)])
+def test_benchmarks_of_exports(script, checkpoint, data, tmp_path):
+    if script == "inference":
+        arguments = ["--models", "DecAD", "--seconds", 0.2, "--rounds", 1, "--checkpoint", checkpoint]
+        arguments += ["--image-size", 64, "--folder", tmp_path]
     else:
-        arguments = [checkpoint, "--data", data, "--categories", "brick", "gear", *arguments]
-    path = BENCHMARKS / script
-    result = subprocess.run(
-        [sys.executable, str(path), *map(str, arguments)], capture_output=True, text=True, timeout=300, check=False
-    )
+        arguments = [checkpoint, "--data", data, "--categories", "brick", "gear", "--every", 6]
+    result = start(BENCHMARKS / f"{script}.py", *arguments, "--formats", "torch")
     assert result.returncode == 0, result.stderr[-3000:]
-    assert expected_text in result.stdout
+    assert ("| encoder |" if script == "inference" else "| torch |") in result.stdout
     assert "failed" not in result.stdout

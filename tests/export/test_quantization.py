@@ -1,11 +1,15 @@
 """Which operations of a graph stay in floating point."""
 
+import logging
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
+from anomalib.deploy import CompressionType
 from torch import nn
 
-from anomalib_decad.export.quantization import compress, quantize, quantize_with_accuracy_control
+from anomalib_decad.export.quantization import quantize, quiet
 
 openvino = pytest.importorskip("openvino")
 pytest.importorskip("nncf")
@@ -13,6 +17,7 @@ pytest.importorskip("nncf")
 pytestmark = pytest.mark.slow
 
 DIM = 64
+KINDS = [CompressionType.INT8, CompressionType.INT8_PTQ]
 
 
 class Net(nn.Module):
@@ -43,8 +48,6 @@ class Images:
     """A datamodule of noise."""
 
     def __init__(self):
-        from types import SimpleNamespace
-
         generator = torch.Generator().manual_seed(0)
         images = [torch.rand(3, 32, 32, generator=generator) for _ in range(8)]
         self.train_data = [SimpleNamespace(image=image) for image in images]
@@ -63,36 +66,30 @@ def weights_in_floating_point(model):
     return found
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("parts", [[], ["precise"], ["precise", "decoder"]])
-def test_declared_parts_stay_in_floating_point(graph, parts):
-    model = quantize(graph(), parts, Images())
-    assert weights_in_floating_point(model) == len(parts)
-    model = compress(graph(), parts)
-    assert weights_in_floating_point(model) == len(parts)
+def test_declared_parts_stay_in_floating_point(graph, parts, kind):
+    assert weights_in_floating_point(quantize(graph(), kind, parts, Images())) == len(parts)
 
 
-def test_quantized_outputs_resemble(graph):
+@pytest.mark.parametrize("kind", KINDS)
+def test_quantized_outputs_resemble(graph, kind):
     image = np.random.default_rng(0).random((1, 3, 32, 32), dtype=np.float32)
     config = {"INFERENCE_PRECISION_HINT": "f32"}
     expected = openvino.compile_model(graph(), "CPU", config)(image)[0]
-    for model in (quantize(graph(), ["precise"], Images()), compress(graph(), ["precise"])):
-        actual = openvino.compile_model(model, "CPU", config)(image)[0]
-        assert np.abs(actual - expected).max() < 0.1 * np.abs(expected).max()
+    actual = openvino.compile_model(quantize(graph(), kind, ["precise"], Images()), "CPU", config)(image)[0]
+    assert np.abs(actual - expected).max() < 0.1 * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("function", [compress, lambda model, parts: quantize(model, parts, Images())])
-def test_a_part_that_the_graph_lacks_is_an_error(graph, function):
-    with pytest.raises(RuntimeError, match="no weight of renamed, which must stay in floating point"):
-        function(graph(), ["precise", "renamed"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_part_that_the_graph_lacks_is_an_error(graph, kind):
+    with pytest.raises(RuntimeError, match="no weight of ecise, renamed, which must stay in floating point"):
+        quantize(graph(), kind, ["precise", "ecise", "renamed"], Images())
 
 
-def test_part_names_match_whole_names_only(graph):
-    with pytest.raises(RuntimeError, match="no weight of ecise"):
-        compress(graph(), ["ecise"])
-
-
-def test_images_are_needed(graph):
-    with pytest.raises(ValueError, match="give a datamodule"):
-        quantize(graph(), ["precise"], None)
-    with pytest.raises(ValueError, match="max_drop must be between 0 and 1"):
-        quantize_with_accuracy_control(graph(), ["precise"], Images(), max_drop=2)
+def test_loggers_are_quiet_for_a_time():
+    logger = logging.getLogger("onnx_ir")
+    level = logger.level
+    with quiet("onnx_ir", "onnxscript"):
+        assert not logger.isEnabledFor(logging.WARNING)
+    assert logger.level == level

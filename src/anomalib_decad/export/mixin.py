@@ -3,11 +3,11 @@
 
 import copy
 import json
+import logging
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from anomalib.data import AnomalibDataModule
 from anomalib.deploy import CompressionType
@@ -19,23 +19,19 @@ from torchmetrics import Metric
 from typing_extensions import Self
 
 from anomalib_decad.compat import shallow_copy
-from anomalib_decad.decisions import CategoryPostProcessor, exported_thresholds
-from anomalib_decad.export.post_processor import without_unknown_range
 from anomalib_decad.export.pre_processor import for_export
-from anomalib_decad.export.quantization import compress, quantize, quantize_with_accuracy_control
+from anomalib_decad.export.quantization import quantize, quiet
+from anomalib_decad.files import write_text_atomically
 from anomalib_decad.metrics import lacks_threshold
 from anomalib_decad.ranges import check_range
-from anomalib_decad.whole_files import write_text
+from anomalib_decad.thresholds import CategoryPostProcessor, exported_thresholds
 
 __all__ = ["ParityExportMixin"]
 
-#: The lowest ONNX operator set that torch writes without a conversion.
-_OPSET = 18
+logger = logging.getLogger(__name__)
 
-#: What one ONNX file can hold, in bytes; weights beyond it go to a second file.
-_ONNX_LIMIT = 2**31
-
-_INTEGERS = {CompressionType.INT8, CompressionType.INT8_PTQ, CompressionType.INT8_ACQ}
+_OPSET = 18  # the lowest ONNX operator set that torch writes without a conversion
+_ONNX_LIMIT = 2**31  # bytes that one ONNX file can hold; weights beyond it go to a second file
 
 # anomalib finds its models as the direct subclasses of AnomalibModule: this must not be one.
 if TYPE_CHECKING:
@@ -47,9 +43,9 @@ else:
 class ParityExportMixin(_Base):
     """anomalib's exports, with the same predictions as the checkpoint's.
 
-    ``AnomalibModule`` comes behind it in the order of bases. The class has a torch module ``model`` with a method
-    ``fused(image_size)``, which copies it for inference, and an attribute ``float_parts``, the names of the parts that
-    quantization leaves in floating point.
+    ``AnomalibModule`` comes after it in the order of bases. The class has a torch module ``model`` with a method
+    ``fused(image_size)``, which copies it for inference, and an attribute ``keep_in_float32``, the names of the parts
+    that quantization leaves in floating point.
 
     A file appears when it is complete: an export that is cut short leaves what was there before.
     """
@@ -62,15 +58,12 @@ class ParityExportMixin(_Base):
         Args:
             export_root (Path | str): Folder to export to.
             model_file_name (str): Name of the file, without its ending.
-                Defaults to ``"model"``.
 
         Returns:
             Path: The .pt file.
         """
-        with _staging(export_root) as folder:
-            path = super(ParityExportMixin, self._for_export(native=True)).to_torch(folder, model_file_name)
-            self._write_thresholds(path)
-        return Path(export_root) / path.relative_to(folder)
+        export = super(ParityExportMixin, self._for_export(native=True)).to_torch
+        return self._staged(export_root, lambda folder: export(folder, model_file_name))
 
     def to_onnx(  # type: ignore[override]
         self,
@@ -87,7 +80,6 @@ class ParityExportMixin(_Base):
         Args:
             export_root (Path | str): Folder to export to.
             model_file_name (str): Name of the file, without its ending.
-                Defaults to ``"model"``.
             input_size (tuple[int, int] | None): Height and width of the input images.
                 Defaults to ``None``: images of any size, which the graph resizes.
             **kwargs (Any): Arguments of ``AnomalibModule.to_onnx``, and from there of ``torch.onnx.export``.
@@ -105,10 +97,9 @@ class ParityExportMixin(_Base):
         module = self._for_export(input_size)
         size = sum(value.nbytes for value in module.state_dict().values() if hasattr(value, "nbytes"))
         kwargs.setdefault("external_data", size >= _ONNX_LIMIT)
-        with _staging(export_root) as folder:
-            path = super(ParityExportMixin, module).to_onnx(folder, model_file_name, input_size, **kwargs)
-            self._write_thresholds(path)
-        return Path(export_root) / path.relative_to(folder)
+        export = super(ParityExportMixin, module).to_onnx
+        with quiet("onnx_ir", "onnxscript"):  # they write a line for each of hundreds of operations
+            return self._staged(export_root, lambda folder: export(folder, model_file_name, input_size, **kwargs))
 
     def to_openvino(  # type: ignore[override]
         self,
@@ -127,7 +118,6 @@ class ParityExportMixin(_Base):
         Args:
             export_root (Path | str): Folder to export to.
             model_file_name (str): Name of the files, without their endings.
-                Defaults to ``"model"``.
             input_size (tuple[int, int] | None): Height and width of the input images.
                 Defaults to ``None``: images of any size, which the graph resizes.
             compression_type (CompressionType | str | None): ``"FP16"`` or ``"INT8"`` for smaller files, ``"INT8_PTQ"``
@@ -151,8 +141,9 @@ class ParityExportMixin(_Base):
         """
         del task
         compression = CompressionType(compression_type.lower()) if isinstance(compression_type, str) else None
+        # Before the half minute that the graph takes.
+        check_range(0 <= max_drop <= 1, "max_drop", "between 0 and 1", max_drop)
         if compression in {CompressionType.INT8_PTQ, CompressionType.INT8_ACQ} and datamodule is None:
-            # Before the half minute that the graph takes.
             msg = f"{compression.value} needs images to calibrate with: give the data of the training (--data ...)"
             raise ValueError(msg)
         if compression == CompressionType.INT8_ACQ and metric is None and lacks_threshold(self.post_processor):
@@ -161,42 +152,46 @@ class ParityExportMixin(_Base):
                 "export a checkpoint that was saved after a validation, or use INT8_PTQ"
             )
             raise ValueError(msg)
-        plain = None if compression in _INTEGERS else compression
-        with _staging(export_root) as folder:
-            path = super().to_openvino(folder, model_file_name, input_size, plain, **kwargs)
-            if compression in _INTEGERS:
-                self._to_integers(path, compression, datamodule, metric, max_drop)
-            self._write_thresholds(path)
-        return Path(export_root) / path.relative_to(folder)
+        to_integers = compression not in {None, CompressionType.FP16}
+        plain = None if to_integers else compression
+        export = super().to_openvino
 
-    def _to_integers(
-        self,
-        path: Path,
-        compression: CompressionType,
-        datamodule: AnomalibDataModule | None,
-        metric: Metric | None,
-        max_drop: float,
-    ) -> None:
-        """Replace an exported OpenVINO model by one of 8-bit integers."""
-        import openvino
+        def write(folder: Path) -> Path:
+            path = export(folder, model_file_name, input_size, plain, **kwargs)
+            if to_integers:
+                import openvino
 
-        core = openvino.Core()
-        core.set_property({"ENABLE_MMAP": False})  # the file is replaced
-        model = core.read_model(path)
-        float_parts = self.model.float_parts
-        if compression == CompressionType.INT8:
-            model = compress(model, float_parts)
-        elif compression == CompressionType.INT8_PTQ:
-            model = quantize(model, float_parts, datamodule)
-        else:
-            model = quantize_with_accuracy_control(model, float_parts, datamodule, metric, max_drop)
-        openvino.save_model(model, path, compress_to_fp16=False)
+                core = openvino.Core()
+                core.set_property({"ENABLE_MMAP": False})  # the file is replaced
+                kept, kind = self.model.keep_in_float32, cast("CompressionType", compression)
+                model = quantize(core.read_model(path), kind, kept, datamodule, metric, max_drop)
+                openvino.save_model(model, path, compress_to_fp16=False)
+            return path
 
-    def _write_thresholds(self, path: Path) -> None:
-        """Write the thresholds of an exported file beside it, where a change of them needs no new export."""
-        if isinstance(self.post_processor, CategoryPostProcessor):
-            content = json.dumps(exported_thresholds(self.post_processor), indent=2)
-            write_text(path.with_name(f"{path.stem}.thresholds.json"), content + "\n")
+        return self._staged(export_root, write)
+
+    def _staged(self, export_root: Path | str, write: Callable[[Path], Path]) -> Path:
+        """Write files to a folder from which they move to ``export_root`` together, with the thresholds beside."""
+        root = Path(export_root)
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            text = f"the export cannot be written to {root} ({error.strerror or error})"
+            raise type(error)(error.errno, f"{text}: give another folder (--export_root)") from error
+        with tempfile.TemporaryDirectory(prefix=".export-", dir=root) as name:
+            folder = Path(name)
+            path = write(folder)
+            if isinstance(self.post_processor, CategoryPostProcessor):
+                # A change of them needs no new export.
+                content = json.dumps(exported_thresholds(self.post_processor), indent=2)
+                write_text_atomically(path.with_name(f"{path.stem}.thresholds.json"), content + "\n")
+            for file in sorted(folder.rglob("*")):
+                target = root / file.relative_to(folder)
+                if file.is_dir():
+                    target.mkdir(exist_ok=True)
+                else:
+                    file.replace(target)
+        return root / path.relative_to(folder)
 
     def _for_export(self, input_size: tuple[int, int] | None = None, native: bool = False) -> Self:
         """Copy the module without what only training needs, specialized for its image size.
@@ -205,8 +200,7 @@ class ParityExportMixin(_Base):
             ValueError: If the size is not positive, or the export is to be for a product that the model does not know.
         """
         if input_size is not None:
-            range_ = "two positive numbers, height and width"
-            check_range(min(input_size) > 0, "input_size", range_, list(input_size))
+            check_range(min(input_size) > 0, "input_size", "two positive numbers, height and width", list(input_size))
         if isinstance(self.post_processor, CategoryPostProcessor):
             # It knows the product that the export is for.
             self.post_processor.limits(self.post_processor.category)
@@ -215,37 +209,23 @@ class ParityExportMixin(_Base):
         module.model = self.model.fused(self.input_size or input_size)
         for name, value in [*vars(module).items(), *module.named_children()]:
             if isinstance(value, Callback):
-                setattr(module, name, _detached(value))
+                copied = copy.copy(value)
+                for method in ("log", "log_dict"):  # the trainer's, bound to the model, and pickled with it
+                    vars(copied).pop(method, None)
+                setattr(module, name, copied)
         if isinstance(module.pre_processor, PreProcessor):
             module.pre_processor = for_export(module.pre_processor, native)
-        if isinstance(module.post_processor, PostProcessor):
-            module.post_processor = without_unknown_range(module.post_processor)
+        post = module.post_processor
+        if isinstance(post, PostProcessor) and post.enable_normalization and _has_no_ranges(post):
+            # It leaves scores as they are then. But OpenVINO 2026.4 fails to simplify a graph with NaNs in it.
+            post.enable_normalization = False
+            logger.warning(
+                "The model was never validated, so it has neither thresholds nor the range of its scores: the export "
+                "gives scores and maps as they are, and its labels and masks mean nothing. Export a checkpoint that "
+                "was saved after a validation (--trainer.val_check_interval says when these are)."
+            )
         return module
 
 
-@contextmanager
-def _staging(export_root: Path | str) -> Iterator[Path]:
-    """Give a folder whose files move to ``export_root`` when all of them have been written."""
-    root = Path(export_root)
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        msg = f"the export cannot be written to {root} ({error.strerror or error}): give another folder (--export_root)"
-        raise type(error)(error.errno, msg) from error
-    with tempfile.TemporaryDirectory(prefix=".export-", dir=root) as name:
-        folder = Path(name)
-        yield folder
-        for path in sorted(folder.rglob("*")):
-            target = root / path.relative_to(folder)
-            if path.is_dir():
-                target.mkdir(exist_ok=True)
-            else:
-                path.replace(target)
-
-
-def _detached(callback: Callback) -> Callback:
-    """Copy a callback without the methods that a trainer gave it: they are bound to the model, and pickled with it."""
-    copied = copy.copy(callback)
-    for name in ("log", "log_dict"):
-        vars(copied).pop(name, None)
-    return copied
+def _has_no_ranges(post: PostProcessor) -> bool:
+    return all(bool(value.isnan().all()) for value in (post.image_min, post.image_max, post.pixel_min, post.pixel_max))

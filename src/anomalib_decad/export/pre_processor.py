@@ -42,7 +42,7 @@ class MatrixResize(nn.Module):
         if isinstance(height, int) and isinstance(width, int) and (height, width) == self.size:
             return images
         rows, columns = self._matrix(images, height, self.size[0]), self._matrix(images, width, self.size[1])
-        # Not rows @ images @ columns.T: OpenVINO 2026.4 fails to fuse a product and a Normalize behind it.
+        # Not rows @ images @ columns.T: OpenVINO 2026.4 fails to fuse a product and a Normalize after it.
         return (columns @ (rows @ images).mT).mT
 
     @staticmethod

@@ -1,18 +1,47 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cached features in the place of a dataset of images."""
+"""Indices in place of images, and batches of the half-precision features that they stand for."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from anomalib_decad.feature_cache.codec import FeatureCode
+__all__ = ["CachedFeatures", "FeatureBatch", "FeatureCode", "IndexBatch"]
 
-__all__ = ["CachedFeatures", "FeatureBatch", "IndexBatch"]
+
+@dataclass
+class FeatureCode:
+    """How features become float16 and back: ``(features - offset) / scale``.
+
+    A few channels of a vision transformer are large and nearly constant. Without the code float16 would round away
+    what varies in them.
+
+    Args:
+        offset (torch.Tensor): Shape (layers, 1, dim).
+        scale (torch.Tensor): Shape (layers, 1, dim), positive.
+    """
+
+    offset: torch.Tensor
+    scale: torch.Tensor
+
+    @classmethod
+    def from_features(cls, features: torch.Tensor) -> "FeatureCode":
+        """Choose a code by features of shape (B, layers, N, dim)."""
+        std, mean = torch.std_mean(features.float(), dim=(0, 2))
+        return cls(mean.unsqueeze(1), std.clamp(min=1e-6).unsqueeze(1))
+
+    def to(self, device: torch.device) -> "FeatureCode":
+        """Copy the code to a device."""
+        return FeatureCode(self.offset.to(device), self.scale.to(device))
+
+    def encode(self, features: torch.Tensor) -> torch.Tensor:
+        """Make float16 of features of shape (..., layers, N, dim)."""
+        return ((features.float() - self.offset) / self.scale).clamp(-65504, 65504).half()
+
+    def decode(self, codes: torch.Tensor) -> torch.Tensor:
+        """Make float32 features of what :meth:`encode` gave, on its device."""
+        return torch.addcmul(self.offset.to(codes.device), codes.float(), self.scale.to(codes.device))
 
 
 @dataclass
@@ -32,74 +61,31 @@ class FeatureBatch:
     gt_mask: None = None
 
     def features(self) -> list[torch.Tensor]:
-        """Decode to a list of float32 feature maps of shape (B, N, dim), one for each layer."""
+        """Decode to float32 feature maps of shape (B, N, dim), one for each layer."""
         return list(self.code.decode(self.codes).unbind(1))
 
 
 @dataclass
 class IndexBatch:
-    """Which rows of features that are already on the device make a batch.
+    """Indices of the images of a batch; ``FeatureCaching.look_up`` gives their features."""
 
-    Args:
-        indices (torch.Tensor): Indices of images, shape (B,).
-    """
-
-    indices: torch.Tensor
+    indices: list[int]  # no tensor: reading one back from a GPU waits for the GPU
     image: None = None
     gt_mask: None = None
 
 
 class CachedFeatures(Dataset):
-    """Dataset of features, in the place of a dataset of images; :meth:`fill` gives it the features.
+    """Gives indices in the place of one of anomalib's datasets, ``images``."""
 
-    Args:
-        images (Any): The anomalib dataset of images.
-    """
+    collate_fn = IndexBatch
 
     def __init__(self, images: Any) -> None:
-        self.images = images
-        self.samples = images.samples
-        self.is_filled = False
-
-    def fill(self, features: np.ndarray | Path | None, code: FeatureCode, grid: tuple[int, int]) -> None:
-        """Set the features.
-
-        Args:
-            features (np.ndarray | Path | None): float16 of shape (images, layers, N, dim), or a file of them, which is
-                then read through a memory map; ``None`` for a dataset of indices.
-            code (FeatureCode): The code of the features.
-            grid (tuple[int, int]): Patch rows and columns, N = rows * columns.
-        """
-        self.source, self.code, self.grid = features, code, grid
-        self._map: np.ndarray | None = None
-        self.is_filled = True
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave out the memory map, which would be pickled as an array: worker processes open it anew."""
-        return {**self.__dict__, "_map": None}
-
-    @property
-    def features(self) -> np.ndarray:
-        """The array, which may be a memory map."""
-        if isinstance(self.source, np.ndarray):
-            return self.source
-        if self.source is None:
-            msg = "a dataset of indices holds no features"
-            raise TypeError(msg)
-        if self._map is None:
-            self._map = np.load(self.source, mmap_mode="r")
-        return self._map
+        self.images, self.samples = images, images.samples
 
     def __len__(self) -> int:
         """Count the images."""
         return len(self.samples)
 
-    def __getitem__(self, index: int) -> np.ndarray | int:
-        """Read the encoded features of an image, shape (layers, N, dim), or give its index."""
-        return index if self.source is None else self.features[index]
-
-    def collate_fn(self, items: Sequence[Any]) -> FeatureBatch | IndexBatch:
-        """Make a batch of items."""
-        if self.source is None:
-            return IndexBatch(torch.tensor(items))
-        return FeatureBatch(torch.from_numpy(np.stack(items)), self.code, self.grid)
+    def __getitem__(self, index: int) -> int:
+        """Give the index itself."""
+        return index
