@@ -24,7 +24,7 @@ def test_a_race_writes_a_table_and_a_plot_and_is_not_run_twice(encoder_weights, 
         rows = list(csv.DictReader(file))
     assert [row["budget"] for row in rows] == ["2 steps", "3 steps", "0.02 min"]
     for row in rows:
-        assert 0 <= float(row["mean_of_seven"]) <= 1
+        assert 0 <= float(row["mAD"]) <= 1
         assert float(row["training_seconds"]) > 0
         assert float(row["multiply_adds"]) > 1e6
         assert float(row["learnable_parameters"]) > 1e5
@@ -72,11 +72,11 @@ def test_a_race_with_a_curve_goes_on_where_it_was_cut_off_and_preloaded_images_s
         with (folder / "results.csv").open() as file:
             (row,) = csv.DictReader(file)
         file = folder / "runs" / "DecAD-4-seed0" / "curve.jsonl"
-        return float(row["mean_of_seven"]), [json.loads(line) for line in file.read_text().splitlines()]
+        return float(row["mAD"]), [json.loads(line) for line in file.read_text().splitlines()]
 
     expected, curve = run(tmp_path / "plain", "--score-every", 2)
     assert [point["step"] for point in curve] == [2, 4]
-    assert curve[1]["metrics"]["mean"]["mean_of_seven"] == pytest.approx(expected)
+    assert curve[1]["metrics"]["mean"]["mAD"] == pytest.approx(expected)
     assert 0 < curve[0]["training_seconds"] <= curve[1]["training_seconds"]
     lines = (tmp_path / "plain" / "results.md").read_text().splitlines()
     header = next(line for line in lines if line.startswith("| model | budget | step |"))
@@ -84,7 +84,7 @@ def test_a_race_with_a_curve_goes_on_where_it_was_cut_off_and_preloaded_images_s
     assert [row["step"] for row in rows] == ["2", "4"]
     for row, point in zip(rows, curve, strict=True):
         for name in ("bolts", "cloth |"):
-            value = 100 * point["metrics"][name.removesuffix(" |")]["mean_of_seven"]
+            value = 100 * point["metrics"][name.removesuffix(" |")]["mAD"]
             assert float(row[name].removesuffix(" |")) == pytest.approx(value, abs=0.051)
 
     folder = tmp_path / "preloaded"

@@ -6,16 +6,13 @@ import numpy as np
 import pytest
 import torch
 from anomalib.callbacks import ModelCheckpoint
-from anomalib.data import ImageBatch
 from lightning.pytorch import seed_everything
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from anomalib_decad.components import Decoupler, DecouplerOptions, InvertibleNetwork, InvertibleOptions, choose_patches
-from anomalib_decad.feature_cache import FeatureBatch, FeatureCode, IndexBatch
 from anomalib_decad.metrics import CategoryMetrics
 from anomalib_decad.metrics.score_histogram import ScoreHistogram
-from anomalib_decad.models.pinned import pinned
 from conftest import IMAGE_SIZE, losses_of
 
 HAS_CUDA = torch.cuda.is_available()
@@ -30,7 +27,7 @@ def model(make_model):
     """A model that was initialized, with the start of a training that moved it."""
     model = make_model()
     net = model.model.train()
-    net.training_output(net.encoder(torch.randn(8, 3, *SIZE)))
+    net.initialize(net.encoder(torch.randn(8, 3, *SIZE)))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -79,7 +76,7 @@ def test_patches_are_chosen_on_the_device(device):
 def test_a_training_step_makes_all_its_tensors_on_the_device(device, decouple, make_model, images):
     net = make_model(decouple=decouple).model.to(device).train()
     features = net.encoder(images.to(device))
-    net.training_output(features)  # initializes
+    net.initialize(features)
     random_state = torch.get_rng_state()
     output = net.training_output(features)
     tensors = [*output.features, *output.reconstructions, *(value for value in output[2:] if value is not None)]
@@ -158,48 +155,6 @@ def test_a_cuda_graph_without_cuda_is_one_clear_line(make_model, make_data, make
         make_engine().fit(make_model(cuda_graph=True), datamodule=make_data())
 
 
-@devices
-@pytest.mark.parametrize("kind", ["images", "features", "indices"])
-def test_batches_for_a_gpu_are_in_pinned_memory(device, kind, make_model, images):
-    codes, code = torch.randn(2, 3, 4, 8).half(), FeatureCode(torch.zeros(3, 1, 8), torch.ones(3, 1, 8))
-    batch = {
-        "images": ImageBatch(image=images.clone()),
-        "features": FeatureBatch(codes, code, (2, 2)),
-        "indices": IndexBatch(torch.arange(2)),
-    }[kind]
-    given = make_model().to(device).on_before_batch_transfer(batch, 0)
-    if kind == "indices":
-        assert given is batch
-        return
-    tensor, expected = (given.image, images) if kind == "images" else (given.codes, codes)
-    assert tensor.is_pinned() == (device == "cuda")
-    assert torch.equal(tensor, expected)
-
-
-@pytest.mark.parametrize("has_images", [True, False])
-def test_what_is_pinned_is_the_batch_that_it_was(has_images, images, monkeypatch):
-    """Also seen without a GPU."""
-    pinnings = []
-
-    def pin_memory(self):
-        pinnings.append(self)
-        return self.clone()
-
-    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
-    labels = torch.tensor([False, True])
-    code = FeatureCode(torch.zeros(3, 1, 8), torch.ones(3, 1, 8))
-    if has_images:
-        given = pinned(ImageBatch(image=images[:2].clone(), gt_label=labels, image_path=["a.png", "b.png"]))
-        assert (given.image_path, given.gt_label.tolist()) == (["a.png", "b.png"], labels.tolist())
-        assert torch.equal(given.image, images[:2])
-    else:
-        batch = FeatureBatch(torch.randn(2, 3, 4, 8).half(), code, (2, 2))
-        given = pinned(batch)
-        assert (given.code, given.grid) == (code, (2, 2))
-        assert torch.equal(given.codes, batch.codes)
-    assert len(pinnings) == 1
-
-
 class NoFloat64(TorchDispatchMode):
     """Notes what makes a float64 tensor."""
 
@@ -221,7 +176,7 @@ def test_steps_and_inference_are_free_of_float64(decouple, precision, make_model
     model = make_model(decouple=decouple)
     net = model.model.train()
     features = net.encoder(images)
-    net.training_output(features)
+    net.initialize(features)
     autocast = torch.autocast("cpu", precision, enabled=precision != torch.float32)
     with NoFloat64() as seen:
         with autocast:
@@ -275,7 +230,7 @@ def test_round_trip_holds_whatever_matrix_products_are_rounded_to(device, matmul
     torch.set_float32_matmul_precision(matmul)
     try:
         with torch.no_grad():
-            error = max((net.inverse(net(x)) - x).abs().max().item() for net in (network, network.fused()))
+            error = max((net.inverse(net(x)) - x).abs().max().item() for net in (network, network.frozen()))
     finally:
         torch.set_float32_matmul_precision(before)
     # TensorFloat-32 keeps three digits of what a unit changes.

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 import anomalib_decad
-from anomalib_decad.decisions import BestF1, CategoryPostProcessor, FalseAlarmRate, FixedThreshold
+from anomalib_decad.thresholds import BestF1, CategoryPostProcessor, FalseAlarmRate, FixedThreshold
 from conftest import ROOT
 
 DOCUMENTS = [

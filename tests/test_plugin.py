@@ -77,7 +77,7 @@ def test_without_torchs_autoload_the_import_is_enough(first):
 
 @pytest.mark.slow
 def test_a_broken_dependency_is_one_warning_and_anomalib_goes_on():
-    # FrEIA is blocked for our modules only: anomalib's own flows need it.
+    # Blocked for our modules only.
     result = run("""
         import sys
         class Block:

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import f1_score
 
@@ -24,6 +24,7 @@ def scored(draw):
     return names, np.array(scores, np.float32), np.array(labels), held_out
 
 
+@settings(deadline=None)
 @given(scored())
 def test_no_threshold_is_better_than_the_best_and_ones_own_is_the_best(data):
     names, scores, labels, held_out = data

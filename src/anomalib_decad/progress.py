@@ -1,30 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far something is that takes minutes: a bar on a terminal, and lines of the log in a file."""
+"""Progress of what takes minutes, on a terminal and in a file."""
 
-from __future__ import annotations
-
-import logging
-import time
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
-from rich import get_console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from tqdm import tqdm
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-__all__ = ["showing_progress"]
-
-logger = logging.getLogger(__name__)
-
-#: Seconds between two lines of the log, and the part of the work between them.
-_INTERVAL, _PART = 5.0, 0.1
+__all__ = ["progress_bar"]
 
 
 @contextmanager
-def showing_progress(description: str, enabled: bool = True) -> Iterator[Callable[[float], None]]:
-    """Show how far something is.
+def progress_bar(description: str, enabled: bool = True) -> Iterator[Callable[[float], None]]:
+    """Show a progress bar; where there is no terminal, write it anew every twenty seconds.
 
     Args:
         description (str): What is done.
@@ -32,37 +20,12 @@ def showing_progress(description: str, enabled: bool = True) -> Iterator[Callabl
             Defaults to ``True``.
 
     Yields:
-        Callable[[float], None]: Is to be told the part that is done, in [0, 1].
+        Callable[[float], None]: Progress callback: takes the part that is done, in [0, 1].
     """
-    console = get_console()
-    if not enabled:
-        yield lambda _: None
-    elif console.is_terminal or console.is_jupyter:
-        times = TimeElapsedColumn(), TimeRemainingColumn()
-        columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), *times
-        with Progress(*columns, console=console) as progress:
-            task = progress.add_task(description, total=1.0)
-            yield lambda part: progress.update(task, completed=part)
-            progress.update(task, completed=1.0)
-    else:
-        lines = _Lines(description)
-        yield lines.update
-        lines.end()
-
-
-class _Lines:
-    """Writes a line to the log now and then."""
-
-    def __init__(self, description: str) -> None:
-        self.description = description
-        self.start = self.last_time = time.monotonic()
-        self.last_part = 0.0
-
-    def update(self, part: float) -> None:
-        now = time.monotonic()
-        if part < 1 and part - self.last_part >= _PART and now - self.last_time >= _INTERVAL:
-            logger.info("%s: %.0f %% after %.0f s", self.description, 100 * part, now - self.start)
-            self.last_time, self.last_part = now, part
-
-    def end(self) -> None:
-        logger.info("%s: took %.0f s", self.description, time.monotonic() - self.start)
+    layout = "{l_bar}{bar}| {elapsed}<{remaining}"
+    interval = 0.1 if sys.stderr.isatty() else 20.0
+    with tqdm(
+        total=1.0, desc=description, disable=not enabled, mininterval=interval, maxinterval=interval, bar_format=layout
+    ) as bar:
+        yield lambda part: bar.update(part - bar.n)
+        bar.update(1.0 - bar.n)

@@ -11,7 +11,7 @@ from lightning.pytorch import Trainer, seed_everything
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 
 from anomalib_decad import DecoupledMambaAD, DecoupledReverseDistillation, DecoupledUniAD
-from anomalib_decad.components import DecouplerOptions, EncoderWeightsError
+from anomalib_decad.components import EncoderWeightsError
 from conftest import ENCODER, losses_of
 
 SMALL = {"image_size": (64, 64), "visualizer": False}
@@ -48,7 +48,7 @@ def test_training_gives_metrics_of_each_category(cls, decouple, make_method, mak
     assert "train/reconstruction" in engine.trainer.callback_metrics
     assert ("train/normal_energy" in engine.trainer.callback_metrics) == decouple
     (scores,) = engine.test(model, datamodule=make_data())
-    assert 0 <= scores["mean_of_seven"] <= 1
+    assert 0 <= scores["mAD"] <= 1
     assert "bolts/image_AUROC" in scores
 
 
@@ -89,14 +89,10 @@ def test_a_checkpoint_needs_neither_hub_nor_weights(cls, make_method, make_engin
     model = cls.load_from_checkpoint(path).eval()
     images = torch.rand(2, 3, 64, 64)
     torch.testing.assert_close(model.model(images).anomaly_map, engine.model.eval().model(images).anomaly_map)
-    for arguments, message in (
-        ({"decouple": False}, "--model.decouple True"),
-        ({"decoupler": DecouplerOptions(0.5, num_prototypes=0)}, "--model.decoupler.abnormal_fraction 0.125"),
-    ):
-        with pytest.raises(
-            ValueError, match=f"of another {cls.__name__}: leave out .* give it the arguments {message}"
-        ):
-            engine.test(make_method(cls, **arguments), datamodule=make_data(), ckpt_path=path)
+    other = make_method(cls, decouple=False)
+    message = f"of another {cls.__name__}: leave out .* give it the arguments --model.decouple True"
+    with pytest.raises(ValueError, match=message):
+        engine.test(other, datamodule=make_data(), ckpt_path=path)
 
 
 @pytest.mark.slow
@@ -107,7 +103,6 @@ def test_all_but_the_encoder_is_trained(cls, make_method, make_engine, make_data
     before = {name: value.clone() for name, value in model.model.named_parameters()}
     make_engine().fit(model, datamodule=make_data())
     still = {name for name, value in model.model.named_parameters() if torch.equal(value.cpu(), before[name])}
-    assert all(name.startswith("encoder.") for name in still)
     assert still == {name for name in before if name.startswith("encoder.")}
 
 
@@ -130,30 +125,17 @@ def test_without_decoupling_it_is_anomalibs_reverse_distillation(make_method):
 
 @pytest.mark.slow
 @every_method
-def test_a_vision_transformer_can_be_the_encoder(cls, make_method, make_engine, make_data):
+def test_a_vision_transformer_can_be_the_encoder_and_bfloat16_the_precision(cls, make_method, make_engine, make_data):
     model = make_method(cls, encoder=ENCODER, image_size=(128, 128))
-    make_engine(max_steps=1).fit(model, datamodule=make_data())
+    losses = losses_of(make_engine, model, make_data(), max_steps=1, precision="bf16-mixed")
+    assert np.isfinite(losses).all()
     output = model.eval().model(torch.rand(2, 3, 128, 128))
     assert output.anomaly_map.shape == (2, 1, 128, 128)
     assert output.pred_score.numel() == 2
 
 
 @pytest.mark.slow
-@every_method
-def test_bf16_mixed(cls, make_method, make_engine, make_data):
-    losses = losses_of(make_engine, make_method(cls), make_data(), precision="bf16-mixed")
-    assert np.isfinite(losses).all()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "cls",
-    [
-        DecoupledReverseDistillation,
-        pytest.param(DecoupledUniAD, marks=pytest.mark.exhaustive),
-        pytest.param(DecoupledMambaAD, marks=pytest.mark.exhaustive),
-    ],
-)
+@pytest.mark.parametrize("cls", [CLASSES[0], *(pytest.param(cls, marks=pytest.mark.exhaustive) for cls in CLASSES[1:])])
 def test_exports_give_the_checkpoints_predictions(cls, make_method, make_engine, make_data, mvtec_root, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     openvino = pytest.importorskip("openvino")
@@ -186,11 +168,9 @@ def test_integers_hold_the_convolutions(make_method, make_engine, make_data, mvt
     path = model.to_openvino(tmp_path, compression_type="INT8_PTQ", datamodule=make_data())
     operations = openvino.Core().read_model(path).get_ops()
     convolutions = [operation for operation in operations if operation.get_type_name() == "Convolution"]
-    quantized = [
-        operation for operation in convolutions if operation.input_value(0).get_node().get_type_name() == "FakeQuantize"
-    ]
+    inputs = [operation.input_value(0).get_node().get_type_name() for operation in convolutions]
     # All but the first, and the blur of the anomaly map.
-    assert len(quantized) >= len(convolutions) - 2 > 20
+    assert inputs.count("FakeQuantize") >= len(convolutions) - 2 > 20
     compiled = openvino.compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     for image_path in sorted((mvtec_root / "bolts" / "test" / "square").iterdir()):
         image = read_image(image_path).astype(np.float32).transpose(2, 0, 1)[None] / 255
@@ -233,11 +213,14 @@ def test_bad_arguments_are_refused(cls, arguments, message, make_method):
     [
         (DecoupledReverseDistillation, {"encoder": "test_resnet"}, "has no decoder for test_resnet"),
         (DecoupledUniAD, {"hidden_dim": 9}, "multiple of num_heads"),
-        (DecoupledUniAD, {"jitter": -1}, "jitter must not be negative"),
+        (DecoupledUniAD, {"jitter": -1}, "jitter must be at least 0"),
         (DecoupledUniAD, {"neighbors": 9}, "use larger images"),
+        (DecoupledUniAD, {"neighbors": 4}, "neighbors must be an odd positive number"),
         (DecoupledMambaAD, {"encoder": "test_efficientnet"}, "double their channels"),
         (DecoupledMambaAD, {"depths": [2, 2, 2]}, "four numbers"),
+        (DecoupledMambaAD, {"depths": [5, 2, 2, 2]}, "multiples of 2 or 3"),
         (DecoupledMambaAD, {"num_directions": 1}, "num_directions must be"),
+        (DecoupledMambaAD, {"scan": "spiral"}, "scan must be one of"),
     ],
 )
 def test_arguments_of_one_method_are_refused(cls, arguments, message, make_method):
@@ -250,9 +233,3 @@ def test_missing_weights_stop_the_training_with_what_to_do(cls, make_engine, mak
     model = make_method(cls, encoder_weights=None)
     with pytest.raises(EncoderWeightsError, match="not on this machine and could not be downloaded"):
         make_engine().fit(model, datamodule=make_data())
-
-
-def test_weights_of_another_network_are_refused(make_method, weights_of):
-    model = make_method(DecoupledUniAD, encoder_weights=weights_of("resnet18"))
-    with pytest.raises(EncoderWeightsError, match="holds no weights of the encoder test_resnet"):
-        model.model.encoder.load_weights()

@@ -1,5 +1,8 @@
 """The scan, its orders, the decoder."""
 
+import sys
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -15,18 +18,11 @@ from anomalib_decad.models.mambaad.selective_scan import selective_scan
 CURVES = ["hilbert", "sweep", "scan", "zigzag", "zorder"]
 
 
-def inputs(length, batch=2, groups=2, dim=3, states=4, dtype=torch.float64):
-    def random(*shape):
-        return torch.randn(*shape, dtype=dtype)
-
-    return [
-        random(batch, groups, dim, length),
-        random(batch, groups, dim, length).exp(),
-        -random(groups, dim, states).exp(),
-        random(batch, groups, states, length),
-        random(batch, groups, states, length),
-        random(groups, dim),
-    ]
+def inputs(length, batch=2, groups=2, dim=3, states=4):
+    sequence, matrix = (batch, groups, dim, length), (batch, groups, states, length)
+    shapes = sequence, sequence, (groups, dim, states), matrix, matrix, (groups, dim)
+    x, delta, a, b, c, d = (torch.randn(shape, dtype=torch.float64) for shape in shapes)
+    return [x, delta.exp(), -a.exp(), b, c, d]
 
 
 def reference(x, delta, a, b, c, d):
@@ -41,7 +37,7 @@ def reference(x, delta, a, b, c, d):
 
 @given(length=st.integers(1, 70), seed=st.integers(0, 1000))
 @settings(max_examples=15, deadline=None)
-def test_the_loop_and_its_gradient_equal_autograd_through_the_recurrence(length, seed):
+def test_the_loop_its_gradient_and_the_exported_scan_equal_the_recurrence(length, seed):
     torch.manual_seed(seed)
     arguments = [tensor.requires_grad_() for tensor in inputs(length)]
     expected = reference(*arguments)
@@ -49,26 +45,14 @@ def test_the_loop_and_its_gradient_equal_autograd_through_the_recurrence(length,
     wanted = torch.autograd.grad((expected * weights).sum(), arguments)
     actual = selective_scan(*arguments)
     torch.testing.assert_close(actual, expected)
-    for gradient, reference_gradient in zip(
-        torch.autograd.grad((actual * weights).sum(), arguments), wanted, strict=True
-    ):
-        torch.testing.assert_close(gradient, reference_gradient)
-
-
-@given(length=st.integers(1, 70))
-@settings(max_examples=10, deadline=None)
-def test_what_is_exported_equals_the_loop(length):
-    *arguments, d = inputs(length, dtype=torch.float32)
-    expected = selective_scan(*(tensor.double() for tensor in (*arguments, d)))
-    torch.testing.assert_close(
-        scan_module._doubling(*arguments) + d[..., None] * arguments[0], expected.float(), rtol=1e-4, atol=1e-4
-    )
+    torch.testing.assert_close(torch.autograd.grad((actual * weights).sum(), arguments), wanted)
+    *exported, d = (tensor.detach().float() for tensor in arguments)
+    y = scan_module._doubling(*exported) + d[..., None] * exported[0]
+    torch.testing.assert_close(y, expected.float(), rtol=1e-4, atol=1e-4)
 
 
 def test_the_kernel_of_mamba_ssm_is_given_the_same_recurrence(monkeypatch):
     """No GPU at hand: the package's own reference has this signature and these shapes."""
-    import sys
-    import types
 
     def selective_scan_fn(u, delta, A, B, C, D):
         batch, channels, length = u.shape
@@ -77,11 +61,9 @@ def test_the_kernel_of_mamba_ssm_is_given_the_same_recurrence(monkeypatch):
         parts = (A.unflatten(0, shape[1:3]), B, C, D.unflatten(0, shape[1:3]))
         return reference(u.reshape(shape), delta.reshape(shape), *parts).reshape(u.shape)
 
-    module = types.ModuleType("mamba_ssm.ops.selective_scan_interface")
-    module.selective_scan_fn = selective_scan_fn
-    monkeypatch.setitem(sys.modules, "mamba_ssm", types.ModuleType("mamba_ssm"))
-    monkeypatch.setitem(sys.modules, "mamba_ssm.ops", types.ModuleType("mamba_ssm.ops"))
-    monkeypatch.setitem(sys.modules, module.__name__, module)
+    module = SimpleNamespace(selective_scan_fn=selective_scan_fn)
+    for name in ("mamba_ssm", "mamba_ssm.ops", "mamba_ssm.ops.selective_scan_interface"):
+        monkeypatch.setitem(sys.modules, name, module)
     arguments = inputs(9)
     torch.testing.assert_close(scan_module._kernel(*arguments), selective_scan(*arguments))
 
@@ -102,18 +84,9 @@ def test_each_direction_visits_each_position_once(curve, grid):
 def test_a_hilbert_curve_goes_from_neighbor_to_neighbor(curve, side):
     places = np.stack(np.divmod(scan_orders((side, side), curve, 8).numpy(), side))
     assert (np.abs(np.diff(places, axis=-1)).sum(0) == 1).all()
-
-
-def test_a_hilbert_curve_fills_a_quadrant_before_it_leaves_it():
-    places = np.stack(np.divmod(scan_orders((8, 8), "hilbert", 2)[0].numpy(), 8)) // 4
-    quadrants = (2 * places[0] + places[1]).reshape(4, 16)
-    assert (quadrants == quadrants[:, :1]).all()
-
-
-@pytest.mark.parametrize(("curve", "directions"), [("spiral", 8), ("hilbert", 3)])
-def test_unknown_curves_and_directions_are_refused(curve, directions):
-    with pytest.raises(ValueError, match="must be"):
-        scan_orders((4, 4), curve, directions)
+    quadrants = (places[:, 0] * 2 // side * [[2], [1]]).sum(0).reshape(4, -1)
+    # A quadrant is filled before it is left.
+    assert curve != "hilbert" or (quadrants == quadrants[:, :1]).all()
 
 
 def test_each_position_sees_all_others_whatever_the_direction():
@@ -128,13 +101,3 @@ def test_the_decoder_gives_the_pyramid_of_the_encoder():
     maps = decoder(torch.randn(2, 32, 2, 3))
     assert [tuple(one.shape) for one in maps] == [(2, 4, 16, 24), (2, 8, 8, 12), (2, 16, 4, 6)]
     assert HalfFPN([4, 8, 16])(maps).shape == (2, 32, 2, 3)
-
-
-def test_the_bottleneck_wants_channels_that_double():
-    with pytest.raises(ValueError, match="double their channels"):
-        HalfFPN([24, 32, 56])
-
-
-def test_depths_are_checked():
-    with pytest.raises(ValueError, match="multiples of 2 or 3"):
-        MambaDecoder(32, (2, 2), (5, 2), 4, "hilbert")

@@ -1,227 +1,162 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What checkpoints of the package's models hold, and what they fit with."""
+"""Checkpoints that say what their model is, that are written atomically, and that are read or refused in one line."""
 
 import inspect
-from collections.abc import Mapping
+import io
+import os
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, is_dataclass
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from anomalib.models.components import AnomalibModule
-from typing_extensions import Self
+from anomalib.engine.plugins import AnomalibCheckpointIO
 
-from anomalib_decad.compat import trainer_of
-from anomalib_decad.runs import reading
+from anomalib_decad.files import atomic_write
 
-__all__ = ["TRAINING_ARGUMENTS", "CheckpointMixin", "is_group"]
+__all__ = ["AtomicCheckpointIO", "check_checkpoint", "default_arguments", "differences", "mark_checkpoint", "to_plain"]
 
-#: Arguments that matter in training alone, or for what a run writes: a checkpoint can be used, and a training resumed,
-#: with others. All other arguments are what the model is.
-TRAINING_ARGUMENTS = frozenset(
-    {
-        "cuda_graph", "decoupling_learning_rate", "delta", "encoder_weights", "feature_cache", "feature_cache_dir",
-        "feature_cache_limit", "focus", "gradient_clip_val", "jitter", "learning_rate", "loss", "max_steps",
-        "save_maps", "synthesis", "warmup_steps", "weight_decay",
-    }
-)  # fmt: skip
-
-#: Parts of an anomalib model that a user may replace or switch off, and the key of each one's settings in a checkpoint.
-_PARTS = {
-    "pre_processor": "anomalib_pre_processor_config",
-    "post_processor": "anomalib_post_processor_config",
-    "evaluator": None,
-    "visualizer": None,
-}
-#: Nothing of these is in a checkpoint but what they were set to.
-_FREE = TRAINING_ARGUMENTS | _PARTS.keys() | {"report"}
-_ENABLED_KEY = "anomalib_components_enabled"
-
-_RNG_KEY = "anomalib_decad_rng"
-
-#: Changes when a checkpoint of before no longer fits.
-_FORMAT_KEY, _FORMAT = "anomalib_decad_format", 4
+#: Changes when an earlier checkpoint no longer fits.
+_FORMAT_KEY, _FORMAT = "anomalib_decad_format", 5
 
 #: Name of the model's class.
 _MODEL_KEY = "anomalib_decad_model"
 
-#: Rates of the optimizer, which a checkpoint has, too: those left at their defaults are taken from there.
-_RATES = ("learning_rate", "decoupling_learning_rate", "weight_decay")
 
-if TYPE_CHECKING:
-    _Base = AnomalibModule
-else:
-    _Base = object
+class AtomicCheckpointIO(AnomalibCheckpointIO):
+    """anomalib's checkpoint IO, but a checkpoint appears when it is complete, and a damaged one is named.
 
-
-class CheckpointMixin(_Base):
-    """Keeps in a checkpoint what a resumed training needs, and makes a model of any arguments that of a checkpoint.
-
-    A checkpoint says what its model is: whatever is left at its default is taken from there, and an argument that
-    contradicts it is an error. Parts that the user gives or switches off stay as the user wants them.
+    Lightning moves a checkpoint from the folder for temporary files, which copies it where that is another disk: a full
+    disk leaves a part of it in the place of an earlier one (docs/upstream.md, "A full disk destroys a checkpoint").
     """
 
-    #: Parts that are not the default ones, from the model's arguments.
-    given_parts: frozenset[str] = frozenset()
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the state of the random number generators, so that a resumed run goes on as an unbroken one.
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Save a checkpoint.
 
         Args:
             checkpoint (dict[str, Any]): The checkpoint.
-        """
-        super().on_save_checkpoint(checkpoint)
-        arguments = checkpoint.get("hyper_parameters", {})
-        if "pre_processor" in self.given_parts and "image_size" in arguments and self.input_size:
-            # A model may be made for the size, and is made before its pre-processor is there.
-            arguments["image_size"] = list(self.input_size)
-        checkpoint[_FORMAT_KEY], checkpoint[_MODEL_KEY] = _FORMAT, type(self).__name__
-        checkpoint[_RNG_KEY] = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            checkpoint[_RNG_KEY]["cuda"] = torch.cuda.get_rng_state(self.device)
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Become the checkpoint's model, and restore the random number generators if a fit is resumed.
-
-        Args:
-            checkpoint (dict[str, Any]): The checkpoint.
+            path (str | Path): Its file.
+            storage_options (Any): Of a remote file system, which Lightning writes to.
 
         Raises:
-            ValueError: If the checkpoint is of another model or version, its weights are NaN, or an argument
-                contradicts it; the message names the arguments.
+            OSError: If it cannot be written; what was there before is still there.
         """
-        _check_model(checkpoint, type(self).__name__)
-        weights = {name: value for name, value in checkpoint["state_dict"].items() if name.startswith("model.")}
-        broken = [name for name, value in weights.items() if value.is_floating_point() and value.isnan().any()]
-        if broken:
-            msg = f"the checkpoint's weights are damaged: {broken[0]} has NaN. Use a checkpoint of an earlier step"
-            raise ValueError(msg)
-        self._become(checkpoint.get("hyper_parameters", {}))
-        self._keep_given_parts(checkpoint)
-        super().on_load_checkpoint(checkpoint)
-        # Before the dataloaders draw their seeds, as when the checkpoint was saved.
-        trainer = trainer_of(self)
-        if trainer is not None and trainer.training and _RNG_KEY in checkpoint:
-            torch.set_rng_state(checkpoint[_RNG_KEY]["cpu"].cpu())
-            device = trainer.strategy.root_device
-            if device.type == "cuda" and "cuda" in checkpoint[_RNG_KEY]:
-                torch.cuda.set_rng_state(checkpoint[_RNG_KEY]["cuda"].cpu(), device)
-
-    def _become(self, theirs: Mapping[str, Any]) -> None:
-        """Take the arguments of a checkpoint that are not this model's, and its parts from them."""
-        every_default = _defaults(type(self))
-        for name in _RATES:
-            if name in theirs and self.hparams.get(name) == every_default.get(name):
-                self.hparams[name] = theirs[name]
-                setattr(self, name, theirs[name])
-        defaults, mine = _leaves(every_default), _leaves(self.hparams)
-        values = {name: value for name, value in _leaves(theirs).items() if name in mine}
-        different = {name: value for name, value in values.items() if mine[name] != value}
-        if not different:
+        if storage_options is not None or "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
             return
-        arguments = {name: value for name, value in theirs.items() if name not in TRAINING_ARGUMENTS}
-        kept = {name: value for name, value in self.hparams.items() if name in TRAINING_ARGUMENTS}
-        parts = {"encoder_weights": None, "evaluator": False, "visualizer": False, "report": False}
-        with torch.random.fork_rng(devices=[]):
-            model = type(self)(**{**kept, **arguments, **parts})
-        # Where it is given as the checkpoint's default, as an image of 280 pixels, nothing is contradicted.
-        same_size = self.input_size == model.input_size or "pre_processor" in self.given_parts
-        wrong = {
-            name: value
-            for name, value in different.items()
-            if mine[name] != defaults.get(name) and not (name == "image_size" and same_size)
-        }
-        _refuse(type(self), wrong)
-        for name, module in model.named_children():
-            if name not in _PARTS:
-                setattr(self, name, module.train(self.training))
-        self.hparams.update(arguments)
+        target, content = Path(path), io.BytesIO()
+        torch.save(checkpoint, content)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(target) as partial, partial.open("wb") as file:
+                file.write(content.getbuffer())
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            size = content.getbuffer().nbytes / 2**20
+            msg = (
+                f"the checkpoint {target} of {size:.0f} MiB cannot be written ({error.strerror or error}): make room, "
+                "or give another --default_root_dir"
+            )
+            raise type(error)(error.errno, msg) from error
 
-    def _keep_given_parts(self, checkpoint: dict[str, Any]) -> None:
-        """Leave out of a checkpoint what it says of parts that the user has given or switched off."""
-        state = checkpoint["state_dict"]
-        enabled = dict(checkpoint.get(_ENABLED_KEY, {}))
-        for name in self.given_parts:
-            part, key = getattr(self, name), _PARTS[name]
-            enabled[name] = part is not None
-            if key is not None:
-                checkpoint.pop(key, None)
-            own = part.state_dict(prefix=f"{name}.") if isinstance(part, torch.nn.Module) else {}
-            for entry in [entry for entry in state if entry.startswith(f"{name}.") and entry not in own]:
-                del state[entry]
-            # A part that was off in training has no thresholds yet.
-            for entry, value in own.items():
-                state.setdefault(entry, value)
-        if enabled:
-            checkpoint[_ENABLED_KEY] = enabled
-
-    @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> Self:  # type: ignore[override]
-        """Load a model from a checkpoint, which has all weights: neither the hub nor a weights file is needed.
+    def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Load a checkpoint.
 
         Args:
-            checkpoint_path (str | Path): The checkpoint.
-            *args (Any): Arguments of ``AnomalibModule.load_from_checkpoint``.
-            **kwargs (Any): Arguments of ``AnomalibModule.load_from_checkpoint``, and arguments of the model.
+            path (str | Path): Its file.
+            *args (Any): Arguments of Lightning's method.
+            **kwargs (Any): Arguments of Lightning's method.
 
         Returns:
-            Self: The model.
+            dict[str, Any]: The checkpoint.
 
         Raises:
             FileNotFoundError: If there is no such file.
-            ValueError: If it is no checkpoint of this model, or an argument contradicts it.
+            ValueError: If it is no checkpoint, or only a part of one.
         """
-        if "://" not in str(checkpoint_path):
-            with reading(checkpoint_path):
-                _check_model(
-                    torch.load(checkpoint_path, map_location="cpu", mmap=True, weights_only=True), cls.__name__
-                )
-        names = _defaults(cls)
-        fixed = {name: kwargs.pop(name) for name in list(kwargs) if name in names and name not in _FREE}
-        if "pre_processor" in kwargs and "image_size" in names:
-            fixed.pop("image_size", None)
-            kwargs["image_size"] = None  # of the default one
-        model = super().load_from_checkpoint(checkpoint_path, *args, **{"encoder_weights": None, **kwargs})
-        theirs = _leaves(model.hparams)
-        wrong = {name: theirs.get(name) for name, value in _leaves(fixed).items() if value != theirs.get(name)}
-        if "image_size" in wrong and _plain(model.input_size) == _plain(fixed["image_size"]):
-            wrong.pop("image_size", None)
-        _refuse(cls, wrong)
-        return model  # type: ignore[return-value]
+        if "://" not in str(path) and not Path(path).is_file():
+            msg = f"there is no checkpoint {path}: give the path of one (--ckpt_path)"
+            raise FileNotFoundError(msg)
+        try:
+            content = super().load_checkpoint(path, *args, **kwargs)
+        except PermissionError:
+            raise
+        except Exception as error:  # torch raises of many kinds
+            msg = f"{path} is no checkpoint, or only a part of one: give another, or copy it again"
+            raise ValueError(msg) from error
+        if not isinstance(content, dict) or "state_dict" not in content:
+            msg = f"{path} is no checkpoint of a training: something else has been saved there"
+            raise ValueError(msg)
+        return content
 
 
-def _check_model(checkpoint: Any, name: str) -> None:
-    """Refuse the checkpoint of another model, or of another version of this one."""
-    content = checkpoint if isinstance(checkpoint, dict) else {}
-    found, of = content.get(_FORMAT_KEY), content.get(_MODEL_KEY, name)
+def mark_checkpoint(checkpoint: dict[str, Any], cls: type) -> None:
+    """Write into a checkpoint what its model is."""
+    checkpoint[_FORMAT_KEY], checkpoint[_MODEL_KEY] = _FORMAT, cls.__name__
+
+
+def check_checkpoint(checkpoint: Mapping[str, Any], cls: type) -> None:
+    """Refuse a checkpoint of another model, of another version of this one, or with damaged weights.
+
+    Args:
+        checkpoint (Mapping[str, Any]): The checkpoint.
+        cls (type): Class of the model.
+
+    Raises:
+        ValueError: If it does not fit; one line that says what to do.
+    """
+    found, name = checkpoint.get(_FORMAT_KEY), checkpoint.get(_MODEL_KEY)
+    weights = {key: value for key, value in checkpoint["state_dict"].items() if key.startswith("model.")}
     if found is None:
-        msg = f"it is no checkpoint of a {name}: give one that a training of this model has written (--ckpt_path)"
-    elif of != name:
-        msg = f"the checkpoint is of a {of}: give --model {of}"
+        msg = f"it is no checkpoint of a {cls.__name__}: give one that a training of this model has written"
+    elif name != cls.__name__:
+        msg = f"the checkpoint is of a {name}: give --model {name}"
     elif found != _FORMAT:
         msg = (
             f"the checkpoint is of another version of anomalib-decad (format {found}, this version reads {_FORMAT}): "
             "train again, or install the version that it was trained with"
         )
+    elif broken := [key for key, value in weights.items() if value.is_floating_point() and value.isnan().any()]:
+        msg = f"the checkpoint's weights are damaged: {broken[0]} has NaN. Use a checkpoint of an earlier step"
     else:
         return
     raise ValueError(msg)
 
 
-def _refuse(cls: type, wrong: Mapping[str, Any]) -> None:
-    """Raise for arguments that contradict a checkpoint, whose values are given."""
+def differences(
+    cls: type, names: Collection[str], given: Mapping[str, Any], saved: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Find the arguments that a model must take from a checkpoint to be the checkpoint's.
+
+    Args:
+        cls (type): Class of the model.
+        names (Collection[str]): Arguments that say what the model is.
+        given (Mapping[str, Any]): Arguments that the model was made with.
+        saved (Mapping[str, Any]): Those of the checkpoint.
+
+    Returns:
+        dict[str, Any]: The arguments in which the checkpoint differs, plain values.
+
+    Raises:
+        ValueError: If one of them was given, and not left at its default.
+    """
+    defaults = default_arguments(cls)
+    mine, theirs, usual = (_flatten(values, names) for values in (given, saved, defaults))
+    wrong = {name: theirs[name] for name in theirs if mine.get(name) not in (theirs[name], usual.get(name))}
     if wrong:
-        flags = " ".join(f"--model.{name} {_text(value)}" for name, value in wrong.items())
+        flags = " ".join(f"--model.{name} {str(value).replace(' ', '')}" for name, value in wrong.items())
         msg = (
             f"the checkpoint is of another {cls.__name__}: leave out {', '.join(wrong)}, which it knows, or give it "
             f"the arguments {flags}"
         )
         raise ValueError(msg)
+    return {name: saved[name] for name in names if name in saved and to_plain(given.get(name)) != to_plain(saved[name])}
 
 
-def _defaults(cls: type) -> dict[str, Any]:
-    """Collect the defaults of a model's arguments, of those too that its bases take as ``**kwargs``."""
+def default_arguments(cls: type) -> dict[str, Any]:
+    """Collect the defaults of a model's arguments, with those that its bases take as ``**kwargs``."""
     defaults: dict[str, Any] = {}
     for base in reversed(cls.__mro__):
         if "__init__" in vars(base):
@@ -229,31 +164,22 @@ def _defaults(cls: type) -> dict[str, Any]:
     return defaults
 
 
-def _leaves(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """List the arguments that a model is made of, of groups each field, so that equal ones compare equal."""
-    leaves: dict[str, Any] = {}
-    for name, value in arguments.items():
-        if name in _FREE:
-            continue
-        if is_group(value):
-            value = asdict(value)
-        fields = (
-            {f"{name}.{key}": field for key, field in value.items()} if isinstance(value, Mapping) else {name: value}
-        )
-        leaves |= {key: _plain(field) for key, field in fields.items()}
-    return leaves
-
-
-def is_group(value: Any) -> bool:
-    """Tell whether an argument is a group of others: an instance of a dataclass."""
-    return is_dataclass(value) and not isinstance(value, type)
-
-
-def _plain(value: Any) -> Any:
+def to_plain(value: Any) -> Any:
+    """Give an argument as a checkpoint holds it: groups as dictionaries, enums as their values, sequences as lists."""
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
     if isinstance(value, Enum):
         return value.value
-    return list(value) if isinstance(value, list | tuple) else value
+    if isinstance(value, Mapping):
+        return {key: to_plain(item) for key, item in value.items()}
+    return [to_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def _text(value: Any) -> str:
-    return str(value).replace(" ", "")
+def _flatten(arguments: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    """List arguments by name, those of groups as ``group.field``."""
+    flat: dict[str, Any] = {}
+    for name in names:
+        if name in arguments:
+            value = to_plain(arguments[name])
+            flat |= {f"{name}.{key}": item for key, item in value.items()} if isinstance(value, dict) else {name: value}
+    return flat

@@ -4,12 +4,13 @@
 import copy
 from typing import Any
 
+import torch
 from torch import nn
 from typing_extensions import Self
 
-from anomalib_decad.components import CategoryRecognizer, EmbeddingDecoupling
+from anomalib_decad.components import CategoryPrediction, CategoryRecognizer, EmbeddingDecoupling
 
-__all__ = ["DecoupledModel"]
+__all__ = ["DecoupledModel", "DistillationModel"]
 
 
 class DecoupledModel(nn.Module):
@@ -29,7 +30,7 @@ class DecoupledModel(nn.Module):
         return next(found, None)
 
     @property
-    def float_parts(self) -> list[str]:
+    def keep_in_float32(self) -> list[str]:
         """Names of the parts that quantization leaves in floating point: removal is only faithful if it is accurate."""
         parts = {name for name, module in self.named_modules() if isinstance(module, EmbeddingDecoupling)}
         return [f"{name}.decoupler" for name in sorted(parts)]
@@ -52,3 +53,31 @@ class DecoupledModel(nn.Module):
         if model.decoupling:
             model.decoupling.fuse()
         return model.requires_grad_(False)
+
+
+class DistillationModel(DecoupledModel):
+    """Base of the methods whose ``decoder`` distils the encoder's maps from the embedding of a ``bottleneck``."""
+
+    bottleneck: Any
+    decoder: Any
+    anomaly_map_generator: Any
+
+    def forward(self, images: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]] | CategoryPrediction:
+        """Run the model.
+
+        Args:
+            images (torch.Tensor): Normalized images of shape (B, 3, H, W), of the model's size.
+
+        Returns:
+            tuple[list[torch.Tensor], list[torch.Tensor]] | CategoryPrediction: In training mode the encoder's maps and
+                their reconstructions; in eval mode ``pred_score`` of shape (B,), ``anomaly_map`` of shape
+                (B, 1, H, W) and ``category`` of shape (B,).
+        """
+        features = list(self.encoder(images).values())
+        reconstructions = self.decoder(self.bottleneck(features))
+        if self.training:
+            return features, reconstructions
+        anomaly_map = self.anomaly_map_generator(features, reconstructions)
+        return CategoryPrediction(
+            pred_score=anomaly_map.amax(dim=(1, 2, 3)), anomaly_map=anomaly_map, category=self.recognizer(features)
+        )

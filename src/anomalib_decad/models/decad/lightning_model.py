@@ -27,16 +27,14 @@ from anomalib_decad.components import (
     ViTEncoder,
     sample_patches,
 )
-from anomalib_decad.components.options import as_options
 from anomalib_decad.components.precision import at_least_float32
 from anomalib_decad.feature_cache import FeatureBatch, FeatureCaching, IndexBatch
-from anomalib_decad.models.base_module import BaseModule
+from anomalib_decad.models.base import MultiClassMixin, parameter_groups
 from anomalib_decad.models.decad.anomaly_map import AnomalyMapGenerator, AnomalyMapOptions
 from anomalib_decad.models.decad.graphed_step import GraphedStep
 from anomalib_decad.models.decad.loss import DecADLoss
 from anomalib_decad.models.decad.torch_model import DecADModel
-from anomalib_decad.models.parameter_groups import parameter_groups
-from anomalib_decad.progress import showing_progress
+from anomalib_decad.progress import progress_bar
 from anomalib_decad.ranges import check_range
 
 __all__ = ["DecAD"]
@@ -60,7 +58,7 @@ _PRODUCT_PATCHES, _LEAST_PATCHES, _MOST_PATCHES = 6_500, 32_768, 98_304
 _WHOLE_PATCHES = 51_200
 
 
-class DecAD(BaseModule, AnomalibModule):
+class DecAD(MultiClassMixin, AnomalibModule):
     """Anomaly detection by decoupling: one model for all product categories.
 
     A frozen vision transformer encodes the image. Each patch embedding is mapped by an invertible network to a latent
@@ -91,8 +89,8 @@ class DecAD(BaseModule, AnomalibModule):
         decoupler (DecouplerOptions): Split of the latent, and its prior.
         synthesis (SynthesisOptions): What synthetic anomalies are like beside their radius.
         loss (DecouplingLossOptions): Weights of the losses that train the decoupling.
-        focus (float): Power of a patch's own error by which it weighs in the reconstruction loss: what is hard to
-            reconstruct counts for more. 0 has all patches count alike.
+        focal_exponent (float): Power of a patch's own error by which it weighs in the reconstruction loss: what is hard
+            to reconstruct counts for more. 0 has all patches count alike.
             Defaults to ``2.0``.
         anomaly_map (AnomalyMapOptions): From errors to an anomaly map and a score.
         learning_rate (float): Peak learning rate of AdamW.
@@ -118,7 +116,7 @@ class DecAD(BaseModule, AnomalibModule):
             operations at once. On one NVIDIA GPU, without gradient accumulation.
             Defaults to ``False``.
         **kwargs (Any): ``max_steps``, ``save_maps``, ``report`` and the four of anomalib: arguments of
-            :class:`BaseModule`.
+            :class:`MultiClassMixin`.
 
     Raises:
         ValueError: If an argument is out of its range or does not fit the encoder.
@@ -134,6 +132,9 @@ class DecAD(BaseModule, AnomalibModule):
         :class:`anomalib_decad.DecADModel`: the torch module.
     """
 
+    architecture = frozenset(
+        {"anomaly_map", "decoder_depth", "decouple", "decoupler", "encoder", "image_size", "invertible", "layers"}
+    )
     model: DecADModel
 
     def __init__(
@@ -149,7 +150,7 @@ class DecAD(BaseModule, AnomalibModule):
         decoupler: DecouplerOptions = DecouplerOptions(),
         synthesis: SynthesisOptions = SynthesisOptions(),
         loss: DecouplingLossOptions = DecouplingLossOptions(),
-        focus: float = 2.0,
+        focal_exponent: float = 2.0,
         anomaly_map: AnomalyMapOptions = AnomalyMapOptions(),
         learning_rate: float = 1e-3,
         weight_decay: float = 1e-4,
@@ -161,36 +162,38 @@ class DecAD(BaseModule, AnomalibModule):
         cuda_graph: bool = False,
         **kwargs: Any,
     ) -> None:
-        decoupler = as_options(DecouplerOptions, decoupler)
-        synthesis = as_options(SynthesisOptions, synthesis)
-        invertible = as_options(InvertibleOptions, invertible)
-        loss = as_options(DecouplingLossOptions, loss)
-        anomaly_map = as_options(AnomalyMapOptions, anomaly_map)
         super().__init__(gradient_clip_val=gradient_clip_val, **kwargs)
         check_range(learning_rate > 0, "learning_rate", "positive", learning_rate)
         for name, value in (("weight_decay", weight_decay), ("warmup_steps", warmup_steps)):
             check_range(value >= 0, name, "at least 0", value)
-        vit = ViTEncoder(encoder, layers, encoder_weights)
-        self.model = DecADModel(
-            encoder=vit,
-            decoupler=Decoupler(vit.dim, decoupler, invertible) if decouple else None,
-            synthesis=AdversarialSynthesis(delta, synthesis) if decouple else None,
-            decoder=FeatureDecoder(vit.dim, len(layers), decoder_depth, vit.num_heads),
-            anomaly_map=AnomalyMapGenerator(anomaly_map),
-        )
-        self.loss = DecADLoss(loss, focus)
         self.feature_caching = (
             None if feature_cache == "off" else FeatureCaching(feature_cache, feature_cache_dir, feature_cache_limit)
         )
-        self.cuda_graph = cuda_graph
         self._graphed_step: GraphedStep | None = None
-        self.learning_rate = learning_rate
-        self.weight_decay = weight_decay
-        self.warmup_steps = warmup_steps
-        height, width = self.model.encoder.patch_size
-        self.resize_for_encoder(image_size, (_DEFAULT_GRID * height, _DEFAULT_GRID * width))
+        self.build()
+
+    def build(self) -> None:
+        """Make model, loss and pre-processor from ``self.hparams``."""
+        arguments = self.hparams
+        encoder = ViTEncoder(arguments["encoder"], arguments["layers"], arguments["encoder_weights"])
+        decouple = arguments["decouple"]
+        decoupler, invertible = DecouplerOptions(**arguments["decoupler"]), InvertibleOptions(**arguments["invertible"])
+        synthesis, loss = SynthesisOptions(**arguments["synthesis"]), DecouplingLossOptions(**arguments["loss"])
+        if decouple and loss.abnormal_weight and not synthesis.fraction:
+            msg = "loss.abnormal_weight needs synthetic anomalies: set synthesis.fraction above 0, for example to 0.5"
+            raise ValueError(msg)
+        self.model = DecADModel(
+            encoder=encoder,
+            decoupler=Decoupler(encoder.dim, decoupler, invertible) if decouple else None,
+            synthesis=AdversarialSynthesis(arguments["delta"], synthesis) if decouple and synthesis.fraction else None,
+            decoder=FeatureDecoder(encoder.dim, len(encoder.layers), arguments["decoder_depth"], encoder.num_heads),
+            anomaly_map=AnomalyMapGenerator(AnomalyMapOptions(**arguments["anomaly_map"])),
+        )
+        self.loss = DecADLoss(loss, arguments["focal_exponent"])
+        height, width = encoder.patch_size
+        self.resize_for_encoder((_DEFAULT_GRID * height, _DEFAULT_GRID * width))
         if self.input_size is not None:
-            self.model.encoder.grid(*self.input_size)
+            encoder.grid(*self.input_size)
 
     @staticmethod
     def configure_pre_processor(image_size: tuple[int, int] | None = None) -> PreProcessor:
@@ -225,13 +228,13 @@ class DecAD(BaseModule, AnomalibModule):
         is_shown = bool(self.trainer.is_global_zero and self.trainer.progress_bar_callback)
         patches = min(max(len(self.model.recognizer.names) * _PRODUCT_PATCHES, _LEAST_PATCHES), _MOST_PATCHES)
         first: list[tuple[list[torch.Tensor], tuple[int, int]]] = []
-        with torch.no_grad(), showing_progress("Looking at training images", is_shown) as report:
+        with torch.no_grad(), progress_bar("Looking at training images", is_shown) as report:
             features = sample_patches(self._encoded(loader, first), images, patches, report)
         whole, grid = None, None
         if first:
             batches, (grid, *_) = zip(*first, strict=True)
             whole = [torch.cat(maps) for maps in zip(*batches, strict=True)]
-        with showing_progress("Fitting to their patches", is_shown) as report:
+        with progress_bar("Fitting to their patches", is_shown) as report:
             self.model.initialize(features, whole, grid, report)
 
     def _encoded(
@@ -241,7 +244,7 @@ class DecAD(BaseModule, AnomalibModule):
         kept = 0 if self.model.refines_by_image else _WHOLE_PATCHES
         for batch in loader:
             with self.trainer.precision_plugin.forward_context():
-                features, grid = self._features(self.received(batch))
+                features, grid = self._features(self.to_model(batch))
             if kept < _WHOLE_PATCHES:
                 first.append(([at_least_float32(feature) for feature in features], grid))
                 kept += features[0].shape[:2].numel()
@@ -254,7 +257,7 @@ class DecAD(BaseModule, AnomalibModule):
             ValueError: If ``cuda_graph`` is asked for where there can be none.
         """
         self._graphed_step = None
-        if self.cuda_graph:
+        if self.hparams["cuda_graph"]:
             trainer = self.trainer
             if self.device.type != "cuda" or trainer.world_size > 1 or trainer.accumulate_grad_batches != 1:
                 msg = (
@@ -285,7 +288,7 @@ class DecAD(BaseModule, AnomalibModule):
         """
         del args, kwargs
         features, grid = self._features(batch)
-        terms = self._graphed(features, grid) if self.cuda_graph else self._terms(features, grid)
+        terms = self._graphed(features, grid) if self.hparams["cuda_graph"] else self._terms(features, grid)
         loss = terms.pop("loss")
         return self.log_losses(loss, terms, len(features[0]))
 
@@ -298,7 +301,7 @@ class DecAD(BaseModule, AnomalibModule):
         Returns:
             list[torch.Tensor]: Feature maps of shape (B, N, dim).
         """
-        return self._features(self.received(batch))[0]
+        return self._features(self.to_model(batch))[0]
 
     def _features(self, batch: Batch | FeatureBatch | IndexBatch) -> tuple[list[torch.Tensor], tuple[int, int]]:
         """Encode a batch, or find its features; give the grid of its patches, too."""
@@ -334,9 +337,10 @@ class DecAD(BaseModule, AnomalibModule):
             msg = "the learning rate decays over the training: set --trainer.max_steps or --trainer.max_epochs"
             raise ValueError(msg)
         network = self.model.decoupler.network if self.model.decoupler else None
-        groups = parameter_groups(self.model, network, self.learning_rate, _NETWORK_RATE * self.learning_rate)
-        optimizer = AdamW(groups, lr=self.learning_rate, weight_decay=self.weight_decay)
-        warmup = max(min(self.warmup_steps, int(total) // 4), 1)
+        rate = self.hparams["learning_rate"]
+        groups = parameter_groups(self.model, network, rate, _NETWORK_RATE * rate)
+        optimizer = AdamW(groups, lr=rate, weight_decay=self.hparams["weight_decay"])
+        warmup = max(min(self.hparams["warmup_steps"], int(total) // 4), 1)
         scheduler = LambdaLR(optimizer, lambda step: _learning_rate_factor(step, warmup, int(total)))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

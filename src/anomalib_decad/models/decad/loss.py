@@ -30,17 +30,17 @@ class DecADLoss(nn.Module):
 
     Args:
         options (DecouplingLossOptions): Weights of the other terms beside it, and the margin.
-        focus (float): The power q, not negative; 0 for a plain mean.
+        focal_exponent (float): The power q, not negative; 0 for a plain mean.
             Defaults to ``2.0``.
 
     Raises:
-        ValueError: If ``focus`` is negative.
+        ValueError: If ``focal_exponent`` is negative.
     """
 
-    def __init__(self, options: DecouplingLossOptions = DecouplingLossOptions(), focus: float = 2.0) -> None:
+    def __init__(self, options: DecouplingLossOptions = DecouplingLossOptions(), focal_exponent: float = 2.0) -> None:
         super().__init__()
-        check_range(focus >= 0, "focus", "at least 0", focus)
-        self.focus = focus
+        check_range(focal_exponent >= 0, "focal_exponent", "at least 0", focal_exponent)
+        self.focal_exponent = focal_exponent
         self.decoupling = DecouplingLoss(options)
 
     def forward(self, output: TrainingOutput) -> dict[str, torch.Tensor]:
@@ -55,7 +55,7 @@ class DecADLoss(nn.Module):
         errors = AnomalyMapGenerator.patch_errors(output.features, output.reconstructions)
         terms = {
             "reconstruction": (self._weights(errors.detach(), output.perturbed) * errors).mean(),
-            **self.decoupling(output.x, output.x_clean, output.energy, output.perturbed, output.prior_error),
+            **self.decoupling(output.x, output.x_clean, output.energy, output.perturbed, output.prior_loss),
         }
         return {**terms, "loss": torch.stack(list(terms.values())).sum()}
 
@@ -63,6 +63,6 @@ class DecADLoss(nn.Module):
         """Weigh patches by their errors, so that the mean weight of those that were not perturbed is 1."""
         errors = errors.clamp(min=_TINY).masked_fill(perturbed, 0.0)
         # Of shares of the largest, as a high power of a small number is 0.
-        powers = (errors / errors.amax().clamp(min=_TINY)) ** self.focus
+        powers = (errors / errors.amax().clamp(min=_TINY)) ** self.focal_exponent
         mean = (powers * ~perturbed).sum() / (~perturbed).sum().clamp(min=1)
         return (powers / mean).masked_fill(perturbed, 1.0)

@@ -3,6 +3,7 @@
 
 import copy
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -40,7 +41,7 @@ class TrainingOutput(NamedTuple):
         x_clean (torch.Tensor): Cleaned embeddings, shape (B, N, dim).
         energy (torch.Tensor): Abnormal energies of the perturbed embeddings, shape (B, N).
         perturbed (torch.Tensor): Which patches were perturbed, booleans of shape (B, N).
-        prior_error (torch.Tensor | None): Errors of the prior in unperturbed patches, shape (K,); ``None`` without.
+        prior_loss (torch.Tensor | None): Squared errors of the prior in unperturbed patches, shape (K,), if any.
     """
 
     features: list[torch.Tensor]
@@ -49,7 +50,7 @@ class TrainingOutput(NamedTuple):
     x_clean: torch.Tensor
     energy: torch.Tensor
     perturbed: torch.Tensor
-    prior_error: torch.Tensor | None = None
+    prior_loss: torch.Tensor | None = None
 
 
 class DecADModel(nn.Module):
@@ -60,7 +61,7 @@ class DecADModel(nn.Module):
     space.
 
     What depends on the data alone (statistics, principal axes, prior, linear maps) comes from a sample of normal
-    images, given to :meth:`initialize` before training or taken from the first batch.
+    images: :meth:`initialize` has to be called before training.
 
     Args:
         encoder (ViTEncoder): Gives the feature maps.
@@ -235,7 +236,7 @@ class DecADModel(nn.Module):
         return clean, [feature.gather(1, index).flatten(0, 1) for feature in images]
 
     @property
-    def float_parts(self) -> list[str]:
+    def keep_in_float32(self) -> list[str]:
         """Names of the parts that quantization leaves in floating point.
 
         Whitening and removal are only faithful if they are accurate, and the prior takes exponentials of differences
@@ -279,18 +280,24 @@ class DecADModel(nn.Module):
 
         Returns:
             TrainingOutput: The input of the loss.
+
+        Raises:
+            RuntimeError: If the model has not been initialized.
         """
         grid = grid or square_grid(features[0].shape[1])
         if not self.is_initialized:
-            self.initialize(features, features, grid)
+            msg = "the model has not been initialized: call initialize() with features of normal images first"
+            raise RuntimeError(msg)
         standardized = self.standardizer(features)
         x = self.fusion(features)
         unchanged = x, x.new_zeros(x.shape[:-1]).bool()
         if self.decoupler is None:
             return TrainingOutput(standardized, self.decoder(x), x, x, x.new_zeros(x.shape[:-1]), unchanged[1])
-        with self.decoupler.folded():
-            perturbed, mask = self.synthesis(x, self.decoupler.energy, grid) if self.synthesis else unchanged
-            output = self.decoupler(perturbed, grid)
-            prior_error = self.decoupler.prior_error(output, mask)
+        weights = self.decoupler.fold()
+        perturbed, mask = unchanged
+        if self.synthesis is not None:
+            perturbed, mask = self.synthesis(x, partial(self.decoupler.energy, weights=weights), grid)
+        output = self.decoupler(perturbed, grid, weights)
+        prior_loss = self.decoupler.update_statistics(output, mask)
         reconstructions = self.decoder(output.x_clean)
-        return TrainingOutput(standardized, reconstructions, x, output.x_clean, output.energy, mask, prior_error)
+        return TrainingOutput(standardized, reconstructions, x, output.x_clean, output.energy, mask, prior_loss)

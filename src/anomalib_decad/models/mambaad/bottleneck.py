@@ -20,7 +20,7 @@ def _convolution(inputs: int, outputs: int, kernel: int, stride: int) -> nn.Sequ
 
 
 class HalfFPN(nn.Module):
-    """Joins the three maps of a pyramid and halves the result.
+    """Joins the three maps of a pyramid and halves the result (MambaAD, section 3.1).
 
     Args:
         channels (Sequence[int]): Channels of the three maps, from the finest; each twice those of the one before, the
@@ -28,9 +28,6 @@ class HalfFPN(nn.Module):
 
     Raises:
         ValueError: If they are not.
-
-    Reference:
-        MambaAD, section 3.1.
     """
 
     def __init__(self, channels: Sequence[int]) -> None:
@@ -54,14 +51,7 @@ class HalfFPN(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, maps: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Join maps.
-
-        Args:
-            maps (Sequence[torch.Tensor]): Three maps, from the finest; each half as large as the one before.
-
-        Returns:
-            torch.Tensor: Embedding of shape (B, 2 * channels, rows, columns), half as large as the coarsest map.
-        """
+        """Join three maps, each half as large as the one before, into one of half the size and twice the channels."""
         fine, middle, coarse = maps
         joined = functional.relu(self.middle(middle)) + functional.relu(self.fine_down(fine))
         joined = functional.relu(self.middle_down(joined)) + functional.relu(self.coarse(coarse))

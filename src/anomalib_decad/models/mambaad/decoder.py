@@ -17,18 +17,13 @@ __all__ = ["HybridStateSpace", "LocalityEnhancedStateSpace", "MambaDecoder"]
 _NUM_STATES = 16
 _EXPANSION = 2
 
-#: Range of the step sizes that the scan starts with.
-_MIN_DELTA, _MAX_DELTA = 0.001, 0.1
-
-#: Kernels of the convolutions beside the state spaces.
-_KERNELS = (5, 7)
-
-#: Share of residual branches that are dropped in training: this in the first block, none in the last.
-_DROP_PATH = 0.2
+_MIN_DELTA, _MAX_DELTA = 0.001, 0.1  # range of the step sizes that the scan starts with
+_KERNELS = (5, 7)  # of the convolutions beside the state spaces
+_DROP_PATH = 0.2  # share of residual branches dropped in training in the first block; none are in the last
 
 
 class HybridStateSpace(nn.Module):
-    """Selective state space that scans a feature map in several directions, and sums what they give.
+    """Selective state space that scans a feature map in several directions and sums (MambaAD, section 3.3).
 
     Args:
         dim (int): Number of channels.
@@ -38,9 +33,6 @@ class HybridStateSpace(nn.Module):
 
     Raises:
         ValueError: If ``num_directions`` or ``curve`` is out of its range.
-
-    Reference:
-        MambaAD, section 3.3, and VMamba's SS2D.
     """
 
     order: torch.Tensor
@@ -70,14 +62,7 @@ class HybridStateSpace(nn.Module):
         self.register_buffer("inverse", order.argsort(dim=1), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Scan a feature map.
-
-        Args:
-            x (torch.Tensor): Shape (B, rows, columns, dim).
-
-        Returns:
-            torch.Tensor: Same shape.
-        """
+        """Scan a feature map of shape (B, rows, columns, dim); the result has the same shape."""
         features, gate = self.input_projection(x).chunk(2, dim=-1)
         features = functional.silu(self.convolution(features.permute(0, 3, 1, 2)))
         y = self._scan(features.flatten(2)).mT.unflatten(1, x.shape[1:3])
@@ -115,26 +100,17 @@ def _convolution(dim: int, kernel: int) -> nn.Sequential:
 
 
 class LocalityEnhancedStateSpace(nn.Module):
-    """State space blocks, which see the whole map, beside convolutions, which see the neighborhood.
+    """State space blocks, which see the whole map, beside convolutions, which see the neighborhood (section 3.2).
 
-    Args:
-        dim (int): Number of channels.
-        grid (tuple[int, int]): Rows and columns of the feature map.
-        num_directions (int): Directions of a scan: 2, 4 or 8.
-        curve (Curve): Curve of the scan.
-        drop_paths (Sequence[float]): For each state space block, the share that is dropped in training.
-
-    Reference:
-        MambaAD, section 3.2.
+    The arguments are those of :class:`HybridStateSpace`, and for each block the share that is dropped in training.
     """
 
     def __init__(
         self, dim: int, grid: tuple[int, int], num_directions: int, curve: Curve, drop_paths: Sequence[float]
     ) -> None:
         super().__init__()
-        self.blocks = nn.Sequential(
-            *(_StateSpaceBlock(dim, grid, num_directions, curve, drop_path) for drop_path in drop_paths)
-        )
+        blocks = [_StateSpaceBlock(dim, grid, num_directions, curve, drop_path) for drop_path in drop_paths]
+        self.blocks = nn.Sequential(*blocks)
         self.convolutions = nn.ModuleList(_convolution(dim, kernel) for kernel in _KERNELS)
         self.join = nn.Conv2d((1 + len(_KERNELS)) * dim, dim, 1)
         for module in (*self.convolutions.modules(), self.join):
@@ -144,14 +120,7 @@ class LocalityEnhancedStateSpace(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Transform a feature map.
-
-        Args:
-            x (torch.Tensor): Shape (B, rows, columns, dim).
-
-        Returns:
-            torch.Tensor: Same shape.
-        """
+        """Transform a feature map of shape (B, rows, columns, dim); the result has the same shape."""
         channels_first = x.permute(0, 3, 1, 2)
         parts = [self.blocks(x).permute(0, 3, 1, 2), *(branch(channels_first) for branch in self.convolutions)]
         return x + self.join(torch.cat(parts, dim=1)).permute(0, 2, 3, 1)
@@ -171,20 +140,17 @@ class _PatchExpand(nn.Module):
 
 
 class MambaDecoder(nn.Module):
-    """Decodes an embedding to feature maps of twice its size and half its channels, and again.
+    """Decodes an embedding to feature maps of twice its size and half its channels, and again (MambaAD, section 3.1).
 
     Args:
         dim (int): Channels of the embedding.
         grid (tuple[int, int]): Its rows and columns.
         depths (Sequence[int]): State space blocks of each stage, from the coarsest; multiples of 2 or 3.
-        num_directions (int): Directions of a scan: 2, 4 or 8.
+        num_directions (int): See :class:`HybridStateSpace`, as ``curve``.
         curve (Curve): Curve of the scan.
 
     Raises:
         ValueError: If an argument is out of its range.
-
-    Reference:
-        MambaAD, section 3.1.
     """
 
     def __init__(
@@ -212,17 +178,10 @@ class MambaDecoder(nn.Module):
                 trunc_normal_(module.weight, std=0.02)
 
     def forward(self, embeddings: torch.Tensor) -> list[torch.Tensor]:
-        """Decode.
-
-        Args:
-            embeddings (torch.Tensor): Shape (B, dim, rows, columns).
-
-        Returns:
-            list[torch.Tensor]: Maps of all stages but the first, from the finest, channels first.
-        """
+        """Decode (B, dim, rows, columns) to the maps of all stages but the first, from the finest, channels first."""
         x = embeddings.permute(0, 2, 3, 1)
         maps: list[torch.Tensor] = []
         for stage in self.stages:
             x = stage(x)
-            maps.insert(0, x.permute(0, 3, 1, 2))
+            maps.insert(0, x.permute(0, 3, 1, 2).float())
         return maps[:-1]

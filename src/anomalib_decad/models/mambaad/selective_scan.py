@@ -3,9 +3,8 @@ r"""Selective scan: the recurrence of a state space whose matrices depend on the
 
 .. math:: h_t = \exp(\Delta_t A)\, h_{t-1} + \Delta_t B_t x_t, \qquad y_t = C_t \cdot h_t + D x_t
 
-Three ways to compute it: the CUDA kernels of the package ``mamba_ssm``, where it is installed and the tensors are on a
-GPU; a loop in plain PyTorch, whose memory does not grow with the number of states; and, in graphs that are exported,
-which have no loops, doubling of the distance that a step looks back.
+It is computed by the CUDA kernels of the package ``mamba_ssm`` where that is installed and the tensors are on a GPU,
+else by a loop in plain PyTorch, and in exported graphs, which have no loops, by doubling the span of a step.
 
 Reference:
     Gu and Dao: Mamba: Linear-Time Sequence Modeling with Selective State Spaces. 2023.
@@ -28,12 +27,7 @@ _HAS_KERNEL = find_spec("mamba_ssm") is not None
 
 
 def selective_scan(
-    x: torch.Tensor,
-    delta: torch.Tensor,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    c: torch.Tensor,
-    d: torch.Tensor,
+    x: torch.Tensor, delta: torch.Tensor, a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, d: torch.Tensor
 ) -> torch.Tensor:
     """Scan sequences, in float32 and in several independent groups of channels.
 
@@ -52,11 +46,8 @@ def selective_scan(
         x, delta, a, b, c, d = (at_least_float32(tensor) for tensor in (x, delta, a, b, c, d))
         if x.is_cuda and _HAS_KERNEL:
             return _kernel(x, delta, a, b, c, d)
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
-            y = _doubling(x, delta, a, b, c)
-        else:
-            y = _Scan.apply(x, delta, a, b, c)
-        return y + d[..., None] * x
+        is_exported = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        return (_doubling if is_exported else _Scan.apply)(x, delta, a, b, c) + d[..., None] * x
 
 
 def _kernel(
@@ -82,10 +73,7 @@ def _doubling(x: torch.Tensor, delta: torch.Tensor, a: torch.Tensor, b: torch.Te
 
 
 class _Scan(torch.autograd.Function):
-    """The recurrence as a loop over the steps, which keeps only every so many states for the backward pass.
-
-    Inside, time comes first: (L, B, groups, dim) and (L, B, groups, states).
-    """
+    """The recurrence as a loop over the steps, which keeps a state of each segment; inside, time comes first."""
 
     @staticmethod
     def forward(

@@ -10,13 +10,13 @@ from anomalib.models.image.reverse_distillation.anomaly_map import AnomalyMapGen
 from anomalib.models.image.reverse_distillation.loss import ReverseDistillationLoss
 from torch.optim import Adam
 
-from anomalib_decad.models.decoupled_module import DecoupledModule
+from anomalib_decad.models.decoupled import DecoupledMixin
 from anomalib_decad.models.reverse_distillation.torch_model import DecoupledReverseDistillationModel
 
 __all__ = ["DecoupledReverseDistillation"]
 
 
-class DecoupledReverseDistillation(DecoupledModule, AnomalibModule):
+class DecoupledReverseDistillation(DecoupledMixin, AnomalibModule):
     """anomalib's reverse distillation (RD4AD), whose bottleneck embedding is decoupled.
 
     A decoder distils a frozen encoder's feature maps from a bottleneck embedding of them; what it cannot reproduce is
@@ -26,7 +26,7 @@ class DecoupledReverseDistillation(DecoupledModule, AnomalibModule):
         encoder (str): Name of a ResNet that anomalib has a decoder for, or of a timm vision transformer.
             Defaults to ``"wide_resnet50_2"``.
         encoder_weights (str | Path | None): Local .safetensors or .pth file with the encoder's weights.
-            Defaults to ``None``: timm's pretrained weights, from the Hugging Face hub or its local cache.
+            Defaults to ``None``: timm's pretrained weights.
         layers (Sequence[int] | None): Stages of a convolutional network, counted from 0 at a stride of 2 pixels, or
             layers (blocks) of a transformer, counted from 1.
             Defaults to ``None``: the stages 1, 2 and 3 (strides of 4, 8 and 16 pixels), or the layers 3, 6 and 9.
@@ -36,25 +36,18 @@ class DecoupledReverseDistillation(DecoupledModule, AnomalibModule):
             Defaults to ``AnomalyMapGenerationMode.ADD``.
         learning_rate (float): Learning rate of Adam, for bottleneck and decoder.
             Defaults to ``0.005``, as in the paper and in anomalib.
-        gradient_clip_val (float): Norm that gradients are clipped to; 0 for no clipping. The trainer's own
-            gradient_clip_val comes first.
-            Defaults to ``0.0``.
-        **kwargs (Any): Arguments of :class:`DecoupledModule`.
+        gradient_clip_val (float): Norm to clip gradients to, unless the trainer has one; 0: none. Defaults to ``0.0``.
+        **kwargs (Any): Arguments of :class:`DecoupledMixin`.
 
     Raises:
         ValueError: If an argument is out of its range or does not fit the encoder.
         FileNotFoundError: If ``encoder_weights`` is no file.
 
-    Example:
-        >>> from anomalib.engine import Engine
-        >>> from anomalib_decad import DecoupledReverseDistillation, MultiCategory
-        >>> datamodule = MultiCategory("MVTecAD", root="./datasets/MVTecAD")
-        >>> Engine(max_steps=15_000).train(DecoupledReverseDistillation(), datamodule=datamodule)  # doctest: +SKIP
-
     Reference:
         Deng and Li: Anomaly Detection via Reverse Distillation from One-Class Embedding. CVPR 2022.
     """
 
+    architecture = DecoupledMixin.architecture | {"anomaly_map_mode"}
     model: DecoupledReverseDistillationModel
 
     def __init__(
@@ -69,27 +62,15 @@ class DecoupledReverseDistillation(DecoupledModule, AnomalibModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(learning_rate=learning_rate, gradient_clip_val=gradient_clip_val, **kwargs)
-        size = self.model_size(encoder, image_size, (256, 256))
-        self.model = DecoupledReverseDistillationModel(
-            encoder,
-            encoder_weights,
-            layers,
-            size,
-            anomaly_map_mode,
-            **self.decoupling_arguments,
-        )
+        self.build()
+
+    def build(self) -> None:
+        """Make model, loss and pre-processor from ``self.hparams``."""
+        arguments = self.method_arguments((256, 256), "anomaly_map_mode")
+        self.model = DecoupledReverseDistillationModel(**arguments)
         self.loss = ReverseDistillationLoss()
-        self.resize_for_encoder(image_size, size)
+        self.resize_for_encoder(arguments["image_size"])
 
     def configure_optimizers(self) -> Adam:
-        """Configure Adam for bottleneck, decoder and decoupling.
-
-        Returns:
-            Adam: The optimizer.
-        """
+        """Configure Adam for bottleneck, decoder and decoupling."""
         return Adam(self.parameter_groups(), betas=(0.5, 0.99))
-
-    @classmethod
-    def checkpoint_safe_globals(cls) -> Sequence[Any]:
-        """Allow ``AnomalyMapGenerationMode``, which checkpoints of before have, so that their version is named."""
-        return (AnomalyMapGenerationMode,)

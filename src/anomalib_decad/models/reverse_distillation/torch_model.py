@@ -10,41 +10,25 @@ from anomalib.models.components.backbone import get_decoder
 from anomalib.models.image.reverse_distillation.anomaly_map import AnomalyMapGenerationMode
 from anomalib.models.image.reverse_distillation.torch_model import ReverseDistillationModel
 
-from anomalib_decad.components import CategoryPrediction, CategoryRecognizer, attach, create_encoder
-from anomalib_decad.models.decoupled_model import DecoupledModel
+from anomalib_decad.components import CategoryRecognizer, attach, create_encoder
+from anomalib_decad.models.decoupled_model import DistillationModel
 
 __all__ = ["DecoupledReverseDistillationModel"]
 
-#: Whose bottleneck and decoder, and the channels of whose stages, are taken with a vision transformer.
+_STAGES = (1, 2, 3)  # of a ResNet that are distilled: strides of 4, 8 and 16 pixels
+# A vision transformer's outputs become a pyramid with the channels of this network, which gives bottleneck and decoder.
 _TRANSFORMER_DECODER, _TRANSFORMER_CHANNELS = "resnet50", (256, 512, 1024)
 
-#: Stages of a ResNet that are distilled: strides of 4, 8 and 16 pixels.
-_STAGES = (1, 2, 3)
 
-
-class DecoupledReverseDistillationModel(DecoupledModel, ReverseDistillationModel):
+class DecoupledReverseDistillationModel(DistillationModel, ReverseDistillationModel):  # type: ignore[misc]
     """anomalib's reverse distillation, whose bottleneck embedding is decoupled.
 
-    Bottleneck, decoder, anomaly map and score are anomalib's own.
+    Bottleneck, decoder, anomaly map and score are anomalib's own. The arguments that are not listed, and the errors,
+    are those of :class:`DecoupledReverseDistillation`.
 
     Args:
-        encoder (str): Name of a ResNet that anomalib has a decoder for, or of a timm vision transformer, whose outputs
-            become a pyramid with the channels of a ResNet-50.
-        encoder_weights (str | Path | None): Local file with its weights; ``None`` for timm's pretrained weights.
-        layers (Sequence[int] | None): Three stages of a ResNet, counted from 0, or layers of a transformer, counted
-            from 1; ``None`` for the paper's, or the layers 3, 6 and 9.
-        image_size (tuple[int, int]): Height and width of the images in pixels.
-        anomaly_map_mode (AnomalyMapGenerationMode | str): How the maps of the stages are joined.
-        decouple (bool): Whether anomalies are synthesized and removed; without, it is anomalib's method.
-        pretrained (bool): Whether the encoder gets weights at all; a random one is good for tests only.
+        pretrained (bool): Whether the encoder gets weights at all; random ones are for tests only.
         **kwargs (Any): Further arguments of :class:`EmbeddingDecoupling`.
-
-    Raises:
-        ValueError: If an argument is out of its range, or anomalib has no decoder for the encoder.
-        FileNotFoundError: If ``encoder_weights`` is no file.
-
-    Reference:
-        Deng and Li: Anomaly Detection via Reverse Distillation from One-Class Embedding. CVPR 2022.
     """
 
     def __init__(
@@ -78,25 +62,3 @@ class DecoupledReverseDistillationModel(DecoupledModel, ReverseDistillationModel
         del self.bottleneck.conv4, self.bottleneck.bn4
         if decouple:
             attach(self, "bottleneck", 2 * frozen.channels[-1], **kwargs)
-
-    def forward(  # type: ignore[override]
-        self, images: torch.Tensor
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor]] | CategoryPrediction:
-        """Run the model.
-
-        Args:
-            images (torch.Tensor): Normalized images of shape (B, 3, H, W), of the model's size.
-
-        Returns:
-            tuple[list[torch.Tensor], list[torch.Tensor]] | CategoryPrediction: In training mode the encoder's three
-                maps and their reconstructions; in eval mode ``pred_score`` of shape (B,), ``anomaly_map`` of shape
-                (B, 1, H, W) and ``category`` of shape (B,).
-        """
-        features = list(self.encoder(images).values())
-        reconstructions = self.decoder(self.bottleneck(features))
-        if self.training:
-            return features, reconstructions
-        anomaly_map = self.anomaly_map_generator(features, reconstructions)
-        return CategoryPrediction(
-            pred_score=anomaly_map.amax(dim=(1, 2, 3)), anomaly_map=anomaly_map, category=self.recognizer(features)
-        )

@@ -14,7 +14,7 @@ _DROPOUT = 0.1
 
 
 def neighbor_mask(grid: tuple[int, int], neighbors: int) -> torch.Tensor:
-    """Mark the positions that a position must not attend to: the square around it.
+    """Mark the positions that a position must not attend to: the square around it (UniAD, section 3.2).
 
     Args:
         grid (tuple[int, int]): Rows and columns.
@@ -25,9 +25,6 @@ def neighbor_mask(grid: tuple[int, int], neighbors: int) -> torch.Tensor:
 
     Raises:
         ValueError: If ``neighbors`` is not odd and positive, or leaves a position nothing to attend to.
-
-    Reference:
-        UniAD, section 3.2.
     """
     check_range(neighbors >= 1 and neighbors % 2 == 1, "neighbors", "an odd positive number", neighbors)
     rows, columns = torch.meshgrid(*(torch.arange(side) for side in grid), indexing="ij")
@@ -40,12 +37,7 @@ def neighbor_mask(grid: tuple[int, int], neighbors: int) -> torch.Tensor:
 
 
 class PositionEmbedding(nn.Module):
-    """Learned embedding of a grid's positions: half of the channels for the row, half for the column.
-
-    Args:
-        grid (tuple[int, int]): Rows and columns.
-        dim (int): Number of channels; even.
-    """
+    """Learned embedding of a grid's (rows, columns): half of ``dim`` channels for the row, half for the column."""
 
     def __init__(self, grid: tuple[int, int], dim: int) -> None:
         super().__init__()
@@ -53,17 +45,13 @@ class PositionEmbedding(nn.Module):
         self.columns = nn.Parameter(torch.rand(1, grid[1], dim // 2))
 
     def forward(self) -> torch.Tensor:
-        """Compute the embeddings.
-
-        Returns:
-            torch.Tensor: Shape (N, dim), N = rows * columns.
-        """
+        """Compute the embeddings, shape (N, dim), N = rows * columns."""
         grid = (self.rows.shape[0], self.columns.shape[1], -1)
         return torch.cat([self.rows.expand(grid), self.columns.expand(grid)], dim=-1).flatten(0, 1)
 
 
 class _Attention(nn.Module):
-    """Attention with a residual and a layer norm behind; positions enter queries and keys, not values."""
+    """Attention, then a residual and a layer norm; positions enter queries and keys, not values."""
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
@@ -120,8 +108,6 @@ class _DecoderLayer(nn.Module):
 
 
 class _MaskedStack(nn.Module):
-    """Layers that share positions and mask."""
-
     mask: torch.Tensor
 
     def __init__(self, grid: tuple[int, int], neighbors: int) -> None:
@@ -134,14 +120,11 @@ class TransformerEncoder(_MaskedStack):
     """Neighbor-masked self-attention.
 
     Args:
-        grid (tuple[int, int]): Rows and columns of the feature map.
+        grid (tuple[int, int]): Rows and columns of the feature map, see :func:`neighbor_mask`, as ``neighbors``.
         dim (int): Number of channels.
         num_layers (int): Number of layers.
         num_heads (int): Attention heads of a layer.
-        neighbors (int): Side of the masked square around a position, in positions.
-
-    Raises:
-        ValueError: If ``neighbors`` does not fit.
+        neighbors (int): Side of the masked square.
     """
 
     def __init__(self, grid: tuple[int, int], dim: int, num_layers: int, num_heads: int, neighbors: int) -> None:
@@ -149,15 +132,7 @@ class TransformerEncoder(_MaskedStack):
         self.layers = nn.ModuleList(_EncoderLayer(dim, num_heads) for _ in range(num_layers))
 
     def forward(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Embed a feature map.
-
-        Args:
-            tokens (torch.Tensor): Shape (B, N, dim).
-            positions (torch.Tensor): Embeddings of the positions, shape (N, dim).
-
-        Returns:
-            torch.Tensor: Embeddings as a map of shape (B, dim, rows, columns).
-        """
+        """Embed tokens (B, N, dim), whose positions have embeddings (N, dim), as a map (B, dim, rows, columns)."""
         for layer in self.layers:
             tokens = layer(tokens, positions, self.mask)
         return tokens.mT.unflatten(2, self.grid)
@@ -166,18 +141,7 @@ class TransformerEncoder(_MaskedStack):
 class QueryDecoder(_MaskedStack):
     """Layer-wise query decoder: in each layer a learned query looks at the embeddings, then at the layer before.
 
-    Args:
-        grid (tuple[int, int]): Rows and columns of the feature map.
-        dim (int): Number of channels.
-        num_layers (int): Number of layers.
-        num_heads (int): Attention heads of a layer.
-        neighbors (int): Side of the masked square around a position, in positions.
-
-    Raises:
-        ValueError: If ``neighbors`` does not fit.
-
-    Reference:
-        UniAD, section 3.2.
+    The arguments are those of :class:`TransformerEncoder` (UniAD, section 3.2).
     """
 
     def __init__(self, grid: tuple[int, int], dim: int, num_layers: int, num_heads: int, neighbors: int) -> None:
@@ -186,15 +150,7 @@ class QueryDecoder(_MaskedStack):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, embeddings: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Decode.
-
-        Args:
-            embeddings (torch.Tensor): Map of shape (B, dim, rows, columns).
-            positions (torch.Tensor): Embeddings of the positions, shape (N, dim).
-
-        Returns:
-            torch.Tensor: Shape (B, N, dim).
-        """
+        """Decode a map (B, dim, rows, columns), whose positions have embeddings (N, dim), to tokens (B, N, dim)."""
         output = memory = embeddings.flatten(2).mT
         for layer in self.layers:
             output = layer(output, memory, positions, self.mask)

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the anomalib models with a decoupled embedding share."""
+"""What the anomalib models share that are another method with a decoupled embedding."""
 
 import math
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from anomalib.data import Batch
-from anomalib.pre_processing import PreProcessor
+from anomalib.models.components import AnomalibModule
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import MultiStepLR
@@ -19,20 +19,23 @@ from anomalib_decad.components import (
 )
 from anomalib_decad.components.embedding_decoupling import LEARNED_DECOUPLER, LEARNED_LOSS, LEARNED_SYNTHESIS
 from anomalib_decad.components.encoders import default_size
-from anomalib_decad.components.options import as_options
-from anomalib_decad.models.base_module import BaseModule
-from anomalib_decad.models.parameter_groups import parameter_groups
+from anomalib_decad.models.base import MultiClassMixin, parameter_groups
 from anomalib_decad.ranges import check_range
 
-__all__ = ["DecoupledModule"]
+__all__ = ["DecoupledMixin"]
+
+if TYPE_CHECKING:
+
+    class _Base(MultiClassMixin, AnomalibModule): ...
+else:
+    _Base = MultiClassMixin
 
 
-class DecoupledModule(BaseModule):
-    """Base of the anomalib models that are another method with decoupling; ``AnomalibModule`` comes behind it.
+class DecoupledMixin(_Base):
+    """Trains another method with decoupling: its own loss, plus the decoupling's terms.
 
-    A subclass sets ``self.model``, a :class:`DecoupledModel`, and ``self.loss``, the method's own loss of what that
-    returns in training mode; and it configures the method's optimizer. The loss is the method's own, plus the
-    decoupling's terms.
+    A model is ``class Model(DecoupledMixin, AnomalibModule)``. Its :meth:`build` sets ``self.model``, a
+    :class:`DecoupledModel`, and ``self.loss``, the method's own loss of what that returns in training mode.
 
     Args:
         learning_rate (float): Learning rate of the method itself.
@@ -47,11 +50,19 @@ class DecoupledModule(BaseModule):
         loss (DecouplingLossOptions): Weights of the losses that train the decoupling, beside the method's own.
         decoupling_learning_rate (float): Learning rate of the decoupling.
             Defaults to ``1e-3``.
-        **kwargs (Any): Arguments of :class:`BaseModule`.
+        **kwargs (Any): Arguments of :class:`MultiClassMixin`.
 
     Raises:
         ValueError: If an argument is out of its range.
+
+    Example:
+        >>> from anomalib.engine import Engine
+        >>> from anomalib_decad import DecoupledUniAD, MultiCategory
+        >>> datamodule = MultiCategory("MVTecAD", root="./datasets/MVTecAD")
+        >>> Engine(max_steps=15_000).train(DecoupledUniAD(), datamodule=datamodule)  # doctest: +SKIP
     """
+
+    architecture = frozenset({"decouple", "decoupler", "encoder", "image_size", "invertible", "layers"})
 
     def __init__(
         self,
@@ -65,67 +76,51 @@ class DecoupledModule(BaseModule):
         decoupling_learning_rate: float = 1e-3,
         **kwargs: Any,
     ) -> None:
-        decoupler = as_options(DecouplerOptions, decoupler)
-        synthesis = as_options(SynthesisOptions, synthesis)
-        invertible = as_options(InvertibleOptions, invertible)
-        loss = as_options(DecouplingLossOptions, loss)
         super().__init__(**kwargs)
-        #: Arguments of a :class:`DecoupledModel`.
-        self.decoupling_arguments: dict[str, Any] = {
-            "decouple": decouple,
-            "delta": delta,
-            "decoupler": decoupler,
-            "synthesis": synthesis,
-            "invertible": invertible,
-            "loss": loss,
-        }
-        for name, rate in (
-            ("learning_rate", learning_rate),
-            ("decoupling_learning_rate", decoupling_learning_rate),
-        ):
-            check_range(rate > 0, name, "positive", rate)
-        self.decoupling_learning_rate = decoupling_learning_rate
-        self.learning_rate = learning_rate
+        for name in ("learning_rate", "decoupling_learning_rate"):
+            check_range(self.hparams[name] > 0, name, "positive", self.hparams[name])
 
-    def model_size(self, encoder: str, image_size: tuple[int, int] | None, default: tuple[int, int]) -> tuple[int, int]:
-        """Find the height and width of the images that the model will see.
+    def method_arguments(self, size: tuple[int, int], *names: str) -> dict[str, Any]:
+        """Give the arguments of the method's torch module.
 
         Args:
-            encoder (str): Name of the encoder.
-            image_size (tuple[int, int] | None): The argument of the model.
-            default (tuple[int, int]): Height and width with a convolutional network, in pixels.
+            size (tuple[int, int]): Height and width of the images if nothing else is said, for a convolutional network.
+            *names (str): Names of the method's own arguments.
 
         Returns:
-            tuple[int, int]: Height and width in pixels.
+            dict[str, Any]: The arguments.
 
         Raises:
             ValueError: If the user's pre-processor does not resize to one size.
         """
-        if isinstance(self.pre_processor, PreProcessor) and "pre_processor" in self.given_parts:
+        arguments = self.hparams
+        if self.has_own_pre_processor and self.pre_processor is not None:
             if self.input_size is None:
                 msg = f"{type(self).__name__} takes images of one size: have the pre_processor resize to it"
                 raise ValueError(msg)
-            return self.input_size
-        if image_size is None:
-            return default_size(encoder, default)
-        height, width = image_size
-        return height, width
+            size = self.input_size
+        else:
+            height, width = arguments["image_size"] or default_size(arguments["encoder"], size)
+            size = height, width
+        own = ("encoder", "encoder_weights", "layers", "decouple", "delta", *names)
+        return {
+            "image_size": size,
+            **{name: arguments[name] for name in own},
+            "decoupler": DecouplerOptions(**arguments["decoupler"]),
+            "synthesis": SynthesisOptions(**arguments["synthesis"]),
+            "invertible": InvertibleOptions(**arguments["invertible"]),
+            "loss": DecouplingLossOptions(**arguments["loss"]),
+        }
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Give the parameters to train, and their learning rates, to an optimizer."""
-        return parameter_groups(self.model, self.model.decoupling, self.learning_rate, self.decoupling_learning_rate)
+        rates = self.hparams["learning_rate"], self.hparams["decoupling_learning_rate"]
+        return parameter_groups(self.model, self.model.decoupling, *rates)
 
     def step_down(self, optimizer: Optimizer) -> OptimizerLRScheduler:
-        """Have an optimizer's learning rates fall to a tenth after 80 % of the training.
-
-        Args:
-            optimizer (Optimizer): The optimizer.
-
-        Returns:
-            OptimizerLRScheduler: The optimizer and its scheduler.
-        """
+        """Have an optimizer's learning rates fall to a tenth after 80 % of the training."""
         total = self.trainer.estimated_stepping_batches
-        last = int(0.8 * total) if math.isfinite(total) else self.max_steps
+        last = int(0.8 * total) if math.isfinite(total) else self.hparams["max_steps"]
         scheduler = MultiStepLR(optimizer, milestones=[max(last, 1)], gamma=0.1)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -138,7 +133,7 @@ class DecoupledModule(BaseModule):
     def prepare(self) -> None:
         """Initialize the decoupling by a batch of training images."""
         batch = next(iter(self.training_loader()))
-        self.model(self.received(batch).image)
+        self.model(self.to_model(batch).image)
         self.model.decoupling.losses()
 
     def training_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:

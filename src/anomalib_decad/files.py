@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that are whole or not there."""
+"""Files that appear when they are complete."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-__all__ = ["replacing", "write_text"]
+__all__ = ["atomic_write", "write_text_atomically"]
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Write a file beside its place, and move it there when it is complete.
 
     Args:
@@ -33,13 +33,13 @@ def replacing(path: Path) -> Iterator[Path]:
             partial.unlink(missing_ok=True)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file that is whole or not there, and its folder.
+def write_text_atomically(path: Path, text: str) -> None:
+    """Write a text file atomically, and make its folder.
 
     Args:
         path (Path): The file.
         text (str): Its text, written as UTF-8. Names of files that are no UTF-8 are written with question marks.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text(text, encoding="utf-8", errors="replace")
