@@ -41,7 +41,7 @@ _SETTINGS = (
 )  # fmt: skip
 _COLUMNS = (
     "model", "budget", "steps", "image_AUROC", "image_AP", "image_F1Max", "pixel_AUROC", "pixel_AP", "pixel_F1Max",
-    "pixel_AUPRO", "mean_of_seven", "training_seconds", "images_per_second", "peak_MiB", "learnable_parameters",
+    "pixel_AUPRO", "mAD", "training_seconds", "images_per_second", "peak_MiB", "learnable_parameters",
     "multiply_adds",
 )  # fmt: skip
 
@@ -96,7 +96,7 @@ def run(args: argparse.Namespace, name: str, steps: int | None) -> dict[str, Any
         result |= {"training_seconds": curve.seconds, **curve.points[-1]["metrics"]["mean"], "curve": curve.points}
     else:
         (scores,) = engine.test(model, datamodule=datamodule)
-        result |= {metric: float(scores[metric]) for metric in (*METRICS, "mean_of_seven")}
+        result |= {metric: float(scores[metric]) for metric in (*METRICS, "mAD")}
 
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     images = torch.rand(args.batch_size, 3, args.image_size, args.image_size, device=model.device)
@@ -215,15 +215,15 @@ def write(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
 
 
 def on_the_way(rows: list[dict[str, Any]]) -> list[str]:
-    """Write the mean of seven of each category at the points of the curves, as Markdown."""
+    """Write mAD of each category at the points of the curves, as Markdown."""
     points = [(row["model"], row["budget"], point) for row in rows for point in row.get("curve", ())]
     if not points:
         return []
     categories = [name for name in points[0][2]["metrics"] if name != "mean"]
-    columns = ("model", "budget", "step", "training seconds", "mean of seven", *categories)
+    columns = ("model", "budget", "step", "training seconds", "mAD", *categories)
     lines = ["", _line(columns), "|---" * len(columns) + "|"]
     for model, budget, point in points:
-        values = (100 * point["metrics"][name]["mean_of_seven"] for name in ("mean", *categories))
+        values = (100 * point["metrics"][name]["mAD"] for name in ("mean", *categories))
         facts = (model, budget, str(point["step"]), f"{point['training_seconds']:.0f}")
         lines.append(_line((*facts, *(f"{value:.1f}" for value in values))))
     return lines
@@ -257,16 +257,14 @@ def plot(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     over_time, *over_steps = all_axes[0]
     for name in dict.fromkeys(row["model"] for row in rows):
         mine = [row for row in rows if row["model"] == name]
-        points = sorted(
-            (row["training_seconds"] / 60, 100 * row["mean_of_seven"]) for row in mine if "curve" not in row
-        )
+        points = sorted((row["training_seconds"] / 60, 100 * row["mAD"]) for row in mine if "curve" not in row)
         if points:
             over_time.plot(*zip(*points, strict=True), marker="o", label=name)
         for row in mine:
             if "curve" not in row:
                 continue
             curve, label = row["curve"], f"{name}, {row['budget']}"
-            values = [100 * point["metrics"]["mean"]["mean_of_seven"] for point in curve]
+            values = [100 * point["metrics"]["mean"]["mAD"] for point in curve]
             over_time.plot([point["training_seconds"] / 60 for point in curve], values, marker=".", label=label)
             over_steps[0].plot([point["step"] for point in curve], values, marker=".", label=label)
     over_time.set(xlabel="training time in minutes", ylabel="mean of the seven metrics in %")

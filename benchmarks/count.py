@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Count learnable parameters and multiply-adds of DecAD's parts and of the other models, beside the papers' figures.
+"""Count parameters, multiply-adds and operator calls, beside the papers' figures and Dinomaly's.
 
 usage: python benchmarks/count.py [--encoder vit_base_patch14_dinov2] [--image-size 280] [--others]
 
-Counts need no trained weights. The solver's iterations are those of a network at its initialization.
+Counts need no trained weights, and are the same on every machine. The solver's iterations are those of a network at its
+initialization. Calls of operators, without views, are those of a batch of 4 on a CPU: a training step (encoder, loss,
+backward pass), an inference, and an inference of the model that exports are made of.
 """
 
 from __future__ import annotations
@@ -14,7 +16,9 @@ from typing import Any
 
 import timm
 import torch
+from anomalib.models import Dinomaly
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from anomalib_decad import DecAD
@@ -39,6 +43,35 @@ def multiply_adds(function: Callable[[], Any]) -> float:
     return counter.get_total_flops() / 2
 
 
+class CallCounter(TorchDispatchMode):
+    """Counts the calls of operators, without those that give a view."""
+
+    calls = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls += not func.is_view and func is not torch.ops.aten._unsafe_view.default
+        return func(*args, **(kwargs or {}))
+
+
+def operator_calls(function: Callable[[], Any]) -> int:
+    """Count the operator calls of a function, the second time that it is called."""
+    function()
+    with CallCounter() as counter:
+        function()
+    return counter.calls
+
+
+def count_training_step(model: torch.nn.Module, loss: Callable[[], torch.Tensor]) -> int:
+    """Count the operator calls of the forward and backward pass, without the optimizer's."""
+
+    def step() -> None:
+        model.zero_grad()
+        loss().backward()
+
+    model.train()
+    return operator_calls(step)
+
+
 def main() -> None:
     """Count and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -46,11 +79,17 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, default=280)
     parser.add_argument("--others", action="store_true", help="count them, too, with their own encoders")
     args = parser.parse_args()
-    model = DecAD(encoder=args.encoder).model
+    lightning_model = DecAD(encoder=args.encoder)
+    model = lightning_model.model
     model.encoder.load_state_dict(model.encoder.state_dict())  # random weights will do
-    images = torch.rand(1, 3, args.image_size, args.image_size)
-    model.train()(images)  # initializes what a first batch does
+    images = torch.rand(4, 3, args.image_size, args.image_size)
+    model.train().initialize(model.encoder(images))
+    training_step = count_training_step(model, lambda: lightning_model.loss(model(images))["loss"])
     model.eval()
+    with torch.no_grad():
+        fused = model.fused((args.image_size, args.image_size))
+        calls = training_step, operator_calls(lambda: model(images)), operator_calls(lambda: fused(images))
+    images = images[:1]
     whole = timm.create_model(args.encoder, num_classes=0, dynamic_img_size=True).eval()
     x, grid = model.fusion(model.encoder(images)), model.encoder.grid(*images.shape[-2:])
     encoder = multiply_adds(lambda: model.encoder(images))
@@ -68,10 +107,23 @@ def main() -> None:
         ("all, if the encoder ran to its end", sum(learnable.values()), total - encoder + all_blocks),
     ]
     print(f"{args.encoder}, {args.image_size} pixels ({_PAPER})")
+    print("operator calls: a training step {}, an inference {}, an inference of an export {}".format(*calls))
+    if args.others:
+        count_dinomaly(args.encoder, args.image_size)
     for name, parameters, count in rows:
         print(f"{name:36} {parameters / 1e6:8.2f} M {count / 1e9:8.2f} G")
     for cls, (size, reported) in _DECOUPLED.items() if args.others else ():
         count_other(cls, size, reported)
+
+
+def count_dinomaly(encoder: str, image_size: int) -> None:
+    """Print the operator calls of anomalib's Dinomaly, which needs the weights of its encoder."""
+    model = Dinomaly(encoder_name=encoder).model
+    images = torch.rand(4, 3, image_size, image_size)
+    training_step = count_training_step(model, lambda: model(images, global_step=100))
+    with torch.no_grad():
+        inference = operator_calls(lambda: model.eval()(images))
+    print(f"Dinomaly: a training step {training_step}, an inference {inference}")
 
 
 def count_other(cls: Callable[..., torch.nn.Module], size: int, reported: str) -> None:

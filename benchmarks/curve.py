@@ -82,7 +82,7 @@ class Curve(Callback):
         trainer.save_checkpoint(self.checkpoint.with_suffix(".partial"))
         self.checkpoint.with_suffix(".partial").replace(self.checkpoint)
         self._write()
-        print(f"{step} steps, {self.seconds:.0f} s: {100 * table['mean']['mean_of_seven']:.1f}", flush=True)
+        print(f"{step} steps, {self.seconds:.0f} s: {100 * table['mean']['mAD']:.1f}", flush=True)
         self._start = time.perf_counter()
 
 

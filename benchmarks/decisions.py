@@ -33,8 +33,8 @@ from sklearn.metrics import f1_score
 import common
 from anomalib_decad import DecAD
 from anomalib_decad.components import CategoryRecognizer
-from anomalib_decad.decisions import BestF1, FalseAlarmRate
 from anomalib_decad.metrics import ScoreHistogram
+from anomalib_decad.thresholds import BestF1, FalseAlarmRate
 from experiments import load, parse, train
 from features import Split, chunks
 

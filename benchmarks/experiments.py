@@ -41,17 +41,18 @@ from tables import print_table, rounded, summarize, table_of
 
 _LAYERS = ((3, 6, 9), (1, 6, 12), (2, 4, 8), (2, 8, 12), (3, 6, 10), (4, 8, 10))
 
+_ANOMALIES = {"synthesis.fraction": 0.5}
+
 #: Lists of settings that are compared, by name.
 ABLATIONS: dict[str, list[dict[str, Any]]] = {
     "decoupling": [{}, {"decouple": False}],
     "anomalies": [
         {},
-        {"synthesis.noise": "gaussian", "synthesis.num_steps": 0},
-        {"synthesis.num_steps": 0},
-        {"synthesis.fraction": 0.0},
+        *({**_ANOMALIES, **setting} for setting in ({}, {"synthesis.num_steps": 0})),
+        {**_ANOMALIES, "synthesis.noise": "gaussian", "synthesis.num_steps": 0},
     ],
     "layers": [{"layers": list(layers)} for layers in _LAYERS],
-    "delta": [{"delta": delta} for delta in (1.0, 1.5, 2.0, 2.5, 3.0)],
+    "delta": [{**_ANOMALIES, "delta": delta} for delta in (1.0, 1.5, 2.0, 2.5, 3.0)],
     "latent": [{"decoupler.abnormal_fraction": fraction} for fraction in (0.8, 0.9, 0.95, 0.97)],
     "prior": [
         {"decoupler.num_prototypes": number, "decoupler.prior_dim": dim}
@@ -59,16 +60,16 @@ ABLATIONS: dict[str, list[dict[str, Any]]] = {
     ],
     "energy": [{"anomaly_map.energy_power": power} for power in (0.0, 0.125, 0.25)],
     "depth": [{"decoder_depth": depth} for depth in (1, 2, 3)],
-    "steps": [{"synthesis.num_steps": steps} for steps in (0, 1, 3)],
+    "steps": [{**_ANOMALIES, "synthesis.num_steps": steps} for steps in (0, 1, 3)],
     "losses": [
         {},
         {"loss.normal_weight": 1.0},
-        {"loss.normal_weight": 1.0, "loss.abnormal_weight": 1.0},
+        {**_ANOMALIES, "loss.normal_weight": 1.0, "loss.abnormal_weight": 1.0},
         {"loss.restoration_weight": 1.0},
         {"loss.prior_weight": 0.0},
     ],
     "region": [
-        *({"synthesis.blob_size": size} for size in (1, 4, 10)),
+        *({**_ANOMALIES, "synthesis.blob_size": size} for size in (1, 4, 10)),
         {"synthesis.fraction": 1.0},
     ],
     "optimizer": [{}, {"learning_rate": 3e-4}, {"learning_rate": 3e-3}, {"warmup_steps": 1}, {"weight_decay": 0.05}],
@@ -138,7 +139,7 @@ class Progress(Callback):
         total = self.total if trainer.global_step == self.args.steps else None
         point = {"step": trainer.global_step, "losses": losses, **measure(pl_module, self.test, total)}
         self.points.append(point)
-        mean = {name: f"{100 * row['mean']['mean_of_seven']:.1f}" for name, row in point["metrics"].items()}
+        mean = {name: f"{100 * row['mean']['mAD']:.1f}" for name, row in point["metrics"].items()}
         print(f"    {trainer.global_step} steps: {mean}", flush=True)
         pl_module.train()
         self.seconds += time.perf_counter() - start

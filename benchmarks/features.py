@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional
 
 from anomalib_decad import DecAD, MultiCategory
-from anomalib_decad.feature_cache import FeatureBatch, FeatureCode, FeatureFile, FeatureSource
+from anomalib_decad.feature_cache import FeatureBatch, FeatureCode, FeatureSource, load_or_build
 
 __all__ = ["Split", "chunks", "load"]
 
@@ -102,18 +102,10 @@ def load(
 @torch.inference_mode()
 def _split(model: DecAD, dataset: Any, folder: Path, num_workers: int) -> Split:
     source = FeatureSource(model, dataset, _BATCH_SIZE, num_workers)
-    file = FeatureFile(folder, source.key())
-    with file.lock():
-        if not file.is_complete:
-            file.create(source.shape, _LIMIT)
-            file.write_code(source.choose_code())
-            features: Any = file.open_partial()  # a memory map
-            source.encode_into(features, range(len(dataset)), file.read_code())
-            features.flush()
-            file.complete()
+    codes, code = load_or_build(folder, source.key(), source.shape, _LIMIT, source.build)
     return Split(
-        np.load(file.features, mmap_mode="r"),
-        file.read_code(),
+        codes,
+        code,
         model.model.encoder.layers,
         source.grid,
         list(dataset.samples["category"]),

@@ -105,7 +105,8 @@ def jobs_of(args: argparse.Namespace) -> list[Job]:
     graph = {"cuda_graph": True} if args.on_gpu else {}
     first, seeds = args.seeds[:1], args.seeds
     plain, paper = ("decouple=false",), ("loss.normal_weight=1.0", "loss.abnormal_weight=1.0")
-    gaussian = ("synthesis.noise=gaussian", "synthesis.num_steps=0")
+    anomalies = "synthesis.fraction=0.5"
+    gaussian = (anomalies, "synthesis.noise=gaussian", "synthesis.num_steps=0")
     jobs = {
         "race": [
             race(args, "Dinomaly", 5_000, 280),
@@ -120,14 +121,17 @@ def jobs_of(args: argparse.Namespace) -> list[Job]:
             experiment(args, "gaussian", 1000, seeds, *gaussian),
             experiment(args, "decoupled", 5000, first),
             experiment(args, "plain", 5000, first, *plain),
-            experiment(args, "no-anomalies", 1000, seeds, "synthesis.fraction=0.0"),
-            *(experiment(args, f"delta-{delta}", 1000, first, f"delta={delta}") for delta in (1.0, 1.5, 2.0, 3.0)),
+            experiment(args, "adversarial", 1000, seeds, anomalies),
+            *(
+                experiment(args, f"delta-{delta}", 1000, first, anomalies, f"delta={delta}")
+                for delta in (1.0, 1.5, 2.0, 3.0)
+            ),
             *(
                 experiment(args, f"latent-{share}", 1000, first, f"decoupler.abnormal_fraction={share}")
                 for share in (0.8, 0.95, 0.97)
             ),
-            experiment(args, "paper-losses", 1000, first, *paper),
-            experiment(args, "random-differences", 1000, seeds, "synthesis.num_steps=0"),
+            experiment(args, "paper-losses", 1000, first, anomalies, *paper),
+            experiment(args, "random-differences", 1000, seeds, anomalies, "synthesis.num_steps=0"),
             *(experiment(args, f"rate-{rate}", 1000, first, f"learning_rate={rate}") for rate in (3e-4, 3e-3)),
             *(experiment(args, f"depth-{depth}", 1000, first, f"decoder_depth={depth}") for depth in (1, 3)),
             *(experiment(args, "decoupled", 5000, [seed]) for seed in seeds[1:]),

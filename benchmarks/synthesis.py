@@ -52,7 +52,7 @@ def energies(args: Namespace) -> dict[str, torch.Tensor]:
     energy = net.decoupler.energy
     test = splits["test"]
     result = {"normal": energy(x).flatten()}
-    delta = net.synthesis.delta
+    delta = args.settings.get("delta", 2.5)
     for noise in ("gaussian", "features"):
         for steps in (0, 1):
             torch.manual_seed(1)

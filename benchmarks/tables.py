@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from anomalib_decad.metrics import METRICS, CategoryMetrics
+from anomalib_decad.metrics import MAD, METRICS, CategoryMetrics
 
 __all__ = ["print_table", "rounded", "summarize", "table_of"]
 
@@ -20,15 +20,12 @@ def rounded(table: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
 
 def table_of(metrics: CategoryMetrics) -> dict[str, dict[str, float]]:
     """Compute the seven metrics, and their mean, of each category and of all."""
-    return {
-        name: {**{metric: row[metric] for metric in METRICS}, "mean_of_seven": metrics.mean_of_seven(row)}
-        for name, row in metrics.compute().items()
-    }
+    return {name: {metric: row[metric] for metric in (*METRICS, MAD)} for name, row in metrics.compute().items()}
 
 
 def print_table(title: str, rows: Iterable[tuple[str, Sequence[dict[str, Any]]]], args: argparse.Namespace) -> None:
     """Print a table of runs: a title for the first column, and for each row its name and the runs of all seeds."""
-    print(f"| {title} | {' | '.join(METRICS)} | mean of seven | chosen by | reported |")
+    print(f"| {title} | {' | '.join(METRICS)} | mAD | chosen by | reported |")
     print("|---" * (len(METRICS) + 4) + "|")
     for name, lines in rows:
         print(f"| {name} | {summarize(lines, args)} |")
@@ -44,10 +41,10 @@ def summarize(lines: Sequence[dict[str, Any]], args: argparse.Namespace) -> str:
 
     def half(chosen: bool) -> Callable[[dict[str, Any]], float]:
         return lambda metrics: statistics.mean(
-            row["mean_of_seven"] for name, row in metrics.items() if name != "mean" and (name in args.choose) == chosen
+            row[MAD] for name, row in metrics.items() if name != "mean" and (name in args.choose) == chosen
         )
 
-    cells = [of(lambda metrics, key=metric: metrics["mean"][key]) for metric in (*METRICS, "mean_of_seven")]
+    cells = [of(lambda metrics, key=metric: metrics["mean"][key]) for metric in (*METRICS, MAD)]
     if args.choose:
         cells += [of(half(chosen=True)), of(half(chosen=False))]
     return " | ".join(cells)

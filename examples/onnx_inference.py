@@ -46,7 +46,7 @@ def read(path: Path) -> np.ndarray | None:
     return cv2.imdecode(np.frombuffer(content, np.uint8), flags)
 
 
-def find_white(paths: list[Path], bits: int | None) -> float:
+def white_level_of(paths: list[Path], bits: int | None) -> float:
     """Find the value of white in images of more than 8 bits: of all, as a dark image must stay dark."""
     if bits:
         return 2.0**bits - 1
@@ -135,7 +135,7 @@ def main() -> None:
     predict = load(args.model)
     thresholds = read_thresholds(args.model)
     args.output.mkdir(parents=True, exist_ok=True)
-    white = find_white(args.images, args.bits)
+    white = white_level_of(args.images, args.bits)
     skipped: list[str] = []
     written: set[Path] = set()
     for path in args.images:
