@@ -49,7 +49,7 @@ PAGES = {
     },
 }
 #: Rooms that nobody calls.
-_INNER = ("command_line", "compat")
+_INNER = ("compat",)
 _LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
 
 
