@@ -13,7 +13,6 @@ It uses the standard library only and never raises: a plug-in that cannot be imp
 
 from __future__ import annotations
 
-import functools
 import importlib.metadata
 import sys
 import warnings
@@ -25,8 +24,7 @@ __all__ = ["install"]
 #: Entry point group, which is also the module to wait for, and the modules that get its classes.
 _TARGETS = {"anomalib.models": ("anomalib.models", "anomalib.models.image"), "anomalib.data": ("anomalib.data",)}
 
-_attached: set[str] = set()
-_warned: set[str] = set()
+_attached, _warned = set[str](), set[str]()
 
 
 def install() -> None:
@@ -75,7 +73,8 @@ def _watch(package: ModuleType) -> None:
 def _attach(group: str) -> None:
     """Add the classes of an entry point group to anomalib's modules; an existing name stays what it is."""
     modules = [sys.modules[name] for name in _TARGETS[group] if name in sys.modules]
-    entries = [entry for entry in _entry_points(group) if not any(hasattr(module, entry.name) for module in modules)]
+    found = importlib.metadata.entry_points(group=group)
+    entries = [entry for entry in found if not any(hasattr(module, entry.name) for module in modules)]
     later = {}
     for entry in entries:
         package = entry.module.partition(".")[0]
@@ -108,11 +107,6 @@ def _is_importing(name: str) -> bool:
     """Tell whether the import of a submodule has begun, but not ended."""
     parent, _, child = name.rpartition(".")
     return parent in sys.modules and not hasattr(sys.modules[parent], child)
-
-
-@functools.cache
-def _entry_points(group: str) -> Any:
-    return importlib.metadata.entry_points(group=group)
 
 
 def _warn(package: str, error: Exception) -> None:
