@@ -136,10 +136,8 @@ class InvertibleNetwork(nn.Module):
         return normalize(units, eta, gain, self.options.pila_k, self.options.lipschitz)
 
     def _fold(self, units: Units, preconditioned: bool = True) -> NetworkWeights:
-        number, count = (
-            len(units.encode_bias),
-            next(count for count in _TOGETHER if len(units.encode_bias) % count == 0),
-        )
+        number = len(units.encode_bias)
+        count = next(count for count in _TOGETHER if number % count == 0)
         # The inverse of a unit with G is the one with -G, and units are undone in reverse.
         order = torch.arange(number, device=units.encode_bias.device)
         order = torch.stack([order, order.flip(0)])
