@@ -32,7 +32,7 @@ from typing import Any
 import common
 import peers
 
-MEMORY_BANKS = {"Patchcore", "AnomalyDINO", "NearestNeighbor"}
+MEMORY_BANKS = {"Patchcore", "Rad", "AnomalyDINO", "NearestNeighbor"}
 _PROBE_STEPS = 20
 #: Arguments that results depend on.
 _SETTINGS = (

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from anomalib.models import AnomalibModule, AnomalyDINO, Dinomaly, InpFormer, Patchcore
+from anomalib.models import AnomalibModule, AnomalyDINO, Dinomaly, InpFormer, Patchcore, Rad
 from anomalib.pre_processing import PreProcessor
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 
@@ -12,7 +12,7 @@ from nearest_neighbor import NearestNeighbor
 
 __all__ = ["DECOUPLED", "MODELS", "create"]
 
-MODELS = ("DecAD", "Dinomaly", "InpFormer", "Patchcore", "AnomalyDINO", "NearestNeighbor")
+MODELS = ("DecAD", "Dinomaly", "InpFormer", "Rad", "Patchcore", "AnomalyDINO", "NearestNeighbor")
 
 #: Methods that can be decoupled, by their names with and without it.
 DECOUPLED = {
@@ -58,6 +58,8 @@ def create(name: str, encoder: str, size: int, **kwargs: object) -> AnomalibModu
         return InpFormer(encoder_name=encoder, **kwargs)
     if name == "AnomalyDINO":
         return AnomalyDINO(encoder_name=encoder, **kwargs)
+    if name == "Rad":
+        return Rad(backbone=encoder, **kwargs)
     if name == "NearestNeighbor":
         return NearestNeighbor(encoder=encoder, layers=_LAYERS, **kwargs)
     if name == "Patchcore":
