@@ -65,8 +65,8 @@ def outputs(model: DecAD, test: Split) -> tuple[torch.Tensor, torch.Tensor]:
     errors, energies = [], []
     for chunk in chunks(range(len(test.labels)), 16):
         features = test.batch(chunk, net.encoder.layers).features()
-        x = net.fusion(features)
-        clean, energy = net.remove(x, test.grid)
+        _, product = net.recognizer.nearest(net.recognizer.describe(features))
+        clean, energy = net.remove(net.fusion(features), product)
         pairs = zip(net.standardizer(features), net.decoder(clean), strict=True)
         errors.append(torch.stack([AnomalyMapGenerator.patch_errors([a], [b]) for a, b in pairs], dim=1))
         energies.append(energy)

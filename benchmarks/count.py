@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Count parameters, multiply-adds and operator calls, beside the papers' figures and Dinomaly's.
 
-usage: python benchmarks/count.py [--encoder vit_base_patch14_dinov2] [--image-size 280] [--others]
+usage: python benchmarks/count.py [--encoder vit_base_patch14_dinov2] [--image-size 280] [--products 15] [--others]
 
 Counts need no trained weights, and are the same on every machine. The solver's iterations are those of a network at its
 initialization. Calls of operators, without views, are those of a batch of 4 on a CPU: a training step (encoder, loss,
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
@@ -21,7 +21,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from anomalib_decad import DecAD
+from anomalib_decad import DecAD, DecADModel
+from anomalib_decad.components import Decoupler, Prototypes, sample_patches
 from anomalib_decad.models.mambaad import DecoupledMambaADModel
 from anomalib_decad.models.reverse_distillation import DecoupledReverseDistillationModel
 from anomalib_decad.models.uniad import DecoupledUniADModel
@@ -72,18 +73,33 @@ def count_training_step(model: torch.nn.Module, loss: Callable[[], torch.Tensor]
     return operator_calls(step)
 
 
+def prepare(model: DecADModel, images: torch.Tensor, num_products: int) -> None:
+    """Initialize a model by random images, with as many prototypes of each product as it may have."""
+    sample = sample_patches([model.encoder(images)], len(images), 400)
+    model.recognizer.learn({str(index): index + sample.descriptors for index in range(num_products)})
+    decoupler = cast("Decoupler", model.decoupler)
+
+    def products() -> list[Prototypes]:
+        size = decoupler.num_prototypes
+        parts = torch.randn(size, decoupler.prior.keys.shape[2]), torch.randn(size, decoupler.num_abnormal)
+        return [Prototypes(*parts, torch.arange(size) % 4, sample.descriptors)] * num_products
+
+    model.train().initialize(sample, products)
+
+
 def main() -> None:
     """Count and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--encoder", default="vit_base_patch14_dinov2")
     parser.add_argument("--image-size", type=int, default=280)
+    parser.add_argument("--products", type=int, default=15, help="that the model has prototypes of")
     parser.add_argument("--others", action="store_true", help="count them, too, with their own encoders")
     args = parser.parse_args()
     lightning_model = DecAD(encoder=args.encoder)
     model = lightning_model.model
     model.encoder.load_state_dict(model.encoder.state_dict())  # random weights will do
     images = torch.rand(4, 3, args.image_size, args.image_size)
-    model.train().initialize(model.encoder(images))
+    prepare(model, images, args.products)
     training_step = count_training_step(model, lambda: lightning_model.loss(model(images))["loss"])
     model.eval()
     with torch.no_grad():
@@ -91,7 +107,7 @@ def main() -> None:
         calls = training_step, operator_calls(lambda: model(images)), operator_calls(lambda: fused(images))
     images = images[:1]
     whole = timm.create_model(args.encoder, num_classes=0, dynamic_img_size=True).eval()
-    x, grid = model.fusion(model.encoder(images)), model.encoder.grid(*images.shape[-2:])
+    x = model.fusion(model.encoder(images))
     encoder = multiply_adds(lambda: model.encoder(images))
     all_blocks = multiply_adds(lambda: whole.forward_features(images))
     total = multiply_adds(lambda: model(images))
@@ -101,7 +117,7 @@ def main() -> None:
     }
     rows = [
         (f"encoder, to layer {model.encoder.layers[-1]}", learnable["encoder"], encoder),
-        ("decoupler", learnable["decoupler"], multiply_adds(lambda: model.decoupler(x, grid))),
+        ("decoupler", learnable["decoupler"], multiply_adds(lambda: model.decoupler(x))),
         ("decoder", learnable["decoder"], multiply_adds(lambda: model.decoder(x))),
         ("all", sum(learnable.values()), total),
         ("all, if the encoder ran to its end", sum(learnable.values()), total - encoder + all_blocks),

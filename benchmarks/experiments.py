@@ -28,8 +28,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
-from torch.utils.data import DataLoader, WeightedRandomSampler
+import pandas as pd
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
+from torch.utils.data import DataLoader, Dataset, WeightedRandomSampler
 
 import common
 import features
@@ -41,36 +42,35 @@ from tables import print_table, rounded, summarize, table_of
 
 _LAYERS = ((3, 6, 9), (1, 6, 12), (2, 4, 8), (2, 8, 12), (3, 6, 10), (4, 8, 10))
 
-_ANOMALIES = {"synthesis.fraction": 0.5}
+# Anomalies and losses of the energy train the invertible network, which prototypes keep as it is.
+_LEARNED = {"decoupler.num_prototypes": 0}
+_ANOMALIES = {**_LEARNED, "synthesis.fraction": 0.5}
 
 #: Lists of settings that are compared, by name.
 ABLATIONS: dict[str, list[dict[str, Any]]] = {
     "decoupling": [{}, {"decouple": False}],
     "anomalies": [
-        {},
+        _LEARNED,
         *({**_ANOMALIES, **setting} for setting in ({}, {"synthesis.num_steps": 0})),
         {**_ANOMALIES, "synthesis.noise": "gaussian", "synthesis.num_steps": 0},
     ],
     "layers": [{"layers": list(layers)} for layers in _LAYERS],
     "delta": [{**_ANOMALIES, "delta": delta} for delta in (1.0, 1.5, 2.0, 2.5, 3.0)],
     "latent": [{"decoupler.abnormal_fraction": fraction} for fraction in (0.8, 0.9, 0.95, 0.97)],
-    "prior": [
-        {"decoupler.num_prototypes": number, "decoupler.prior_dim": dim}
-        for number, dim in ((5120, 0), (2560, 256), (5120, 256), (5120, 512))
-    ],
+    "prototypes": [{"decoupler.num_prototypes": number} for number in (1024, 4096, 16384, 65536)],
+    "neighbors": [{"decoupler.num_neighbors": number} for number in (1, 4, 8, 16)],
     "energy": [{"anomaly_map.energy_power": power} for power in (0.0, 0.125, 0.25)],
     "depth": [{"decoder_depth": depth} for depth in (1, 2, 3)],
     "steps": [{**_ANOMALIES, "synthesis.num_steps": steps} for steps in (0, 1, 3)],
     "losses": [
-        {},
-        {"loss.normal_weight": 1.0},
+        _LEARNED,
+        {**_LEARNED, "loss.normal_weight": 1.0},
         {**_ANOMALIES, "loss.normal_weight": 1.0, "loss.abnormal_weight": 1.0},
-        {"loss.restoration_weight": 1.0},
-        {"loss.prior_weight": 0.0},
+        {**_ANOMALIES, "loss.restoration_weight": 1.0},
     ],
     "region": [
         *({**_ANOMALIES, "synthesis.blob_size": size} for size in (1, 4, 10)),
-        {"synthesis.fraction": 1.0},
+        {**_LEARNED, "synthesis.fraction": 1.0},
     ],
     "optimizer": [{}, {"learning_rate": 3e-4}, {"learning_rate": 3e-3}, {"warmup_steps": 1}, {"weight_decay": 0.05}],
 }
@@ -145,6 +145,59 @@ class Progress(Callback):
         self.seconds += time.perf_counter() - start
 
 
+class FeatureRows(Dataset):
+    """Rows of a split in place of images: what DecAD asks of a dataset.
+
+    Args:
+        split (Split): The split.
+        rows (Sequence[int]): Its rows.
+        layers (Sequence[int]): Encoder layers whose features are read.
+    """
+
+    def __init__(self, split: Split, rows: Sequence[int], layers: Sequence[int]) -> None:
+        self.rows = rows
+        self.samples = pd.DataFrame({"category": [split.categories[row] for row in rows]})
+        self.collate_fn = lambda indices: split.batch(indices, layers)
+
+    def __len__(self) -> int:
+        """Count the rows."""
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> int:
+        """Give a row."""
+        return self.rows[index]
+
+
+class FeatureData(LightningDataModule):
+    """Batches of the features of training images.
+
+    Args:
+        split (Split): The training images.
+        rows (Sequence[int]): Those to train with.
+        layers (Sequence[int]): Encoder layers whose features are read.
+        batch_size (int): Images in a batch.
+        weights (Sequence[float] | None): How often each is drawn; ``None`` for each once in an epoch.
+    """
+
+    def __init__(
+        self, split: Split, rows: Sequence[int], layers: Sequence[int], batch_size: int, weights: Sequence[float] | None
+    ) -> None:
+        super().__init__()
+        self.train_data = FeatureRows(split, rows, layers)
+        self.batch_size, self.weights = batch_size, weights
+
+    def train_dataloader(self) -> DataLoader:
+        """Load batches in random order."""
+        count = len(self.train_data)
+        return DataLoader(
+            self.train_data,
+            batch_size=self.batch_size,
+            sampler=WeightedRandomSampler(self.weights or [1.0] * count, count, replacement=self.weights is not None),
+            collate_fn=self.train_data.collate_fn,
+            drop_last=True,
+        )
+
+
 def train(
     args: argparse.Namespace,
     splits: dict[str, Split],
@@ -175,14 +228,7 @@ def train(
     weights = None
     if args.sampling == "balanced":
         weights = [1 / categories.count(category) for category in categories]
-    count = len(rows)
-    loader = DataLoader(
-        rows,
-        batch_size=args.batch_size,
-        sampler=WeightedRandomSampler(weights or [1.0] * count, count, replacement=weights is not None),
-        collate_fn=lambda indices: normal.batch(indices, model.model.encoder.layers),
-        drop_last=True,
-    )
+    datamodule = FeatureData(normal, rows, model.model.encoder.layers, args.batch_size, weights)
     progress = Progress(splits["test"], args, total)
     trainer = Trainer(
         max_steps=args.steps,
@@ -195,7 +241,7 @@ def train(
         callbacks=[progress] if args.score_at else [],
     )
     start = time.perf_counter()
-    trainer.fit(model, loader)
+    trainer.fit(model, datamodule=datamodule)
     seconds = time.perf_counter() - start - progress.seconds
     if args.checkpoints:
         name = "-".join([args.name or "run", *(f"{key}={value}" for key, value in settings.items()), f"seed{seed}"])

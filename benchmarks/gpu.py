@@ -89,30 +89,28 @@ def race(args: argparse.Namespace, model: str, number: int, size: int, **options
 
 def experiment(args: argparse.Namespace, name: str, steps: int, seeds: Sequence[int], *settings: str) -> Job:
     """Train and score DecAD with some settings, for so many steps of 8."""
-    options = [*(["cuda_graph=true"] if args.on_gpu else []), *settings]
     chosen = [name for name in ("screw", "toothbrush") if name in args.categories]
     points = sorted({0, *(steps_of(args, number) for number in (100, 300, 1000, 5000) if number <= steps)})
     return Job(f"{name}-{steps}-seeds-{'-'.join(map(str, seeds))}", script(
         "experiments", args, "--steps", steps_of(args, steps), "--score-at", *points, "--seeds", *seeds,
         "--name", f"{name}-{steps}", "--accelerator", args.accelerator, "--features", args.scratch / "features",
         "--log", args.output / "experiments.jsonl", "--workers", args.workers,
-        *(["--choose", *chosen] if chosen else []), *(["--set", *options] if options else []),
+        *(["--choose", *chosen] if chosen else []), *(["--set", *settings] if settings else []),
     ))  # fmt: skip
 
 
 def jobs_of(args: argparse.Namespace) -> list[Job]:
     """List the races and experiments, the longest and the most wanted first."""
-    graph = {"cuda_graph": True} if args.on_gpu else {}
     first, seeds = args.seeds[:1], args.seeds
     plain, paper = ("decouple=false",), ("loss.normal_weight=1.0", "loss.abnormal_weight=1.0")
-    anomalies = "synthesis.fraction=0.5"
-    gaussian = (anomalies, "synthesis.noise=gaussian", "synthesis.num_steps=0")
+    anomalies = "decoupler.num_prototypes=0", "synthesis.fraction=0.5"
+    gaussian = (*anomalies, "synthesis.noise=gaussian", "synthesis.num_steps=0")
     jobs = {
         "race": [
             race(args, "Dinomaly", 5_000, 280),
-            race(args, "DecAD", 15_000, 280, **graph),
-            race(args, "DecAD", 5_000, 280, **graph),
-            race(args, "DecAD", 5_000, 392, **graph),
+            race(args, "DecAD", 15_000, 280),
+            race(args, "DecAD", 5_000, 280),
+            race(args, "DecAD", 5_000, 392),
             race(args, "Dinomaly", 5_000, 392),
         ],
         "experiments": [
@@ -121,17 +119,17 @@ def jobs_of(args: argparse.Namespace) -> list[Job]:
             experiment(args, "gaussian", 1000, seeds, *gaussian),
             experiment(args, "decoupled", 5000, first),
             experiment(args, "plain", 5000, first, *plain),
-            experiment(args, "adversarial", 1000, seeds, anomalies),
+            experiment(args, "adversarial", 1000, seeds, *anomalies),
             *(
-                experiment(args, f"delta-{delta}", 1000, first, anomalies, f"delta={delta}")
+                experiment(args, f"delta-{delta}", 1000, first, *anomalies, f"delta={delta}")
                 for delta in (1.0, 1.5, 2.0, 3.0)
             ),
             *(
                 experiment(args, f"latent-{share}", 1000, first, f"decoupler.abnormal_fraction={share}")
                 for share in (0.8, 0.95, 0.97)
             ),
-            experiment(args, "paper-losses", 1000, first, anomalies, *paper),
-            experiment(args, "random-differences", 1000, seeds, anomalies, "synthesis.num_steps=0"),
+            experiment(args, "paper-losses", 1000, first, *anomalies, *paper),
+            experiment(args, "random-differences", 1000, seeds, *anomalies, "synthesis.num_steps=0"),
             *(experiment(args, f"rate-{rate}", 1000, first, f"learning_rate={rate}") for rate in (3e-4, 3e-3)),
             *(experiment(args, f"depth-{depth}", 1000, first, f"decoder_depth={depth}") for depth in (1, 3)),
             *(experiment(args, "decoupled", 5000, [seed]) for seed in seeds[1:]),

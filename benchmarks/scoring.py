@@ -55,7 +55,8 @@ def measure(model: DecAD, test: Split, total: CategoryMetrics | None = None) -> 
     for chunk in chunks(range(len(test.labels)), 16):
         outputs = test.batch(chunk, net.encoder.layers).features()
         x, targets = net.fusion(outputs), net.standardizer(outputs)
-        clean, energy = net.remove(x, test.grid)
+        _, product = net.recognizer.nearest(net.recognizer.describe(outputs))
+        clean, energy = net.remove(x, product)
         error, kept = (generator.patch_errors(targets, net.decoder(embedding)) for embedding in (clean, x))
         both = error * energy.pow(generator.options.energy_power)
         for name, patches in zip(names, (both, error, energy), strict=True):

@@ -3,9 +3,9 @@
 
 usage: python benchmarks/synthesis.py --data ROOT [--features results/features] [--set delta=2.5 ...]
 
-Takes the arguments of experiments.py, and reads or computes features as that does. The model is prepared, but not
-trained: its latent starts at the principal axes. Energies are medians over patches: normal and synthetic ones of 64
-training images, real defects of every fourth test image that has some.
+Takes the arguments of experiments.py, and reads or computes features as that does. The model has a prior of 0, and is
+prepared, but not trained: its latent starts at the principal axes. Energies are medians over patches: normal and
+synthetic ones of 64 training images, real defects of every fourth test image that has some.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lightning.pytorch import seed_everything
 from torch.nn import functional
 
 import experiments
-from anomalib_decad.components import AdversarialSynthesis, SynthesisOptions
+from anomalib_decad.components import AdversarialSynthesis, SynthesisOptions, sample_patches
 from features import chunks
 
 _IMAGES = 64
@@ -44,10 +44,10 @@ def energies(args: Namespace) -> dict[str, torch.Tensor]:
         dict[str, torch.Tensor]: For each kind of patch, energies of shape (K,).
     """
     splits = experiments.load(args, args.layers)
-    net = experiments.create(args, args.settings).model.train()
+    net = experiments.create(args, {"decoupler.num_prototypes": 0, **args.settings}).model.train()
     order = torch.randperm(len(splits["train"].categories))[:_IMAGES].tolist()
     features = splits["train"].batch(order, args.layers).features()
-    net.initialize(features)
+    net.initialize(sample_patches([features], len(order), 400 * len(order)))
     x = net.fusion(features)
     energy = net.decoupler.energy
     test = splits["test"]

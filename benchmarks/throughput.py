@@ -67,10 +67,10 @@ def batches(args: argparse.Namespace, batch_size: int, features: tuple[int, int]
     return DataLoader(range(10**6), batch_size=1, collate_fn=lambda _: batch)
 
 
-def train(args: argparse.Namespace, name: str, batch_size: int, cached: bool, **options: Any) -> dict[str, float]:
+def train(args: argparse.Namespace, name: str, batch_size: int, cached: bool) -> dict[str, float]:
     """Measure training steps through Lightning's trainer: with optimizer, clipping and logging."""
     seed_everything(0, verbose=False)
-    model = peers.create(name, args.encoder, args.image_size, evaluator=False, visualizer=False, **options)
+    model = peers.create(name, args.encoder, args.image_size, evaluator=False, visualizer=False)
     features = (len(model.model.encoder.layers), model.model.encoder.dim) if cached else None
     timer = StepTimer(_WARM_UP)
     forget_memory(args)
@@ -169,17 +169,11 @@ Measurement = tuple[dict[str, Any], Callable[[], dict[str, float]]]
 
 def trainings(args: argparse.Namespace) -> Iterator[Measurement]:
     """List the measurements of training, the most wanted first."""
-    graph = {"cuda_graph": True} if args.accelerator == "gpu" else {}
-    kinds: dict[str, list[tuple[str, bool, dict[str, Any]]]] = {
-        "DecAD": [("features", True, {}), ("images", False, {})],
-    }
-    if graph:
-        kinds["DecAD"] = [("features, graph", True, graph), *kinds["DecAD"], ("images, graph", False, graph)]
     for batch_size in args.train_batches:
         for name in args.models:
-            for kind, cached, options in kinds.get(name, [("images", False, {})]):
+            for kind in ("features", "images") if name == "DecAD" else ("images",):
                 facts = {"what": "training", "model": name, "input": kind, "batch": batch_size}
-                measure = functools.partial(train, args, name, batch_size, cached, **options)
+                measure = functools.partial(train, args, name, batch_size, kind == "features")
                 yield {**facts, "precision": args.precision}, measure
 
 

@@ -30,7 +30,7 @@ TINY = {
     "encoder": ENCODER,
     "layers": [1, 2, 3],
     "invertible": InvertibleOptions(hidden_dim=8),
-    "decoupler": DecouplerOptions(num_prototypes=16, prior_dim=8),
+    "decoupler": DecouplerOptions(num_prototypes=64),
 }
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"

@@ -110,18 +110,9 @@ def test_precisions_and_caches_train(device, precision, feature_cache, make_mode
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("device", "cuda_graph"),
-    [
-        ("cpu", False),
-        pytest.param("cuda", False, marks=needs_cuda),
-        pytest.param("cuda", True, marks=needs_cuda),
-    ],
-)
-def test_resuming_on_a_device_gives_the_losses_of_an_unbroken_run(
-    device, cuda_graph, make_model, make_data, make_engine, tmp_path
-):
-    options = {"cuda_graph": cuda_graph, "feature_cache": "device"}
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
+def test_resuming_on_a_device_gives_the_losses_of_an_unbroken_run(device, make_model, make_data, make_engine, tmp_path):
+    options = {"feature_cache": "device"}
     trainer = {"max_epochs": 3, "accelerator": ACCELERATOR[device], "limit_val_batches": 0}
     saver = ModelCheckpoint(tmp_path / "ckpt", filename="{epoch}", save_top_k=-1)
     seed_everything(7)
@@ -132,27 +123,6 @@ def test_resuming_on_a_device_gives_the_losses_of_an_unbroken_run(
     )  # fmt: skip
     # Sums of a GPU are in no fixed order.
     assert resumed == pytest.approx(unbroken[3:], rel=1e-6 if device == "cpu" else 2e-3)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not HAS_CUDA, reason="needs a CUDA device")
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
-@pytest.mark.parametrize("decouple", [True, False])
-def test_a_cuda_graph_gives_the_losses_of_eager_steps(precision, decouple, make_model, make_data, make_engine):
-    def run(cuda_graph):
-        seed_everything(5)
-        model = make_model(cuda_graph=cuda_graph, feature_cache="device", decouple=decouple)
-        trainer = {"max_steps": 7, "accelerator": "gpu", "limit_val_batches": 0, "precision": precision}
-        # The last batch of an epoch is smaller than the recorded one.
-        return losses_of(make_engine, model, make_data(train_batch_size=5), **trainer)
-
-    assert run(True) == pytest.approx(run(False), rel=2e-2 if precision != "32-true" else 2e-3)
-
-
-@pytest.mark.skipif(HAS_CUDA, reason="needs a machine without CUDA")
-def test_a_cuda_graph_without_cuda_is_one_clear_line(make_model, make_data, make_engine):
-    with pytest.raises(ValueError, match=r"cuda_graph needs one NVIDIA GPU .* train with cuda_graph=false"):
-        make_engine().fit(make_model(cuda_graph=True), datamodule=make_data())
 
 
 class NoFloat64(TorchDispatchMode):

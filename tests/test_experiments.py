@@ -16,7 +16,7 @@ def test_each_run_is_a_line_and_features_are_computed_once(encoder_weights, mvte
     log = tmp_path / "log.jsonl"
     command = [
         "--data", mvtec_root, "--encoder", ENCODER, "--encoder-weights", encoder_weights, "--image-size", 64,
-        "--layers", 1, 3, "--set", "invertible.hidden_dim=8", "decoupler.prior_dim=8", "decoupler.num_prototypes=16",
+        "--layers", 1, 3, "--set", "invertible.hidden_dim=8", "decoupler.num_prototypes=16",
         "--steps", 3, "--batch-size", 4, "--score-at", 0, 2, 3, "--features", tmp_path / "features", "--log", log,
         "--choose", "bolts",
     ]  # fmt: skip

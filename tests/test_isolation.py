@@ -81,7 +81,7 @@ def train_other(name):
         from anomalib_decad.components import DecouplerOptions, InvertibleOptions
         model = DecAD(encoder="test_vit", encoder_weights=weights, layers=[1, 2], image_size=(64, 64),
                       invertible=InvertibleOptions(hidden_dim=8),
-                      decoupler=DecouplerOptions(num_prototypes=16, prior_dim=8))
+                      decoupler=DecouplerOptions(num_prototypes=64))
         engine("decad", max_steps=2).train(model, datamodule=data())
     else:
         from anomalib.models import Padim

@@ -43,7 +43,6 @@ def run(make_engine, make_model, make_data, *callbacks, data=None, ckpt_path=Non
     return losses_of(make_engine, model, data, *callbacks, seed=seed, ckpt_path=ckpt_path, **trainer)
 
 
-# A prior that is fitted to the patches of twelve images multiplies their rounding.
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("mode", "sampling", "num_prototypes", "tolerance"),
@@ -58,7 +57,7 @@ def run(make_engine, make_model, make_data, *callbacks, data=None, ckpt_path=Non
 def test_losses_are_those_of_training_on_images(
     mode, sampling, num_prototypes, tolerance, make_engine, make_model, make_data, count_images, tmp_path
 ):
-    both = {"max_epochs": 3, "decoupler": DecouplerOptions(0.5, num_prototypes, 8)}
+    both = {"max_epochs": 3, "decoupler": DecouplerOptions(0.5, num_prototypes)}
     expected = run(make_engine, make_model, make_data, data=make_data(sampling=sampling), **both)
     count_images.clear()
     options = {"feature_cache": mode, "feature_cache_dir": tmp_path / "cache", **both}

@@ -18,7 +18,7 @@ from conftest import TINY, anomalib
 
 #: Arguments that matter in training alone, or for what a run writes: a checkpoint can be used with others.
 OTHER_ARGUMENTS = {
-    "cuda_graph", "decoupling_learning_rate", "delta", "encoder_weights", "evaluator", "feature_cache",
+    "decoupling_learning_rate", "delta", "encoder_weights", "evaluator", "feature_cache",
     "feature_cache_dir", "feature_cache_limit", "focal_exponent", "gradient_clip_val", "jitter", "learning_rate",
     "loss", "max_steps", "post_processor", "pre_processor", "report", "save_maps", "synthesis", "visualizer",
     "warmup_steps", "weight_decay", "kwargs",

@@ -5,7 +5,6 @@ from anomalib_decad.components.decoder import FeatureDecoder
 from anomalib_decad.components.decoupler import Decoupler
 from anomalib_decad.components.embedding_decoupling import EmbeddingDecoupling, attach
 from anomalib_decad.components.encoders import EncoderWeightsError, FrozenEncoder, ViTEncoder, create_encoder
-from anomalib_decad.components.image_prior import ImagePrior
 from anomalib_decad.components.invertible import InvertibleNetwork, Pila
 from anomalib_decad.components.losses import DecouplingLoss, FeatureMSELoss
 from anomalib_decad.components.options import (
@@ -14,8 +13,8 @@ from anomalib_decad.components.options import (
     InvertibleOptions,
     SynthesisOptions,
 )
-from anomalib_decad.components.patch_sampling import choose_patches, sample_patches
-from anomalib_decad.components.prior import ConditionalPrior
+from anomalib_decad.components.patch_sampling import PatchSample, choose_patches, sample_patches
+from anomalib_decad.components.prior import PrototypePrior, Prototypes
 from anomalib_decad.components.recognition import CategoryPrediction, CategoryRecognizer
 from anomalib_decad.components.synthesis import AdversarialSynthesis
 from anomalib_decad.components.whitening import FeatureFusion, FeatureStandardizer
@@ -24,7 +23,6 @@ __all__ = [
     "AdversarialSynthesis",
     "CategoryPrediction",
     "CategoryRecognizer",
-    "ConditionalPrior",
     "Decoupler",
     "DecouplerOptions",
     "DecouplingLoss",
@@ -36,10 +34,12 @@ __all__ = [
     "FeatureMSELoss",
     "FeatureStandardizer",
     "FrozenEncoder",
-    "ImagePrior",
     "InvertibleNetwork",
     "InvertibleOptions",
+    "PatchSample",
     "Pila",
+    "PrototypePrior",
+    "Prototypes",
     "SynthesisOptions",
     "ViTEncoder",
     "attach",

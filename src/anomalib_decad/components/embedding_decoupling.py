@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Synthesis and decoupling on the embedding between the encoder and the decoder of any model."""
 
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,15 +16,16 @@ from anomalib_decad.components.options import (
     SynthesisOptions,
 )
 from anomalib_decad.components.synthesis import AdversarialSynthesis
+from anomalib_decad.ranges import check_range
 
 __all__ = ["LEARNED_DECOUPLER", "LEARNED_LOSS", "LEARNED_SYNTHESIS", "EmbeddingDecoupling", "attach"]
 
 #: Defaults for embeddings that are learned: a small share is removed, without a prior ...
-LEARNED_DECOUPLER = DecouplerOptions(abnormal_fraction=0.125, num_prototypes=0, image_prior=False)
+LEARNED_DECOUPLER = DecouplerOptions(abnormal_fraction=0.125, num_prototypes=0)
 #: ... anomalies are easy to see ...
 LEARNED_SYNTHESIS = SynthesisOptions(fraction=0.5, noise="gaussian")
 #: ... and the latent follows the energies.
-LEARNED_LOSS = DecouplingLossOptions(prior_weight=0.0, normal_weight=1.0, abnormal_weight=1.0, restoration_weight=1.0)
+LEARNED_LOSS = DecouplingLossOptions(normal_weight=1.0, abnormal_weight=1.0, restoration_weight=1.0)
 
 _NORM = 5.0  # of scaled embeddings, as of DecAD's own: its delta is in these units
 _MOMENTUM = 0.1  # share of a batch's norm in the running one, as in torch's batch normalization
@@ -53,7 +53,7 @@ class EmbeddingDecoupling(nn.Module):
         loss (DecouplingLossOptions): Weights of the terms, and the margin. Defaults to :data:`LEARNED_LOSS`.
 
     Raises:
-        ValueError: If an argument is out of its range.
+        ValueError: If an argument is out of its range, or ``num_prototypes`` is not 0.
 
     Example:
         >>> decoupling = EmbeddingDecoupling(dim=32)
@@ -78,8 +78,10 @@ class EmbeddingDecoupling(nn.Module):
         loss: DecouplingLossOptions = LEARNED_LOSS,
     ) -> None:
         super().__init__()
+        number = decoupler.num_prototypes
+        check_range(number == 0, "num_prototypes", "0: only DecAD has prototypes", number)
         self.dim = dim
-        self.decoupler = Decoupler(dim, replace(decoupler, image_prior=False), invertible)
+        self.decoupler = Decoupler(dim, decoupler, invertible)
         self.synthesis = AdversarialSynthesis(delta, synthesis)
         self.loss = DecouplingLoss(loss)
         self.register_buffer("norm", torch.tensor(0.0))
@@ -134,9 +136,8 @@ class EmbeddingDecoupling(nn.Module):
         self.decoupler.initialize(fixed)
         weights = self.decoupler.fold()
         perturbed, mask = self.synthesis(fixed, partial(self.decoupler.energy, weights=weights), grid)
-        output = self.decoupler(perturbed, None, weights)
-        prior_loss = self.decoupler.update_statistics(output, mask)
-        self._losses = self.loss(fixed, output.x_clean, output.energy, mask, prior_loss)
+        output = self.decoupler(perturbed, weights=weights)
+        self._losses = self.loss(fixed, output.x_clean, output.energy, mask)
         return (output.x_clean + (x - fixed)) / scale
 
 

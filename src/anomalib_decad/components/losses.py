@@ -15,7 +15,6 @@ __all__ = ["DecouplingLoss", "FeatureMSELoss"]
 class DecouplingLoss(nn.Module):
     r"""The terms that train the decoupling.
 
-    - ``prior``: mean squared error of the prior in unperturbed patches, which trains the prior alone.
     - ``normal_energy``: mean abnormal energy H of unperturbed patches, which trains the latent, too.
     - ``abnormal_energy``: mean hinge :math:`\max(0, m - H)` of perturbed patches.
     - ``restoration``: :math:`\|\hat{x} - x\|^2 / \|x\|^2`, each averaged over the patches, with x the embedding before
@@ -35,7 +34,6 @@ class DecouplingLoss(nn.Module):
         x_clean: torch.Tensor,
         energy: torch.Tensor,
         perturbed: torch.Tensor,
-        prior_loss: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """Compute the terms whose weight is not 0, times their weights; the loss is their sum.
 
@@ -44,14 +42,11 @@ class DecouplingLoss(nn.Module):
             x_clean (torch.Tensor): Embeddings after removal, shape (B, N, dim).
             energy (torch.Tensor): Abnormal energies of the perturbed embeddings, shape (B, N).
             perturbed (torch.Tensor): Which patches were perturbed, booleans of shape (B, N).
-            prior_loss (torch.Tensor | None): Of ``Decoupler.update_statistics``. Defaults to ``None``: a prior of 0.
 
         Returns:
             dict[str, torch.Tensor]: Scalars by the names above.
         """
         options, terms = self.options, {}
-        if options.prior_weight and prior_loss is not None:
-            terms["prior"] = options.prior_weight * prior_loss.mean()
         if options.normal_weight:
             terms["normal_energy"] = options.normal_weight * _mean(energy, ~perturbed)
         if options.abnormal_weight:

@@ -51,21 +51,19 @@ class DecouplerOptions:
     Args:
         abnormal_fraction (float): Share of the latent channels that hold the abnormal component, in (0, 1). Defaults to
             ``0.9``.
-        num_prototypes (int): Prototypes of normal patches in the prior; 0 for a prior of 0. Defaults to ``5120``.
-        prior_dim (int): Channels inside the small network that refines the prototypes; 0 leaves it out. Defaults to
-            ``256``.
-        image_prior (bool): Whether the prior also looks at other normal patches of the same image. Only DecAD has it.
-            Defaults to ``True``.
+        num_prototypes (int): Normal patches of each product that are kept as prototypes; 0 for a prior of 0, as in the
+            paper, which alone lets the invertible network learn. Defaults to ``16384``.
+        num_neighbors (int): Nearest prototypes that a patch looks at; at least 1. Defaults to ``8``.
     """
 
     abnormal_fraction: float = 0.9
-    num_prototypes: int = 5120
-    prior_dim: int = 256
-    image_prior: bool = True
+    num_prototypes: int = 16_384
+    num_neighbors: int = 8
 
     def __post_init__(self) -> None:
         check_range(0 < self.abnormal_fraction < 1, "abnormal_fraction", "between 0 and 1", self.abnormal_fraction)
-        _check_smallest(self, 0, "num_prototypes", "prior_dim")
+        _check_smallest(self, 0, "num_prototypes")
+        _check_smallest(self, 1, "num_neighbors")
 
 
 @dataclass(frozen=True)
@@ -74,8 +72,7 @@ class SynthesisOptions:
 
     Args:
         fraction (float): Share of a batch's images with perturbed patches, in [0, 1]; rounded, at least one image
-            unless 0, for which there are none, at no cost. Defaults to ``0.0``: with the default losses they gain
-            nothing (``benchmarks/NOTES.md``, "Synthesis").
+            unless 0, for which there are none, at no cost. Defaults to ``0.0``.
         num_steps (int): Gradient steps that make an anomaly hard to see; 0 for its random start. Defaults to ``1``.
         noise (Literal["features", "gaussian"]): Random start: a difference of two patches of the batch, as features
             vary, or Gaussian noise, which is easy to see. Defaults to ``"features"``.
@@ -96,19 +93,17 @@ class SynthesisOptions:
 
 @dataclass(frozen=True)
 class DecouplingLossOptions:
-    """Weights of the losses that train the decoupling, beside that of the reconstruction, which is 1.
+    """Weights of the losses that train the decoupling where its prior is 0, beside that of the reconstruction, 1.
 
     A term of weight 0 is not computed.
 
     Args:
-        prior_weight (float): Of the prior's distance from normal patches' abnormal components. Defaults to ``1.0``.
         normal_weight (float): Of the abnormal energy of normal patches. Defaults to ``0.0``.
         abnormal_weight (float): Of the hinge of perturbed patches. Defaults to ``0.0``.
         restoration_weight (float): Of the error with which removal restores perturbed embeddings. Defaults to ``0.0``.
         margin (float): Abnormal energy that a perturbed patch should have, positive. Defaults to ``1.0``.
     """
 
-    prior_weight: float = 1.0
     normal_weight: float = 0.0
     abnormal_weight: float = 0.0
     restoration_weight: float = 0.0
@@ -116,4 +111,4 @@ class DecouplingLossOptions:
 
     def __post_init__(self) -> None:
         check_range(self.margin > 0, "margin", "positive", self.margin)
-        _check_smallest(self, 0, "prior_weight", "normal_weight", "abnormal_weight", "restoration_weight")
+        _check_smallest(self, 0, "normal_weight", "abnormal_weight", "restoration_weight")

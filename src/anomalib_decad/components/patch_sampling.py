@@ -2,17 +2,28 @@
 """Choice of the patches of an image that a model is prepared with."""
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 
 from anomalib_decad.components.precision import at_least_float32
+from anomalib_decad.components.recognition import CategoryRecognizer
 from anomalib_decad.components.whitening import average_features
 
-__all__ = ["choose_patches", "sample_patches"]
+__all__ = ["PatchSample", "choose_patches", "sample_patches"]
 
 # A patch is drawn by this power of its distance to this many others of its image, at least by this share of the
 # largest: patches that are equal have no distance, and are drawn where nothing else is left.
 _POWER, _NEIGHBORS, _FLOOR = 3.0, 8, 1e-6
+
+
+class PatchSample(NamedTuple):
+    """Patches of images."""
+
+    #: Their features, shape (I, K, dim), one for each layer, in float32 or wider.
+    features: list[torch.Tensor]
+    #: What the images are recognized by (:meth:`CategoryRecognizer.describe`), shape (I, D).
+    descriptors: torch.Tensor
 
 
 def choose_patches(embeddings: torch.Tensor, count: int) -> torch.Tensor:
@@ -44,7 +55,7 @@ def sample_patches(
     num_images: int,
     num_patches: int,
     report: Callable[[float], None] | None = None,
-) -> list[torch.Tensor]:
+) -> PatchSample:
     """Draw a sample of the patches of images, see :func:`choose_patches`.
 
     Args:
@@ -56,17 +67,19 @@ def sample_patches(
             ``None``.
 
     Returns:
-        list[torch.Tensor]: Features of shape (K, dim), one for each layer, in float32 or wider.
+        PatchSample: The patches.
     """
     sample: list[torch.Tensor] = []
+    descriptors: list[torch.Tensor] = []
     count, of_each = 0, -(-num_patches // num_images)
     for features in batches:
         maps = torch.stack(list(features), dim=2)
         chosen = choose_patches(average_features(features), of_each)
-        sample.append(maps[torch.arange(len(maps), device=maps.device)[:, None], chosen].flatten(0, 1))
+        sample.append(maps[torch.arange(len(maps), device=maps.device)[:, None], chosen])
+        descriptors.append(CategoryRecognizer.describe(features))
         count += len(maps)
         if report is not None:
             report(min(count / num_images, 1.0))
         if count >= num_images:
             break
-    return list(at_least_float32(torch.cat(sample)).unbind(1))
+    return PatchSample(list(at_least_float32(torch.cat(sample)).unbind(2)), torch.cat(descriptors))

@@ -124,11 +124,19 @@ class CategoryRecognizer(nn.Module):
 
     def forward(self, features: Features) -> torch.Tensor:
         """Find the index (B,) of each image's category in :attr:`names`, or -1; feature maps as in :meth:`describe`."""
-        descriptors = self.describe(features)
+        return self.known(*self.nearest(self.describe(features)))
+
+    def nearest(self, descriptors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Find the distance to the nearest category and its index, each (B,), for descriptors (B, dim); 0 if none."""
         if not self.names:
-            return torch.full_like(descriptors[:, 0], UNKNOWN, dtype=torch.long)
+            distance = torch.zeros_like(descriptors[:, 0])
+            return distance, distance.long()
         smallest, index = ((descriptors[:, None] - self.means).square() * self.precision).mean(dim=-1).min(dim=1)
-        return torch.where(smallest <= self.limit, index, UNKNOWN)
+        return smallest, index
+
+    def known(self, distance: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        """Give the index (B,) where the image is like the nearest category, and -1 elsewhere."""
+        return torch.where(distance <= self.limit, index, UNKNOWN) if self.names else torch.full_like(index, UNKNOWN)
 
     def _set(self, names: list[str], means: torch.Tensor, precision: torch.Tensor, limit: float) -> None:
         device = self.means.device

@@ -24,7 +24,7 @@ from torchvision.transforms.v2 import Compose, Normalize, Resize
 
 from anomalib_decad.callbacks import AnomalyMapWriter, LastCheckpoint, PredictionTable, Report
 from anomalib_decad.components import CategoryRecognizer
-from anomalib_decad.data import CategoryDataset, CategoryVisualizer, PredictionFolder
+from anomalib_decad.data import CategoryVisualizer, PredictionFolder
 from anomalib_decad.export import ParityExportMixin
 from anomalib_decad.metrics import CategoryEvaluator, lacks_threshold
 from anomalib_decad.models.checkpoint import (
@@ -37,7 +37,7 @@ from anomalib_decad.models.checkpoint import (
 from anomalib_decad.ranges import check_range
 from anomalib_decad.thresholds import CategoryPostProcessor
 
-__all__ = ["MultiClassMixin", "parameter_groups"]
+__all__ = ["MultiClassMixin", "evenly_spaced", "parameter_groups"]
 
 logger = logging.getLogger(__name__)
 
@@ -226,6 +226,9 @@ class MultiClassMixin(_Base):
     def prepare(self) -> None:
         """Set what depends on the data alone, before the first step, with training images."""
 
+    def prepare_products(self, known: Sequence[str]) -> None:
+        """Set what depends on the products, where the data have others than a prepared model has ``known``."""
+
     def on_fit_start(self) -> None:
         """Load the encoder's weights, and prepare the model.
 
@@ -241,11 +244,14 @@ class MultiClassMixin(_Base):
         with isolate_rng():
             # How many random numbers have been drawn by now depends on the number of workers.
             torch.manual_seed(torch.initial_seed())
+            known = self.model.recognizer.names
             changed = self._learn_products()
             if not self.is_prepared:
                 self.model.train()
                 self.prepare()
                 changed = True
+            elif changed:
+                self.prepare_products(known)
         if changed and self.trainer.world_size > 1:
             own = {name: value for name, value in self.model.state_dict().items() if not name.startswith("encoder.")}
             self.model.load_state_dict(self.trainer.strategy.broadcast(own), strict=False)
@@ -253,8 +259,8 @@ class MultiClassMixin(_Base):
     def _learn_products(self) -> bool:
         """Learn to recognize the products, if they are not those that the model knows."""
         dataset = getattr(getattr(self.trainer, "datamodule", None), "train_data", None)
-        images = getattr(dataset, "images", dataset)  # of the feature cache, which stands for them
-        names = sorted(images.datasets) if isinstance(images, CategoryDataset) else []
+        samples = getattr(dataset, "samples", {})
+        names = sorted(samples["category"].unique()) if "category" in samples else []
         if not names or names == self.model.recognizer.names:
             return False
         with self.trainer.precision_plugin.forward_context():
@@ -494,6 +500,12 @@ def parameter_groups(
     return [*groups, {"params": own, "lr": part_learning_rate}] if own else groups
 
 
+def evenly_spaced(rows: Sequence[int], count: int) -> list[int]:
+    """Choose so many rows, evenly spaced; all where there are not as many."""
+    count = min(count, len(rows))
+    return [rows[number * len(rows) // count] for number in range(count)]
+
+
 @torch.no_grad()
 def _describe_products(dataset: Any, names: Sequence[str], encode: Callable[[Any], Any]) -> dict[str, torch.Tensor]:
     """Describe some images of each product by the mean of their features, shape (K, dim) each."""
@@ -501,8 +513,7 @@ def _describe_products(dataset: Any, names: Sequence[str], encode: Callable[[Any
     descriptors = {}
     for name in names:
         rows = (categories == name).nonzero()[0].tolist()
-        count = min(_PRODUCT_IMAGES, len(rows))
-        chosen = [rows[number * len(rows) // count] for number in range(count)]
-        loader: DataLoader = DataLoader(Subset(dataset, chosen), _PRODUCT_BATCH, collate_fn=dataset.collate_fn)
+        chosen = Subset(dataset, evenly_spaced(rows, _PRODUCT_IMAGES))
+        loader: DataLoader = DataLoader(chosen, _PRODUCT_BATCH, collate_fn=dataset.collate_fn)
         descriptors[name] = torch.cat([CategoryRecognizer.describe(encode(batch)) for batch in loader])
     return descriptors

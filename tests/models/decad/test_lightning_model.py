@@ -20,7 +20,7 @@ from anomalib_decad.metrics import METRICS, CategoryEvaluator
 from anomalib_decad.models.decad import lightning_model
 from conftest import losses_of
 
-TERMS = ("loss", "reconstruction", "prior")
+TERMS = ("loss", "reconstruction")
 
 
 def test_train_and_test_give_metrics_files_and_thresholds(make_engine, make_model, make_data, capsys):
@@ -67,19 +67,37 @@ def test_the_sample_is_of_as_many_patches_as_there_are_images_for(
     model = make_model()
     with patch.object(model.model, "initialize", wraps=model.model.initialize) as initialize:
         make_engine(max_steps=1).fit(model, datamodule=make_data())
-    assert [len(rows) for rows in initialize.call_args.args[0]] == [expected] * 3
+    assert [rows[..., 0].numel() for rows in initialize.call_args.args[0].features] == [expected] * 3
 
 
-@pytest.mark.parametrize(
-    ("settings", "images"),
-    [({}, 12), ({"decoupler": {"num_prototypes": 16, "image_prior": False}}, None), ({"decouple": False}, None)],
-)
-def test_whole_images_are_kept_only_where_they_are_of_use(settings, images, make_engine, make_model, make_data):
-    model = make_model(**settings)
-    with patch.object(model.model, "initialize", wraps=model.model.initialize) as initialize:
-        make_engine(max_steps=1).fit(model, datamodule=make_data())
-    whole = initialize.call_args.args[1]
-    assert whole is None if images is None else [len(maps) for maps in whole] == [images] * 3
+def test_each_product_has_prototypes_of_its_own_images(make_engine, make_model, make_data):
+    model = make_model(decoupler={"num_prototypes": 30})
+    make_engine(max_steps=1).fit(model, datamodule=make_data())
+    prior = model.model.decoupler.prior
+    # Six images of each: five patches of each image.
+    assert [prior.of(index).image.bincount().tolist() for index in range(2)] == [[5] * 6] * 2
+
+
+def test_products_join_and_leave_a_trained_model(make_engine, make_model, make_data, tmp_path, caplog):
+    model, engine = make_model(), make_engine(max_steps=2)
+    engine.fit(model, datamodule=make_data(categories=["bolts"]))
+    engine.trainer.save_checkpoint(tmp_path / "one.ckpt")
+    old = model.model.decoupler.prior.of(0)
+    both = make_model()
+    with caplog.at_level("INFO", logger="anomalib_decad"):
+        make_engine(max_steps=4).fit(both, datamodule=make_data(), ckpt_path=tmp_path / "one.ckpt")
+    assert "Prototypes of cloth are fitted; those of other products stay." in caplog.text
+    prior = both.model.decoupler.prior
+    assert both.model.recognizer.names == ["bolts", "cloth"]
+    assert all(torch.equal(a, b) for a, b in zip(prior.of(0), old, strict=True))
+    assert len(prior.of(1).normal) == len(old.normal)
+
+
+@pytest.mark.parametrize("settings", [{"synthesis": {"fraction": 0.5}}, {"loss": {"normal_weight": 1.0}}])
+def test_what_trains_the_network_needs_a_prior_of_0(settings, make_model):
+    with pytest.raises(ValueError, match="set decoupler.num_prototypes to 0, or leave them at 0"):
+        make_model(**settings)
+    make_model(decoupler={"num_prototypes": 0}, **settings)
 
 
 @pytest.mark.slow

@@ -9,19 +9,21 @@ from anomalib_decad.components import (
     DecouplingLossOptions,
     FeatureDecoder,
     InvertibleOptions,
+    PatchSample,
     ViTEncoder,
+    sample_patches,
 )
 from anomalib_decad.models.decad import AnomalyMapGenerator, DecADLoss
 
 
-def make_model(decouple=True, image_prior=True):
+def make_model(decouple=True, num_prototypes=0):
     encoder = ViTEncoder("test_vit", [1, 2, 3], pretrained=False)
     return DecADModel(
         encoder=encoder,
-        decoupler=Decoupler(encoder.dim, DecouplerOptions(0.9, 16, 8, image_prior), InvertibleOptions(hidden_dim=8))
+        decoupler=Decoupler(encoder.dim, DecouplerOptions(0.9, num_prototypes), InvertibleOptions(hidden_dim=8))
         if decouple
         else None,
-        synthesis=AdversarialSynthesis() if decouple else None,
+        synthesis=AdversarialSynthesis() if decouple and not num_prototypes else None,
         decoder=FeatureDecoder(encoder.dim, 3, num_heads=encoder.num_heads),
         anomaly_map=AnomalyMapGenerator(),
     )
@@ -29,8 +31,7 @@ def make_model(decouple=True, image_prior=True):
 
 def train_step(model, images):
     """Prepare a model by images, and give what it returns for them in training mode."""
-    features = model.train().encoder(images)
-    model.initialize(features, features, model.encoder.grid(*images.shape[-2:]))
+    model.train().initialize(sample_patches([model.encoder(images)], len(images), 16 * len(images)))
     return model(images)
 
 
@@ -39,7 +40,9 @@ def model():
     return make_model()
 
 
-def test_prediction(model):
+@pytest.mark.parametrize("number", [0, 64])
+def test_prediction(number):
+    model = make_model(num_prototypes=number)
     prediction = model.eval()(torch.rand(2, 3, 64, 96))
     assert prediction.anomaly_map.shape == (2, 1, 64, 96)
     assert prediction.pred_score.shape == (2,)
@@ -50,26 +53,27 @@ def test_size_may_differ_between_training_and_use(model):
     assert model.eval()(torch.rand(1, 3, 96, 48)).anomaly_map.shape == (1, 1, 96, 48)
 
 
-def test_every_parameter_gets_a_gradient_but_those_of_encoder_and_act_norms(model):
+@pytest.mark.parametrize(("number", "fixed"), [(0, ("encoder.",)), (64, ("encoder.", "decoupler."))])
+def test_what_is_learned_gets_a_gradient(number, fixed):
+    model = make_model(num_prototypes=number)
     terms = DecADLoss()(train_step(model, torch.rand(4, 3, 64, 64)))
     terms["loss"].backward()
     for name, parameter in model.named_parameters():
-        assert (parameter.grad is None) == (name.startswith("encoder.") or ".norm_" in name), name
+        assert (parameter.grad is None) == name.startswith(fixed), name
 
 
 def test_loss_is_the_weighted_sum_of_its_terms(model):
     output = train_step(model, torch.rand(4, 3, 64, 64))
-    terms = DecADLoss(DecouplingLossOptions(5.0, 2.0, 3.0, 4.0, margin=0.7))(output)
+    terms = DecADLoss(DecouplingLossOptions(2.0, 3.0, 4.0, margin=0.7))(output)
     total = sum(value.item() for name, value in terms.items() if name != "loss")
     assert terms["loss"].item() == pytest.approx(total, rel=1e-5)
     perturbed = output.perturbed
     assert terms["normal_energy"].item() == pytest.approx(2 * output.energy[~perturbed].mean().item(), rel=1e-5)
     hinge = (0.7 - output.energy[perturbed]).clamp(min=0).mean().item()
     assert terms["abnormal_energy"].item() == pytest.approx(3 * hinge, rel=1e-5)
-    assert terms["prior"].item() == pytest.approx(5 * output.prior_loss.mean().item(), rel=1e-5)
     restoration = ((output.x_clean - output.x).square().mean() / output.x.square().mean()).item()
     assert terms["restoration"].item() == pytest.approx(4 * restoration, rel=1e-5)
-    assert set(DecADLoss(DecouplingLossOptions(0, 0, 0, 0))(output)) == {"reconstruction", "loss"}
+    assert set(DecADLoss(DecouplingLossOptions(0, 0, 0))(output)) == {"reconstruction", "loss"}
 
 
 @pytest.mark.parametrize("focal_exponent", [0.0, 1.0, 2.0, 0.5])
@@ -105,9 +109,9 @@ def test_batch_without_perturbed_patches_has_finite_loss(model):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("image_prior", "focal_exponent"), [(False, 0.0), (True, 2.0)])
-def test_training_lowers_the_loss(image_prior, focal_exponent):
-    model = make_model(image_prior=image_prior).train()
+@pytest.mark.parametrize(("number", "focal_exponent"), [(0, 0.0), (64, 2.0)])
+def test_training_lowers_the_loss(number, focal_exponent):
+    model = make_model(num_prototypes=number).train()
     # Fitted to the images that it is trained with, it would start where a training ends.
     train_step(model, torch.rand(4, 3, 64, 64))
     images, loss, plain = (
@@ -134,7 +138,7 @@ def test_training_lowers_the_loss(image_prior, focal_exponent):
 def test_synthesis_never_calls_the_encoder(model, monkeypatch):
     features = model.encoder(torch.rand(2, 3, 64, 64))
     monkeypatch.setattr(model.encoder, "forward", lambda *_: pytest.fail("called the encoder"))
-    model.train().initialize(features)
+    model.train().initialize(sample_patches([features], 2, 32))
     output = model.training_output(features, (4, 4))
     assert not output.x.requires_grad
     assert output.x_clean.requires_grad
@@ -170,7 +174,7 @@ def test_without_decoupling_it_is_a_plain_reconstruction():
 
 def test_preparation_by_a_sample_is_done_once(model):
     model.train()
-    model.initialize([torch.randn(50, 64) for _ in range(3)])
+    model.initialize(PatchSample([torch.randn(2, 25, 64) for _ in range(3)], torch.randn(2, 4)))
     before = {name: value.clone() for name, value in model.named_buffers() if not name.startswith("decoupler")}
     model(torch.rand(4, 3, 64, 64))
     assert all(torch.equal(value, before[name]) for name, value in model.named_buffers() if name in before)
@@ -183,4 +187,32 @@ def test_training_needs_preparation(model):
 
 def test_preparation_needs_training_mode(model):
     with pytest.raises(RuntimeError, match="training mode"):
-        model.eval().initialize([torch.randn(50, 64) for _ in range(3)])
+        model.eval().initialize(PatchSample([torch.randn(2, 25, 64) for _ in range(3)], torch.randn(2, 4)))
+
+
+def test_a_training_image_is_not_explained_by_its_own_prototypes():
+    model = make_model(num_prototypes=64)
+    images = torch.rand(4, 3, 64, 64)
+    trained = train_step(model, images)
+    with torch.no_grad():
+        seen = model.decoupler(trained.x)
+    assert seen.energy.mean() < 0.5 * trained.energy.mean()
+    # Its own energy is what the mean variance is of.
+    assert trained.energy.mean().item() == pytest.approx(1, rel=0.01)
+
+
+def test_prototypes_are_of_equally_many_patches_of_each_image():
+    model = make_model(num_prototypes=24)
+    train_step(model, torch.rand(4, 3, 64, 64))
+    batches = [model.encoder(torch.rand(4, 3, 64, 64)) for _ in range(3)]
+    told = []
+    prototypes = model.prototypes(batches, 8, told.append)
+    assert prototypes.image.bincount().tolist() == [3] * 8
+    assert (prototypes.normal.shape, prototypes.abnormal.shape) == ((24, 6), (24, 58))
+    assert len(prototypes.descriptors) == 8
+    assert told == [0.5, 1.0]
+
+
+def test_there_are_no_prototypes_with_a_prior_of_0(model):
+    with pytest.raises(RuntimeError, match="num_prototypes above 0"):
+        model.prototypes([], 1)

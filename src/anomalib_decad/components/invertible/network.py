@@ -67,7 +67,6 @@ class InvertibleNetwork(nn.Module):
     Args:
         dim (int): Number of channels of an embedding.
         options (InvertibleOptions): Its shape.
-        learned_norms (bool): Whether the ActNorms are learned after their start. Defaults to ``True``.
 
     Raises:
         ValueError: If ``dim`` is below 1.
@@ -84,7 +83,7 @@ class InvertibleNetwork(nn.Module):
 
     initialized: torch.Tensor
 
-    def __init__(self, dim: int, options: InvertibleOptions = InvertibleOptions(), learned_norms: bool = True) -> None:
+    def __init__(self, dim: int, options: InvertibleOptions = InvertibleOptions()) -> None:
         super().__init__()
         check_range(dim >= 1, "dim", "at least 1", dim)
         self.dim, self.options = dim, options
@@ -94,8 +93,8 @@ class InvertibleNetwork(nn.Module):
         self.units = nn.ParameterDict(Units(*encode, *first, *second, *decode)._asdict())
         self.eta = nn.Parameter(torch.zeros(2, number, 2))
         self.gain = nn.Parameter(torch.full((number,), _GAIN).logit())
-        self.norm_scale = nn.Parameter(torch.zeros(options.num_blocks, dim), requires_grad=learned_norms)
-        self.norm_bias = nn.Parameter(torch.zeros(options.num_blocks, dim), requires_grad=learned_norms)
+        self.norm_scale = nn.Parameter(torch.zeros(options.num_blocks, dim))
+        self.norm_bias = nn.Parameter(torch.zeros(options.num_blocks, dim))
         self.register_buffer("initialized", torch.tensor(False))
         # The same as a Python value: reading the buffer would make a device wait.
         self.is_initialized = False
@@ -162,8 +161,8 @@ class InvertibleNetwork(nn.Module):
         return NetworkWeights(tuple(chains[:half]), tuple(chains[half:]))
 
     def weights(self) -> NetworkWeights:
-        """Give folded weights. Outside of training they are kept as long as the parameters are what they were."""
-        if self.training or torch.is_grad_enabled():
+        """Give folded weights. Unless they are learned, they are kept as long as the parameters are what they were."""
+        if self.is_learned and (self.training or torch.is_grad_enabled()):
             return self.fold(converged=not self.training)
         # Tensors of inference mode have no version.
         state = [(p.data_ptr(), None if p.is_inference() else p._version) for p in self.parameters()]
@@ -171,6 +170,11 @@ class InvertibleNetwork(nn.Module):
             with torch.inference_mode(False), torch.no_grad():
                 self._folded = self.fold(converged=True), state
         return self._folded[0]
+
+    @property
+    def is_learned(self) -> bool:
+        """Whether its parameters are trained."""
+        return self.gain.requires_grad
 
     @torch.no_grad()
     def initialize(self, x: torch.Tensor) -> None:
@@ -205,7 +209,7 @@ class InvertibleNetwork(nn.Module):
         device = x.device.type
         is_bfloat16 = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16
         rows = at_least_float32(x.reshape(-1, self.dim))
-        dtype = torch.bfloat16 if is_bfloat16 and self.training else rows.dtype
+        dtype = torch.bfloat16 if is_bfloat16 and self.training and self.is_learned else rows.dtype
         with torch.autocast(device, enabled=False):
             for chain in chains:
                 rows = solve(chain, rows, weights.iterations, dtype)

@@ -3,7 +3,7 @@
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Sequence, Sized
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -15,6 +15,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader, Subset
 
 from anomalib_decad.components import (
     AdversarialSynthesis,
@@ -23,15 +24,15 @@ from anomalib_decad.components import (
     DecouplingLossOptions,
     FeatureDecoder,
     InvertibleOptions,
+    PrototypePrior,
+    Prototypes,
     SynthesisOptions,
     ViTEncoder,
     sample_patches,
 )
-from anomalib_decad.components.precision import at_least_float32
 from anomalib_decad.feature_cache import FeatureBatch, FeatureCaching, IndexBatch
-from anomalib_decad.models.base import MultiClassMixin, parameter_groups
+from anomalib_decad.models.base import MultiClassMixin, evenly_spaced, parameter_groups
 from anomalib_decad.models.decad.anomaly_map import AnomalyMapGenerator, AnomalyMapOptions
-from anomalib_decad.models.decad.graphed_step import GraphedStep
 from anomalib_decad.models.decad.loss import DecADLoss
 from anomalib_decad.models.decad.torch_model import DecADModel
 from anomalib_decad.progress import progress_bar
@@ -44,8 +45,8 @@ logger = logging.getLogger(__name__)
 #: Side of the default image, in patches: 280 pixels with a patch of 14.
 _DEFAULT_GRID = 20
 
-#: Learning rate of the invertible network over that of all others. Its weights are spectrally normalized and its gains
-#: logistic, so that the same rate hardly moves it (benchmarks/NOTES.md, "Losses").
+#: Learning rate of the invertible network, where it is learned, over that of all others. Its weights are spectrally
+#: normalized and its gains logistic, so that the same rate hardly moves it (benchmarks/NOTES.md, "Losses").
 _NETWORK_RATE = 3.0
 
 #: How many training images the model is prepared with.
@@ -54,8 +55,8 @@ _SAMPLE_IMAGES = 1024
 #: How many of their patches: so many of each product, within bounds (benchmarks/NOTES.md, "Preparation").
 _PRODUCT_PATCHES, _LEAST_PATCHES, _MOST_PATCHES = 6_500, 32_768, 98_304
 
-#: How many patches the whole images among them may have, the first ones.
-_WHOLE_PATCHES = 51_200
+#: Training images of each product, evenly spaced, that prototypes are taken from; and how many are encoded at once.
+_PROTOTYPE_IMAGES, _BATCH = 512, 8
 
 
 class DecAD(MultiClassMixin, AnomalibModule):
@@ -112,9 +113,6 @@ class DecAD(MultiClassMixin, AnomalibModule):
         feature_cache_limit (float): GiB that the features, and all files in that folder together, may take. The least
             recently used files are deleted.
             Defaults to ``16.0``.
-        cuda_graph (bool): Whether to record the training step as a CUDA graph, which starts its thousands of small
-            operations at once. On one NVIDIA GPU, without gradient accumulation.
-            Defaults to ``False``.
         **kwargs (Any): ``max_steps``, ``save_maps``, ``report`` and the four of anomalib: arguments of
             :class:`MultiClassMixin`.
 
@@ -159,7 +157,6 @@ class DecAD(MultiClassMixin, AnomalibModule):
         feature_cache: Literal["off", "ram", "device", "disk"] = "off",
         feature_cache_dir: str | Path | None = None,
         feature_cache_limit: float = 16.0,
-        cuda_graph: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(gradient_clip_val=gradient_clip_val, **kwargs)
@@ -169,7 +166,6 @@ class DecAD(MultiClassMixin, AnomalibModule):
         self.feature_caching = (
             None if feature_cache == "off" else FeatureCaching(feature_cache, feature_cache_dir, feature_cache_limit)
         )
-        self._graphed_step: GraphedStep | None = None
         self.build()
 
     def build(self) -> None:
@@ -181,6 +177,13 @@ class DecAD(MultiClassMixin, AnomalibModule):
         synthesis, loss = SynthesisOptions(**arguments["synthesis"]), DecouplingLossOptions(**arguments["loss"])
         if decouple and loss.abnormal_weight and not synthesis.fraction:
             msg = "loss.abnormal_weight needs synthetic anomalies: set synthesis.fraction above 0, for example to 0.5"
+            raise ValueError(msg)
+        weights = loss.normal_weight + loss.abnormal_weight + loss.restoration_weight
+        if decouple and decoupler.num_prototypes and (synthesis.fraction or weights):
+            msg = (
+                "synthesis.fraction and the weights of loss train an invertible network, which prototypes keep as it "
+                "is: set decoupler.num_prototypes to 0, or leave them at 0"
+            )
             raise ValueError(msg)
         self.model = DecADModel(
             encoder=encoder,
@@ -220,56 +223,56 @@ class DecAD(MultiClassMixin, AnomalibModule):
         return self.model.is_initialized
 
     def prepare(self) -> None:
-        """Initialize the model by a sample of training images."""
+        """Initialize the model by training images."""
         loader = self.training_loader()
         sampler = getattr(loader, "sampler", None)
         images = max(min(_SAMPLE_IMAGES, len(sampler) if isinstance(sampler, Sized) else _SAMPLE_IMAGES), 1)
         logger.info("Preparing the model with %d training images: minutes on a CPU.", images)
-        is_shown = bool(self.trainer.is_global_zero and self.trainer.progress_bar_callback)
         patches = min(max(len(self.model.recognizer.names) * _PRODUCT_PATCHES, _LEAST_PATCHES), _MOST_PATCHES)
-        first: list[tuple[list[torch.Tensor], tuple[int, int]]] = []
-        with torch.no_grad(), progress_bar("Looking at training images", is_shown) as report:
-            features = sample_patches(self._encoded(loader, first), images, patches, report)
-        whole, grid = None, None
-        if first:
-            batches, (grid, *_) = zip(*first, strict=True)
-            whole = [torch.cat(maps) for maps in zip(*batches, strict=True)]
-        with progress_bar("Fitting to their patches", is_shown) as report:
-            self.model.initialize(features, whole, grid, report)
+        with torch.no_grad(), progress_bar("Looking at training images", self._is_shown) as report:
+            sample = sample_patches(map(self._encode, loader), images, patches, report)
+        with progress_bar("Fitting to their patches", self._is_shown) as report:
+            self.model.initialize(sample, self._prototypes, report)
 
-    def _encoded(
-        self, loader: Iterable[Any], first: list[tuple[list[torch.Tensor], tuple[int, int]]]
-    ) -> Iterator[list[torch.Tensor]]:
-        """Encode the batches of a loader as in the training, and keep the first ones with their grids, if of use."""
-        kept = 0 if self.model.refines_by_image else _WHOLE_PATCHES
-        for batch in loader:
-            with self.trainer.precision_plugin.forward_context():
-                features, grid = self._features(self.to_model(batch))
-            if kept < _WHOLE_PATCHES:
-                first.append(([at_least_float32(feature) for feature in features], grid))
-                kept += features[0].shape[:2].numel()
-            yield features
+    def prepare_products(self, known: Sequence[str]) -> None:
+        """Fit the prototypes of products that have joined; those of the products that stay are as they were."""
+        if (prior := self._prior) is None:
+            return
+        joined = [name for name in self.model.recognizer.names if name not in known]
+        logger.info("Prototypes of %s are fitted; those of other products stay.", ", ".join(joined) or "no product")
+        old = {name: prior.of(index) for index, name in enumerate(known)}
+        prior.set([old[name] if name in old else self._prototypes_of(name) for name in self.model.recognizer.names])
 
-    def on_fit_start(self) -> None:
-        """Load the encoder's weights, and prepare the model; see whether a CUDA graph can be had.
+    def _prototypes(self) -> list[Prototypes]:
+        names = self.model.recognizer.names
+        return [self._prototypes_of(name) for name in names] if names else [self._prototypes_of(None)]
 
-        Raises:
-            ValueError: If ``cuda_graph`` is asked for where there can be none.
-        """
-        self._graphed_step = None
-        if self.hparams["cuda_graph"]:
-            trainer = self.trainer
-            if self.device.type != "cuda" or trainer.world_size > 1 or trainer.accumulate_grad_batches != 1:
-                msg = (
-                    "cuda_graph needs one NVIDIA GPU (--trainer.accelerator gpu --trainer.devices 1) and "
-                    "accumulate_grad_batches=1: train with cuda_graph=false"
-                )
-                raise ValueError(msg)
-        super().on_fit_start()
+    def _prototypes_of(self, name: str | None) -> Prototypes:
+        """Find the prototypes of a product, or of all training images."""
+        loader = self.training_loader()
+        dataset: Any = getattr(loader, "dataset", None)
+        rows = list(range(len(dataset))) if isinstance(dataset, Sized) else []
+        if name is not None:
+            rows = (dataset.samples.category == name).to_numpy().nonzero()[0].tolist()
+        rows = evenly_spaced(rows, _PROTOTYPE_IMAGES)
+        if rows:
+            subset = Subset(dataset, rows)
+            collate, workers = getattr(loader, "collate_fn", None), getattr(loader, "num_workers", 0)
+            loader = DataLoader(subset, _BATCH, collate_fn=collate, num_workers=workers)
+        with torch.no_grad(), progress_bar(f"Prototypes of {name or 'normal images'}", self._is_shown) as report:
+            return self.model.prototypes(map(self._encode, loader), len(rows) or _PROTOTYPE_IMAGES, report)
 
-    def on_fit_end(self) -> None:
-        """Forget the CUDA graph, which can neither be copied nor pickled."""
-        self._graphed_step = None
+    @property
+    def _prior(self) -> PrototypePrior | None:
+        return self.model.decoupler.prior if self.model.decoupler else None
+
+    @property
+    def _is_shown(self) -> bool:
+        return bool(self.trainer.is_global_zero and self.trainer.progress_bar_callback)
+
+    def _encode(self, batch: Any) -> list[torch.Tensor]:
+        with self.trainer.precision_plugin.forward_context():
+            return self.encode(batch)
 
     def training_step(self, batch: Batch | FeatureBatch | IndexBatch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         """Compute the loss of a batch of normal images.
@@ -288,7 +291,7 @@ class DecAD(MultiClassMixin, AnomalibModule):
         """
         del args, kwargs
         features, grid = self._features(batch)
-        terms = self._graphed(features, grid) if self.hparams["cuda_graph"] else self._terms(features, grid)
+        terms = self.loss(self.model.training_output(features, grid))
         loss = terms.pop("loss")
         return self.log_losses(loss, terms, len(features[0]))
 
@@ -311,15 +314,6 @@ class DecAD(MultiClassMixin, AnomalibModule):
             return batch.features(), batch.grid
         images = cast("torch.Tensor", batch.image)
         return self.model.encoder(images), self.model.encoder.grid(*images.shape[-2:])
-
-    def _terms(self, features: Sequence[torch.Tensor], grid: tuple[int, int]) -> dict[str, torch.Tensor]:
-        return self.loss(self.model.training_output(features, grid))
-
-    def _graphed(self, features: Sequence[torch.Tensor], grid: tuple[int, int]) -> dict[str, torch.Tensor]:
-        """Compute the loss by a CUDA graph, recorded at the first step; other shapes, as of a last batch, without."""
-        if self._graphed_step is None:
-            self._graphed_step = GraphedStep(self.model, cast("DecADLoss", self.loss), features, grid)
-        return self._graphed_step(features) if self._graphed_step.fits(features, grid) else self._terms(features, grid)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Configure AdamW, with warm-up and cosine decay over the trainer's max_steps or max_epochs.

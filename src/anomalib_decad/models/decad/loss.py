@@ -55,7 +55,7 @@ class DecADLoss(nn.Module):
         errors = AnomalyMapGenerator.patch_errors(output.features, output.reconstructions)
         terms = {
             "reconstruction": (self._weights(errors.detach(), output.perturbed) * errors).mean(),
-            **self.decoupling(output.x, output.x_clean, output.energy, output.perturbed, output.prior_loss),
+            **self.decoupling(output.x, output.x_clean, output.energy, output.perturbed),
         }
         return {**terms, "loss": torch.stack(list(terms.values())).sum()}
 

@@ -2,9 +2,9 @@
 """DecAD as a torch module: encoder, decoupler, decoder, anomaly map."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import nn
@@ -17,6 +17,8 @@ from anomalib_decad.components import (
     FeatureDecoder,
     FeatureFusion,
     FeatureStandardizer,
+    PatchSample,
+    Prototypes,
     ViTEncoder,
     choose_patches,
 )
@@ -26,9 +28,11 @@ from anomalib_decad.models.decad.anomaly_map import AnomalyMapGenerator
 
 __all__ = ["DecADModel", "TrainingOutput"]
 
-#: How far the initialization is, by the time that it takes on a CPU: with the principal axes, with the invertible
-#: network, and with the prior.
-_FITTED = 0.15, 0.25, 0.8
+#: How far the initialization is, by the time that it takes on a CPU: with the principal axes, and with the prototypes.
+_FITTED = 0.15, 0.4
+
+#: Images that are cleaned at once.
+_IMAGES = 16
 
 
 class TrainingOutput(NamedTuple):
@@ -41,7 +45,6 @@ class TrainingOutput(NamedTuple):
         x_clean (torch.Tensor): Cleaned embeddings, shape (B, N, dim).
         energy (torch.Tensor): Abnormal energies of the perturbed embeddings, shape (B, N).
         perturbed (torch.Tensor): Which patches were perturbed, booleans of shape (B, N).
-        prior_loss (torch.Tensor | None): Squared errors of the prior in unperturbed patches, shape (K,), if any.
     """
 
     features: list[torch.Tensor]
@@ -50,7 +53,6 @@ class TrainingOutput(NamedTuple):
     x_clean: torch.Tensor
     energy: torch.Tensor
     perturbed: torch.Tensor
-    prior_loss: torch.Tensor | None = None
 
 
 class DecADModel(nn.Module):
@@ -60,8 +62,8 @@ class DecADModel(nn.Module):
     decoder reconstructs the standardized feature maps from it. In training mode, anomalies are synthesized in feature
     space.
 
-    What depends on the data alone (statistics, principal axes, prior, linear maps) comes from a sample of normal
-    images: :meth:`initialize` has to be called before training.
+    What depends on the data alone (statistics, principal axes, prototypes, linear maps) comes from normal images:
+    :meth:`initialize` has to be called before training.
 
     Args:
         encoder (ViTEncoder): Gives the feature maps.
@@ -114,11 +116,6 @@ class DecADModel(nn.Module):
         del incompatible_keys
         module.is_initialized = bool(module.initialized)
 
-    @property
-    def refines_by_image(self) -> bool:
-        """Whether the prior has a part that is fitted to whole images."""
-        return self.decoupler is not None and self.decoupler.image_prior is not None
-
     def forward(self, images: torch.Tensor) -> TrainingOutput | CategoryPrediction:
         """Run the model.
 
@@ -153,53 +150,53 @@ class DecADModel(nn.Module):
             CategoryPrediction: ``pred_score`` of shape (B,), ``anomaly_map`` of shape (B, 1, H, W), and ``category`` of
                 shape (B,), the index of the category that each image resembles most.
         """
-        x = self.fusion(features)
-        x_clean, energy = self.remove(x, grid)
+        distance, product = self.recognizer.nearest(self.recognizer.describe(features))
+        x_clean, energy = self.remove(self.fusion(features), product)
         reconstructions = self.decoder(x_clean)
         maps, scores = self.anomaly_map_generator(
             self.standardizer(features), reconstructions, grid, image_size, energy
         )
-        return CategoryPrediction(pred_score=scores, anomaly_map=maps, category=self.recognizer(features))
+        category = self.recognizer.known(distance, product)
+        return CategoryPrediction(pred_score=scores, anomaly_map=maps, category=category)
 
-    def remove(self, x: torch.Tensor, grid: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    def remove(
+        self, x: torch.Tensor, product: torch.Tensor, without: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Remove what is abnormal; nothing, where there is no decoupler.
 
         Args:
             x (torch.Tensor): Embeddings of shape (B, N, dim).
-            grid (tuple[int, int]): Patch rows and columns, N = rows * columns.
+            product (torch.Tensor): Index of the product that each image shows, shape (B,).
+            without (torch.Tensor | None): As of :meth:`Decoupler.forward`. Defaults to ``None``.
 
         Returns:
             tuple[torch.Tensor, torch.Tensor]: Cleaned embeddings of the same shape, and abnormal energies of shape
                 (B, N), all 1 where there is no decoupler.
         """
-        return self.decoupler(x, grid)[:2] if self.decoupler else (x, x.new_ones(x.shape[:-1]))
+        return self.decoupler(x, product, without) if self.decoupler else (x, x.new_ones(x.shape[:-1]))
 
     @torch.no_grad()
     def initialize(
         self,
-        features: Sequence[torch.Tensor],
-        images: Sequence[torch.Tensor] | None = None,
-        grid: tuple[int, int] | None = None,
+        sample: PatchSample,
+        products: Callable[[], Sequence[Prototypes]] | None = None,
         report: Callable[[float], None] | None = None,
     ) -> None:
         """Set what depends on the data alone, from the principal axes to the decoder's linear maps.
 
         Args:
-            features (Sequence[torch.Tensor]): Feature maps of normal patches from the encoder, each of shape
-                (..., dim): some ten thousand patches of all that is normal.
-            images (Sequence[torch.Tensor] | None): Feature maps of whole normal images, each of shape (B, N, dim): some
-                of each product. What other patches of an image say about a patch is fitted to them, where the
-                decoupler has such a part.
-                Defaults to ``None``: others say nothing until the training has taught it.
-            grid (tuple[int, int] | None): Patch rows and columns of these images, N = rows * columns.
-                Defaults to ``None``: a square grid.
-            report (Callable[[float], None] | None): Is told now and then which part has been done, in [0, 1].
-                Defaults to ``None``: nobody is.
+            sample (PatchSample): Normal patches: some ten thousand of all that is normal.
+            products (Callable | None): Gives the prototypes of each product (:meth:`prototypes`), in the order of the
+                recognizer's names, when the latent space is there.
+                Defaults to ``None``: the sample is all that is known of a single product.
+            report (Callable[[float], None] | None): Progress callback, takes the part that is done, in [0, 1].
+                Defaults to ``None``.
 
         Raises:
             RuntimeError: If the model is not in training mode.
             ValueError: If a feature is not finite.
         """
+        features, descriptors = sample
         if not all(torch.isfinite(feature).all() for feature in features):
             msg = (
                 "features of the training images are not finite (NaN or infinite): train with --trainer.precision 32, "
@@ -210,30 +207,78 @@ class DecADModel(nn.Module):
             msg = "initialize needs a model in training mode: call train() first"
             raise RuntimeError(msg)
         report = report or (lambda _: None)
-        rows = [feature.flatten(0, -2) for feature in features]
-        self.standardizer.initialize(rows)
-        self.fusion.initialize(rows)
-        x = self.fusion(rows)
+        self.standardizer.initialize(features)
+        self.fusion.initialize(features)
+        x = self.fusion(features)
         report(_FITTED[0])
         if self.decoupler:
             self.decoupler.initialize(x)
-            first, last = _FITTED[1:]
-            report(first)
-            x = self.decoupler.fit_prior(x, lambda part: report(first + part * (last - first)))
-            if images is not None and self.refines_by_image:
-                x, rows = self._clean_images(self.decoupler, images, grid or square_grid(images[0].shape[1]), len(x))
-        self.decoder.initialize(x, self.standardizer(rows))
+            if self.decoupler.prior is not None:
+                known = products() if products else [self._prototypes_of(x, descriptors)]
+                self.decoupler.prior.set(known)
+            report(_FITTED[1])
+            x = self._clean(self.decoupler, x, descriptors)
+        self.decoder.initialize(x.flatten(0, 1), [rows.flatten(0, 1) for rows in self.standardizer(features)])
         self.initialized.fill_(True)
         self.is_initialized = True
 
-    def _clean_images(
-        self, decoupler: Decoupler, images: Sequence[torch.Tensor], grid: tuple[int, int], count: int
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Fit the prior to images; give about so many cleaned patches of theirs, and their features."""
-        chosen = choose_patches(average_features(images), max(count // len(images[0]), 1))
-        clean = decoupler.fit_image_prior(self.fusion(images), grid, chosen)
-        index = chosen[..., None].expand(-1, -1, images[0].shape[-1])
-        return clean, [feature.gather(1, index).flatten(0, 1) for feature in images]
+    @torch.no_grad()
+    def prototypes(
+        self,
+        batches: Iterable[Sequence[torch.Tensor]],
+        num_images: int,
+        report: Callable[[float], None] | None = None,
+    ) -> Prototypes:
+        """Choose the prototypes of a product.
+
+        Args:
+            batches (Iterable[Sequence[torch.Tensor]]): Feature maps of each batch of its images, one for each layer,
+                each of shape (B, N, dim).
+            num_images (int): Images to look at, of each of which equally many patches are kept; all where there are
+                not as many.
+            report (Callable[[float], None] | None): Progress callback, takes the part that is done, in [0, 1].
+                Defaults to ``None``.
+
+        Returns:
+            Prototypes: The prototypes.
+
+        Raises:
+            RuntimeError: If the model has none.
+        """
+        if self.decoupler is None or self.decoupler.prior is None:
+            msg = "the model has no prototypes: they need decouple=True and num_prototypes above 0"
+            raise RuntimeError(msg)
+        parts: list[Prototypes] = []
+        count, of_each = 0, -(-self.decoupler.num_prototypes // num_images)
+        for features in batches:
+            chosen = choose_patches(average_features(features), of_each)
+            x = self.fusion(features)
+            rows = x[torch.arange(len(x), device=x.device)[:, None], chosen]
+            part = self._prototypes_of(rows, self.recognizer.describe(features))
+            parts.append(part._replace(image=part.image + count))
+            count += len(x)
+            if report is not None:
+                report(min(count / num_images, 1.0))
+            if count >= num_images:
+                break
+        return Prototypes(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+
+    def _prototypes_of(self, x: torch.Tensor, descriptors: torch.Tensor) -> Prototypes:
+        """Make prototypes of embeddings (I, K, dim) of images."""
+        abnormal, normal = cast("Decoupler", self.decoupler).split(x)
+        image = torch.arange(len(x), device=x.device).repeat_interleave(x.shape[1])
+        return Prototypes(normal.flatten(0, 1).half(), abnormal.flatten(0, 1).half(), image, descriptors)
+
+    def _clean(self, decoupler: Decoupler, x: torch.Tensor, descriptors: torch.Tensor) -> torch.Tensor:
+        """Clean embeddings (I, K, dim) of training images, in bounded memory, and measure how much that changes."""
+        _, product = self.recognizer.nearest(descriptors)
+        without = decoupler.prior.find_images(descriptors) if decoupler.prior is not None else None
+        chunks = torch.arange(len(x), device=x.device).split(_IMAGES)
+        clean = torch.cat(
+            [decoupler(x[rows], product[rows], None if without is None else without[rows]).x_clean for rows in chunks]
+        )
+        decoupler.removed_variance.copy_((x - clean).square().mean())
+        return clean
 
     @property
     def keep_in_float32(self) -> list[str]:
@@ -290,14 +335,17 @@ class DecADModel(nn.Module):
             raise RuntimeError(msg)
         standardized = self.standardizer(features)
         x = self.fusion(features)
-        unchanged = x, x.new_zeros(x.shape[:-1]).bool()
+        perturbed, mask = x, x.new_zeros(x.shape[:-1]).bool()
         if self.decoupler is None:
-            return TrainingOutput(standardized, self.decoder(x), x, x, x.new_zeros(x.shape[:-1]), unchanged[1])
+            return TrainingOutput(standardized, self.decoder(x), x, x, x.new_zeros(x.shape[:-1]), mask)
         weights = self.decoupler.fold()
-        perturbed, mask = unchanged
         if self.synthesis is not None:
             perturbed, mask = self.synthesis(x, partial(self.decoupler.energy, weights=weights), grid)
-        output = self.decoupler(perturbed, grid, weights)
-        prior_loss = self.decoupler.update_statistics(output, mask)
-        reconstructions = self.decoder(output.x_clean)
-        return TrainingOutput(standardized, reconstructions, x, output.x_clean, output.energy, mask, prior_loss)
+        product, without = None, None
+        if self.decoupler.prior is not None:
+            descriptors = self.recognizer.describe(features)
+            _, product = self.recognizer.nearest(descriptors)
+            # An image that its own prototypes explained would teach the decoder what no test image shows.
+            without = self.decoupler.prior.find_images(descriptors)
+        x_clean, energy = self.decoupler(perturbed, product, without, weights)
+        return TrainingOutput(standardized, self.decoder(x_clean), x, x_clean, energy, mask)
