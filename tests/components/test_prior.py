@@ -50,7 +50,8 @@ def test_prototypes_of_the_image_itself_can_be_left_out():
     rows = product.image == 2
     normal, image = product.normal[rows].float()[None], prior.find_images(product.descriptors[2:3])
     assert image.tolist() == [1 + 2]
-    others = make_prior(*(Prototypes(*(t[~rows] for t in product[:3]), product.descriptors),))
+    normal_part, abnormal, images = (tensor[~rows] for tensor in product[:3])
+    others = make_prior(Prototypes(normal_part, abnormal, images, product.descriptors))
     torch.testing.assert_close(prior(normal, torch.tensor([1]), image), others(normal, torch.tensor([0])))
 
 
