@@ -117,22 +117,21 @@ def _loader(count, processes, rank, batch_size, categories=None):
 @pytest.mark.parametrize("testing", [False, True])
 @given(
     count=st.integers(1, 13), processes=st.integers(2, 5), batch_size=st.integers(1, 4),
-    kind=st.sampled_from(["one", "list", "dict"]), by_category=st.booleans(),
+    is_list=st.booleans(), by_category=st.booleans(),
 )  # fmt: skip
-def test_processes_count_each_image_once(testing, count, processes, batch_size, kind, by_category):
+def test_processes_count_each_image_once(testing, count, processes, batch_size, is_list, by_category):
     categories = [str(number // 3) for number in range(count)] if by_category else None
     counted = []
     for rank in range(processes):
         loader = _loader(count, processes, rank, batch_size, categories)
-        loaders = {"one": loader, "list": [[], loader], "dict": {"a": [], "b": loader}}[kind]
-        index = int(kind != "one")
+        loaders = [[], loader] if is_list else loader
         trainer = SimpleNamespace(
             world_size=processes, testing=testing, **{"test_dataloaders" if testing else "val_dataloaders": loaders}
         )
         for number, batch in enumerate(loader):
-            own = own_images(trainer, batch, number, index)
+            own = own_images(trainer, batch, number, int(is_list))
             found = [] if own is None else own.pred_score.tolist()
-            assert len(found) == num_own_images(trainer, len(batch.image), number, index)
+            assert len(found) == num_own_images(trainer, len(batch.image), number, int(is_list))
             if own is not None:
                 assert own.image[:, 0, 0, 0].tolist() == found
                 assert own.gt_label.tolist() == [number > 1 for number in found]

@@ -1,6 +1,7 @@
 """Each product has thresholds of its own, exact and in bounded memory."""
 
 import io
+import json
 import math
 import sys
 from types import SimpleNamespace
@@ -27,6 +28,7 @@ from anomalib_decad.thresholds import (
     exported_thresholds,
 )
 from anomalib_decad.thresholds.validation_scores import ValidationScores
+from conftest import validated
 
 SIZE = (8, 8)
 
@@ -135,18 +137,9 @@ def test_a_threshold_is_half_whatever_the_product():
         assert decided(post_processor, batch).pred_score.item() == pytest.approx(0.5, abs=1e-5)
 
 
-def test_an_unknown_product_has_the_limits_of_all(caplog):
-    post_processor = validate(CategoryPostProcessor(), *two_products())
-    for _ in range(2):
-        batch = decided(post_processor, make_batch(["screw"], [post_processor.limits().image_threshold], [False]))
-        assert batch.pred_score.item() == pytest.approx(0.5, abs=1e-5)
-    warnings = [text for text in caplog.messages if "no thresholds of screw" in text]
-    assert len(warnings) == 1
-    assert "bolt, nut" in warnings[0]
-
-
-def test_a_recognized_product_without_validation_images_has_them_too():
+def test_a_recognized_product_without_validation_images_has_the_limits_of_all(caplog):
     post_processor = validate(CategoryPostProcessor(), *two_products(), recognized=["washer", "nut", "bolt"])
+    assert "No validation image of washer: the thresholds are those of all products together" in caplog.text
     assert post_processor.categories == ["washer", "nut", "bolt"]
     assert post_processor.limits("washer") == post_processor.limits()
     assert post_processor.limits("nut") != post_processor.limits()
@@ -169,9 +162,9 @@ def test_a_category_can_be_given():
     # What a batch says comes first.
     assert decided(post_processor, make_batch(["bolt"], [0.6], [False])).pred_label.item()
     post_processor.category = "screw"
-    with pytest.raises(ValueError, match="no thresholds of a category 'screw': its categories are bolt, nut"):
+    with pytest.raises(ValueError, match="no category 'screw': there are bolt, nut"):
         post_processor(CategoryPrediction(scores))
-    with pytest.raises(ValueError, match="'screw': it knows none"):
+    with pytest.raises(ValueError, match="'screw': the model was never validated"):
         CategoryPostProcessor(category="screw")(CategoryPrediction(scores))
 
 
@@ -237,15 +230,6 @@ def test_a_changed_threshold_is_saved():
         other.set_threshold("screw", image=0.1)
     with pytest.raises(ValueError, match="must be finite"):
         other.set_threshold("nut", image=math.inf)
-
-
-def test_a_checkpoint_of_before_has_the_limits_of_all():
-    theirs = PostProcessor()
-    theirs._image_threshold.fill_(0.3)
-    parent = torch.nn.ModuleDict({"post_processor": validate(CategoryPostProcessor(), *two_products())})
-    parent.load_state_dict({f"post_processor.{name}": value for name, value in theirs.state_dict().items()})
-    assert parent["post_processor"].categories == []
-    assert parent["post_processor"].limits().image_threshold == pytest.approx(0.3)
 
 
 def test_processes_find_what_one_finds(monkeypatch):
@@ -346,11 +330,6 @@ def test_a_few_normal_images_give_a_threshold_that_defects_exceed(count):
     assert scores.max() < limits.image_threshold < 1
 
 
-def test_a_product_without_validation_images_is_said(caplog):
-    validate(CategoryPostProcessor(), *two_products(), recognized=["bolt", "nut", "washer"])
-    assert "No validation image of washer: the thresholds are those of all products together" in caplog.text
-
-
 def test_some_images_may_have_no_product():
     post_processor = validate(CategoryPostProcessor(), *two_products())
     joint = post_processor.limits().image_threshold
@@ -382,3 +361,29 @@ def test_an_export_for_one_product_has_its_thresholds_alone():
     post_processor = validate(CategoryPostProcessor(category="nut"), *two_products())
     assert [row["name"] for row in exported_thresholds(post_processor)["categories"]] == ["nut"]
     assert threshold_of(post_processor) == pytest.approx(post_processor.limits("nut").image_threshold)
+
+
+@pytest.mark.parametrize("normalized", [True, False])
+@pytest.mark.parametrize("names", [[], ["bolt"], ["bolt", "nut"]])
+def test_each_product_has_a_row(normalized, names):
+    post_processor = CategoryPostProcessor(enable_normalization=normalized)
+    before = exported_thresholds(post_processor)
+    assert before["unit"] == "raw"
+    assert before["image"] is before["pixel"] is None
+    content = exported_thresholds(validated(post_processor, names))
+    assert json.loads(json.dumps(content)) == content
+    assert [(row["index"], row["name"]) for row in content["categories"]] == list(enumerate(names))
+    assert content["unit"] == ("normalized" if normalized else "raw")
+    assert content["image"] == (0.5 if normalized else 0.25)
+
+
+@given(threshold=st.floats(-5, 5), extent=st.floats(0.1, 5), sensitivity=st.floats(0, 1))
+def test_a_raw_threshold_is_what_is_normalized_to_one_minus_the_sensitivity(threshold, extent, sensitivity):
+    post_processor = CategoryPostProcessor(image_sensitivity=sensitivity, pixel_sensitivity=sensitivity)
+    for kind in ("image", "pixel"):
+        getattr(post_processor, f"{kind}_min").fill_(-extent / 2)
+        getattr(post_processor, f"{kind}_max").fill_(extent / 2)
+    post_processor.set_threshold(image=threshold, pixel=threshold)
+    for kind in ("image", "pixel"):
+        raw = post_processor.raw_threshold(kind)
+        assert (raw - threshold) / extent + 0.5 == pytest.approx(1 - sensitivity, abs=1e-5)

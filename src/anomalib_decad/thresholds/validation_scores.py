@@ -5,20 +5,31 @@ import logging
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from anomalib_decad.metrics import ScoreHistogram, gather, raw_scores_of
-from anomalib_decad.thresholds.limits import Limits
 from anomalib_decad.thresholds.policies import FalseAlarmRate, ThresholdPolicy
 
-__all__ = ["ValidationScores"]
+__all__ = ["Limits", "ValidationScores"]
 
 logger = logging.getLogger(__name__)
 
-# Names in a line of the log.
-_MOST_NAMES = 20
+
+class Limits(NamedTuple):
+    """What a product's scores are compared with, in raw scores; NaN where nothing is known.
+
+    Images and pixels with higher scores than the threshold are anomalous; the smallest and largest scores are those of
+    a validation's images and pixels.
+    """
+
+    image_threshold: Any = math.nan
+    image_min: Any = math.nan
+    image_max: Any = math.nan
+    pixel_threshold: Any = math.nan
+    pixel_min: Any = math.nan
+    pixel_max: Any = math.nan
 
 
 @dataclass
@@ -82,11 +93,7 @@ class ValidationScores:
         self.products: dict[str | None, _ProductScores] = {}
 
     def update(self, batch: Any) -> None:
-        """Add the raw scores of a batch.
-
-        Args:
-            batch (Any): Predictions, with labels and masks where there are some.
-        """
+        """Add the raw scores of a batch, with labels and masks where there are some."""
         names = getattr(batch, "category", None) or [None] * len(batch.image)
         scores, maps = raw_scores_of(batch), batch.anomaly_map
         for name in dict.fromkeys(names):
@@ -139,15 +146,12 @@ class ValidationScores:
             policy (ThresholdPolicy): How thresholds of images are chosen.
             names (Sequence[str]): All products that the model knows.
             kept (Collection[str]): Those that have thresholds from before.
-                Defaults to ``()``: none.
         """
         missing = [name for name in names if name not in self.products]
-        for products, whose in (
-            ([name for name in missing if name not in kept], "those of all products together"),
-            ([name for name in missing if name in kept], "as they were before"),
-        ):
-            if products:
-                logger.warning("No validation image of %s: the thresholds are %s.", _listed(products), whose)
+        _warn("No validation image of %s: the thresholds are those of all products together.",
+              [name for name in missing if name not in kept])  # fmt: skip
+        _warn("No validation image of %s: the thresholds are as they were before.",
+              [name for name in missing if name in kept])  # fmt: skip
         without, few, only = [], [], []
         for name, product in self.products.items():
             negatives, positives = product.image.histogram.totals()
@@ -158,24 +162,13 @@ class ValidationScores:
                 few.append(name)
             if positives and not negatives:
                 only.append(name)
-        if without:
-            logger.warning(
-                "No defect among the validation images of %s: the threshold is what normal images exceed with a "
-                "probability of %g.",
-                _listed(without),
-                getattr(policy.without_defects(), "rate", math.nan),
-            )
-        if few:
-            logger.warning(
-                "Too few normal validation images of %s for such a rate: the threshold is estimated from their mean "
-                "and spread. More normal images, or a larger rate, make it surer.",
-                _listed(few),
-            )
-        if only:
-            logger.warning(
-                "Nothing normal among the validation images of %s: the threshold is just below their smallest score.",
-                _listed(only),
-            )
+        rate = getattr(policy.without_defects(), "rate", math.nan)
+        _warn("No defect among the validation images of %s: the threshold is what normal images exceed with a "
+              f"probability of {rate:g}.", without)  # fmt: skip
+        _warn("Too few normal validation images of %s for such a rate: the threshold is estimated from their mean and "
+              "spread. More normal images, or a larger rate, make it surer.", few)  # fmt: skip
+        _warn("Nothing normal among the validation images of %s: the threshold is just below their smallest score.",
+              only)  # fmt: skip
 
 
 def _limits_of(
@@ -191,6 +184,6 @@ def _filled(limits: Limits, fallback: Limits) -> Limits:
     return Limits(*(other if math.isnan(value) else value for value, other in zip(limits, fallback, strict=True)))
 
 
-def _listed(names: Sequence[str | None]) -> str:
-    shown = ", ".join(name or "the product" for name in names[:_MOST_NAMES])
-    return shown if len(names) <= _MOST_NAMES else f"{shown} and {len(names) - _MOST_NAMES} more"
+def _warn(message: str, names: Sequence[str | None]) -> None:
+    if names:
+        logger.warning(message, ", ".join(name or "the product" for name in names))
