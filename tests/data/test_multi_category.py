@@ -1,4 +1,5 @@
 import multiprocessing
+import os
 import shutil
 from collections import Counter
 
@@ -145,6 +146,13 @@ def test_unreadable_category_is_named(tmp_path):
     (tmp_path / "empty" / "train").mkdir(parents=True)
     with pytest.raises(RuntimeError, match="the category 'empty' cannot be read"):
         MultiCategory("MVTecAD", ["good", "empty"], tmp_path).setup()
+
+
+@pytest.mark.parametrize(("cores", "expected"), [(1, 1), (2, 2), (64, 8)])
+def test_no_more_workers_than_cores(cores, expected, mvtec_root, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    assert MultiCategory("MVTecAD", root=mvtec_root).num_workers == expected
+    assert MultiCategory("MVTecAD", root=mvtec_root, num_workers=3).num_workers == 3
 
 
 @pytest.mark.parametrize("with_masks", [False, True])
