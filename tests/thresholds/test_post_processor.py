@@ -129,14 +129,6 @@ def test_the_graph_decides_as_the_batch_does():
     ]  # fmt: skip
 
 
-def test_a_threshold_is_half_whatever_the_product():
-    post_processor = validate(CategoryPostProcessor(), *two_products())
-    for name in ("bolt", "nut"):
-        limits = post_processor.limits(name)
-        batch = make_batch([name], [limits.image_threshold], [False])
-        assert decided(post_processor, batch).pred_score.item() == pytest.approx(0.5, abs=1e-5)
-
-
 def test_a_recognized_product_without_validation_images_has_the_limits_of_all(caplog):
     post_processor = validate(CategoryPostProcessor(), *two_products(), recognized=["washer", "nut", "bolt"])
     assert "No validation image of washer: the thresholds are those of all products together" in caplog.text
@@ -183,10 +175,8 @@ def test_only_normal_images(caplog):
 
 def test_only_defects(caplog):
     post_processor = validate(CategoryPostProcessor(), make_batch(["nut"] * 3, [0.5, 0.6, 0.7], [True] * 3))
-    assert decided(post_processor, make_batch(["nut"] * 2, [0.5, 0.4], [True, False])).pred_label.tolist() == [
-        True,
-        False,
-    ]
+    batch = decided(post_processor, make_batch(["nut"] * 2, [0.5, 0.4], [True, False]))
+    assert batch.pred_label.tolist() == [True, False]
     assert "Nothing normal among the validation images of nut" in caplog.text
 
 
@@ -201,10 +191,8 @@ def test_one_image():
 def test_a_fixed_threshold():
     post_processor = validate(CategoryPostProcessor(FixedThreshold(0.7)), *two_products())
     assert post_processor.limits("bolt").image_threshold == pytest.approx(0.7)
-    assert decided(post_processor, make_batch(["bolt"] * 2, [0.69, 0.71], [False] * 2)).pred_label.tolist() == [
-        False,
-        True,
-    ]
+    batch = decided(post_processor, make_batch(["bolt"] * 2, [0.69, 0.71], [False] * 2))
+    assert batch.pred_label.tolist() == [False, True]
 
 
 def test_a_changed_threshold_is_saved():
@@ -272,18 +260,6 @@ def test_what_a_validation_in_inference_mode_found_can_be_changed():
     assert not any(buffer.is_inference() for buffer in post_processor.buffers())
     post_processor.set_threshold("nut", image=3.0)
     assert post_processor.limits("nut").image_threshold == 3.0
-
-
-def test_memory_is_bounded():
-    post_processor = CategoryPostProcessor()
-    sizes = []
-    for step in range(40):
-        maps = torch.rand(4, 64, 64) + step
-        batch = make_batch(["nut"] * 4, maps.amax((1, 2)), [False, True] * 2, maps, maps > step + 0.9)
-        batch.image = torch.zeros(4, 3, 64, 64)
-        post_processor.on_validation_batch_end(ALONE, None, batch, batch, 0)
-        sizes.append(post_processor._scores.products["nut"].pixel.histogram.codes.nbytes)
-    assert max(sizes) <= 2**17 * 8
 
 
 def test_images_of_no_category_are_anomalibs():

@@ -70,18 +70,6 @@ class _Scores:
         return threshold
 
 
-@dataclass
-class _ProductScores:
-    """Scores of a product's images and of their pixels."""
-
-    image: _Scores = field(default_factory=_Scores)
-    pixel: _Scores = field(default_factory=_Scores)
-
-    def merge(self, other: "_ProductScores") -> None:
-        self.image.merge(other.image)
-        self.pixel.merge(other.pixel)
-
-
 class ValidationScores:
     """Counts the scores of each product's images and pixels, in bounded memory, and finds its limits.
 
@@ -89,8 +77,8 @@ class ValidationScores:
     """
 
     def __init__(self) -> None:
-        #: Scores by product; ``None`` stands for images whose product nobody knows.
-        self.products: dict[str | None, _ProductScores] = {}
+        #: Scores of images and of pixels by product; ``None`` stands for images whose product nobody knows.
+        self.products: dict[str | None, tuple[_Scores, _Scores]] = {}
 
     def update(self, batch: Any) -> None:
         """Add the raw scores of a batch, with labels and masks where there are some."""
@@ -98,21 +86,21 @@ class ValidationScores:
         scores, maps = raw_scores_of(batch), batch.anomaly_map
         for name in dict.fromkeys(names):
             rows = [row for row, other in enumerate(names) if other == name]
-            found = self.products.setdefault(name, _ProductScores())
+            images, pixels = self.products.setdefault(name, (_Scores(), _Scores()))
             if scores is not None:
-                found.image.update(scores[rows], None if batch.gt_label is None else batch.gt_label[rows])
+                images.update(scores[rows], None if batch.gt_label is None else batch.gt_label[rows])
             if maps is not None:
                 chosen = maps.reshape(len(names), -1)[rows]
                 masks = None if batch.gt_mask is None else batch.gt_mask.reshape(len(names), -1)[rows]
-                found.pixel.update(chosen, masks)
+                pixels.update(chosen, masks)
 
     def synchronize(self) -> None:
         """Gather the scores of all processes of a distributed run into each of them."""
         gathered = gather(self.products)
         self.products = {}
-        for products in gathered:
-            for name, found in products.items():
-                self.products.setdefault(name, _ProductScores()).merge(found)
+        for name, found in (item for theirs in gathered for item in theirs.items()):
+            for mine, theirs in zip(self.products.setdefault(name, (_Scores(), _Scores())), found, strict=True):
+                mine.merge(theirs)
 
     def limits(
         self, image_policy: ThresholdPolicy, pixel_policy: ThresholdPolicy, matches: bool
@@ -128,9 +116,10 @@ class ValidationScores:
             tuple[Limits, dict[str, Limits]]: Those of all products together, and of each. A product has those of all
                 together for what its images do not tell.
         """
-        joint = _ProductScores()
-        for product in self.products.values():
-            joint.merge(product)
+        joint = _Scores(), _Scores()
+        for found in self.products.values():
+            for whole, part in zip(joint, found, strict=True):
+                whole.merge(part)
         every = _limits_of(joint, image_policy, pixel_policy, matches)
         limits = {
             name: _filled(_limits_of(product, image_policy, pixel_policy, matches), every)
@@ -153,12 +142,12 @@ class ValidationScores:
         _warn("No validation image of %s: the thresholds are as they were before.",
               [name for name in missing if name in kept])  # fmt: skip
         without, few, only = [], [], []
-        for name, product in self.products.items():
-            negatives, positives = product.image.histogram.totals()
-            used = product.image.policy(policy)
+        for name, (images, _) in self.products.items():
+            negatives, positives = images.histogram.totals()
+            used = images.policy(policy)
             if used is not policy:
                 without.append(name)
-            if isinstance(used, FalseAlarmRate) and negatives and used.is_extrapolated(product.image.histogram):
+            if isinstance(used, FalseAlarmRate) and negatives and used.is_extrapolated(images.histogram):
                 few.append(name)
             if positives and not negatives:
                 only.append(name)
@@ -172,12 +161,13 @@ class ValidationScores:
 
 
 def _limits_of(
-    product: _ProductScores, image_policy: ThresholdPolicy, pixel_policy: ThresholdPolicy, matches: bool
+    product: tuple[_Scores, _Scores], image_policy: ThresholdPolicy, pixel_policy: ThresholdPolicy, matches: bool
 ) -> Limits:
-    image, pixel = product.image.threshold(image_policy), product.pixel.threshold(pixel_policy)
+    images, pixels = product
+    image, pixel = images.threshold(image_policy), pixels.threshold(pixel_policy)
     if matches:
         image, pixel = pixel if math.isnan(image) else image, image if math.isnan(pixel) else pixel
-    return Limits(image, *product.image.range(), pixel, *product.pixel.range())
+    return Limits(image, *images.range(), pixel, *pixels.range())
 
 
 def _filled(limits: Limits, fallback: Limits) -> Limits:
