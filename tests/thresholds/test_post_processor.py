@@ -280,6 +280,14 @@ def test_without_masks_the_threshold_of_images_is_that_of_pixels():
     assert math.isnan(limits.pixel_threshold)
 
 
+def test_a_model_may_give_maps_alone_and_was_perhaps_never_validated():
+    maps = torch.rand(2, 1, *SIZE)
+    score = CategoryPostProcessor(category_output=True)(InferenceBatch(anomaly_map=maps)).pred_score
+    assert torch.equal(score.flatten(), maps.amax((1, 2, 3)))
+    with pytest.raises(ValueError, match="neither a pred_score nor an anomaly_map"):
+        CategoryPostProcessor()(InferenceBatch())
+
+
 def test_parts_that_are_switched_off():
     raw = validate(CategoryPostProcessor(enable_normalization=False), *two_products())
     batch = decided(raw, make_batch(["nut"] * 2, [0.6, 0.9], [False] * 2))
