@@ -5,7 +5,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from anomalib.data import ImageBatch
-from anomalib.post_processing import PostProcessor
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
@@ -18,20 +17,11 @@ from anomalib_decad.metrics import (
     own_images,
     raw_maps_of,
     raw_scores_of,
-    threshold_of,
 )
 from anomalib_decad.thresholds import CategoryPostProcessor
 from conftest import validated
 
 SCORES = torch.tensor([0.2, 7.0, -3.0, 7.5])
-
-
-def make_post_processor(threshold=1.0, low=0.0, high=4.0, **kwargs):
-    post = PostProcessor(**kwargs)
-    post._image_threshold.fill_(threshold)
-    post.image_min.fill_(low)
-    post.image_max.fill_(high)
-    return post
 
 
 def test_scores_and_maps_stay_as_the_model_gave_them():
@@ -47,33 +37,6 @@ def test_the_largest_value_of_the_map_where_there_is_no_score():
     maps = torch.rand(4, 1, 5, 6)
     assert torch.equal(raw_scores_of(SimpleNamespace(anomaly_map=maps)), maps.amax((1, 2, 3)))
     assert raw_scores_of(SimpleNamespace()) is None
-
-
-finite = st.floats(-100, 100, width=32)
-
-
-@given(
-    scores=st.lists(finite, min_size=1, max_size=20), threshold=finite, low=finite, extent=st.floats(1, 50, width=32),
-    sensitivity=st.floats(0.05, 0.95), normalizes=st.booleans(),
-)  # fmt: skip
-def test_labels_follow_the_threshold(scores, threshold, low, extent, sensitivity, normalizes):
-    post = make_post_processor(
-        threshold, low, low + extent, image_sensitivity=sensitivity, enable_normalization=normalizes
-    )
-    limit = threshold_of(post, "bolts")
-    # Those at the threshold itself are on either side, as rounding wants.
-    scores = torch.tensor([score for score in scores if abs(score - limit) > 1e-3] or [limit + 1.0])
-    batch = ImageBatch(image=torch.zeros(len(scores), 3, 4, 4), pred_score=scores.clone())
-    post.post_process_batch(batch)
-    assert batch.pred_label.tolist() == (scores > limit).tolist()
-
-
-@pytest.mark.parametrize(
-    "post_processor",
-    [None, torch.nn.Identity(), CategoryPostProcessor(), make_post_processor(enable_thresholding=False)],
-)
-def test_there_may_be_no_threshold(post_processor):
-    assert threshold_of(post_processor) is None
 
 
 def test_without_a_validation_labels_mean_nothing():

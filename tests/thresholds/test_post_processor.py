@@ -18,7 +18,6 @@ from sklearn.metrics import f1_score
 
 from anomalib_decad.components import CategoryPrediction
 from anomalib_decad.data import CategoryBatch
-from anomalib_decad.metrics import threshold_of
 from anomalib_decad.thresholds import (
     BestF1,
     CategoryPostProcessor,
@@ -344,7 +343,7 @@ def test_scores_that_are_not_finite_are_refused():
 def test_an_export_for_one_product_has_its_thresholds_alone():
     post_processor = validate(CategoryPostProcessor(category="nut"), *two_products())
     assert [row["name"] for row in exported_thresholds(post_processor)["categories"]] == ["nut"]
-    assert threshold_of(post_processor) == pytest.approx(post_processor.limits("nut").image_threshold)
+    assert post_processor.raw_threshold("image") == pytest.approx(post_processor.limits("nut").image_threshold)
 
 
 @pytest.mark.parametrize("normalized", [True, False])

@@ -17,7 +17,6 @@ __all__ = [
     "own_images",
     "raw_maps_of",
     "raw_scores_of",
-    "threshold_of",
 ]
 
 T = TypeVar("T")
@@ -99,30 +98,3 @@ def own_images(trainer: Trainer, batch: Any, batch_idx: int, dataloader_idx: int
 def lacks_threshold(post_processor: Any, kind: Literal["image", "pixel"] = "image") -> bool:
     """Tell whether one of anomalib's post-processors has seen no validation: its labels, or its masks, mean nothing."""
     return isinstance(post_processor, PostProcessor) and bool(getattr(post_processor, f"{kind}_threshold").isnan())
-
-
-def threshold_of(post_processor: Any, category: str | None = None) -> float | None:
-    r"""Give the threshold that the labels of images follow, in the unit of the raw scores.
-
-    anomalib calls an image anomalous if its normalized score :math:`(s - t) / (max - min) + 0.5` is above one minus the
-    sensitivity. So it is :math:`t + (0.5 - \text{sensitivity}) (max - min)`.
-
-    Args:
-        post_processor (Any): A model's post-processor, or ``None``.
-        category (str | None): The product, of a :class:`CategoryPostProcessor`. Other post-processors have one
-            threshold for all.
-
-    Returns:
-        float | None: The threshold; ``None`` where there is none, because the model was never validated, labels are
-            switched off, or the post-processor is none of anomalib's.
-    """
-    if not isinstance(post_processor, PostProcessor) or not post_processor.enable_thresholding:
-        return None
-    if (raw_threshold := getattr(post_processor, "raw_threshold", None)) is not None:
-        return raw_threshold("image", category)
-    if lacks_threshold(post_processor):
-        return None
-    if not post_processor.enable_normalization:
-        return 1.0 - post_processor.image_sensitivity  # anomalib compares scores that are not normalized with it, too
-    extent = float(post_processor.image_max - post_processor.image_min)
-    return float(post_processor.image_threshold) + (0.5 - post_processor.image_sensitivity) * extent

@@ -10,11 +10,13 @@ import matplotlib as mpl
 import pytest
 import torch
 from anomalib.data.utils import ValSplitMode
+from anomalib.post_processing import PostProcessor
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from report_examples import NASTY, make_batch, make_post_processor, run_test, two_products
 
 from anomalib_decad.callbacks import Report
+from anomalib_decad.thresholds import CategoryPostProcessor
 
 names = st.sampled_from(NASTY) | st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=20)
 
@@ -83,13 +85,12 @@ def test_what_is_missing_is_said(part, scores, labels, options, tmp_path):
     assert "evaluator=CategoryEvaluator()" in text
 
 
-@pytest.mark.parametrize(("is_raw", "threshold"), [(True, "5.000"), (False, "0.5000")])
-def test_scores_and_thresholds_have_one_unit(is_raw, threshold, tmp_path):
-    """Those of a model that gives no raw scores are normalized."""
+@pytest.mark.parametrize(("kind", "threshold"), [(CategoryPostProcessor, "5.000"), (PostProcessor, "0.5000")])
+def test_scores_and_thresholds_have_one_unit(kind, threshold, tmp_path):
+    """With anomalib's own post-processor they are normalized."""
+    is_raw = kind is CategoryPostProcessor
     batch = make_batch([1.0, 9.0], [False, True])
-    if not is_raw:
-        batch.raw_score = None
-    text = text_of(run_test(tmp_path, [batch], post_processor=make_post_processor(5.0, 0.0, 10.0)))
+    text = text_of(run_test(tmp_path, [batch], post_processor=make_post_processor(5.0, 0.0, 10.0, kind)))
     assert f"threshold {threshold}" in text
     assert "missed defects: 0 of 1" in text
     assert ("normalized by anomalib" in text) != is_raw

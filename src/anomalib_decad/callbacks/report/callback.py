@@ -20,7 +20,7 @@ from anomalib_decad.callbacks.report.page import render
 from anomalib_decad.callbacks.report.pictures import draw
 from anomalib_decad.callbacks.report.record import Example, Kind, ProductRecord
 from anomalib_decad.files import write_text_atomically
-from anomalib_decad.metrics import CategoryEvaluator, categories_of, gather, raw_scores_of, threshold_of
+from anomalib_decad.metrics import CategoryEvaluator, categories_of, gather, lacks_threshold, raw_scores_of
 from anomalib_decad.ranges import check_range
 
 __all__ = ["Report"]
@@ -59,20 +59,17 @@ class Report(PredictionCallback):
 
     def read_batch(self, trainer: Trainer, pl_module: LightningModule, batch: Any, count: int) -> None:
         """Count the predictions of a test's batch, and keep the images that are worth a look."""
-        raw = getattr(batch, "raw_score", None)
-        scores = raw_scores_of(batch) if raw is None else raw
+        post_processor: Any = getattr(pl_module, "post_processor", None)
+        is_raw = hasattr(post_processor, "raw_threshold") or not _is_normalized(post_processor, "image")
+        scores = raw_scores_of(batch) if is_raw else batch.pred_score
         if scores is None or not trainer.testing:
             return
-        post_processor: Any = getattr(pl_module, "post_processor", None)
         paths = getattr(batch, "image_path", None) or [""] * len(batch.image)
         truth, found = _booleans(batch, "gt_label"), _booleans(batch, "pred_label")
-        is_raw = raw is not None or not _is_normalized(post_processor, "image")
         rows = zip(categories_of(trainer, batch), scores.reshape(-1).tolist(), strict=True)
         for index, (category, score) in enumerate(list(rows)[:count]):
             if category not in self._records:
-                threshold = threshold_of(post_processor, category)
-                if threshold is not None and not is_raw:
-                    threshold = 1 - post_processor.image_sensitivity
+                threshold = _threshold_of(post_processor, category)
                 self._records[category] = ProductRecord(self.max_images, threshold, is_raw)
             record = self._records[category]
             kind: Kind = "unlabelled" if truth[index] is None else "defect" if truth[index] else "normal"
@@ -142,6 +139,15 @@ def _is_normalized(post_processor: Any, kind: Literal["image", "pixel"]) -> bool
     """Tell whether scores or maps are between 0 and 1 after a post-processor, with the threshold at 0.5."""
     normalizes = isinstance(post_processor, PostProcessor) and post_processor.enable_normalization
     return normalizes and not bool(getattr(post_processor, f"{kind}_min").isnan())
+
+
+def _threshold_of(post_processor: Any, category: str) -> float | None:
+    """Give the threshold that labels follow, in raw scores if each product has its own, else as anomalib has it."""
+    if not isinstance(post_processor, PostProcessor) or not post_processor.enable_thresholding:
+        return None
+    if (raw_threshold := getattr(post_processor, "raw_threshold", None)) is not None:
+        return raw_threshold("image", category)
+    return None if lacks_threshold(post_processor) else 1 - post_processor.image_sensitivity
 
 
 def _booleans(batch: Any, name: str) -> list[bool | None]:

@@ -15,6 +15,7 @@ from anomalib_decad.callbacks.report.record import KINDS, ProductRecord
 
 __all__ = ["draw_charts"]
 
+_STYLE = {"svg.fonttype": "none", "font.size": 9, "path.simplify_threshold": 1.0}
 _COLORS = {"normal": "#0072b2", "defect": "#d55e00", "unlabelled": "#6b7280"}
 
 
@@ -33,7 +34,7 @@ def draw_charts(record: ProductRecord) -> str | None:
     edges = np.histogram_bin_edges(np.concatenate([*scores.values(), line]), bins=40)
     content = io.BytesIO()
     # matplotlib's own style, whatever the user's is, and without pyplot, which would keep the figure.
-    with matplotlib.style.context(["default", {"svg.fonttype": "none", "font.size": 9}]):
+    with matplotlib.style.context(["default", _STYLE]):
         figure = Figure(figsize=(11 if has_both else 4, 2.8), layout="constrained")
         axes = figure.subplots(1, 3 if has_both else 1, squeeze=False)[0]
         for kind, values in scores.items():
@@ -48,7 +49,8 @@ def draw_charts(record: ProductRecord) -> str | None:
             labels = np.repeat([0, 1], [len(scores["normal"]), len(scores["defect"])])
             values = np.concatenate([scores["normal"], scores["defect"]])
             RocCurveDisplay.from_predictions(labels, values, name="ROC", ax=axes[1])
-            PrecisionRecallDisplay.from_predictions(labels, values, name="precision-recall", ax=axes[2])
+            options = {"name": "precision-recall", "drop_intermediate": True}
+            PrecisionRecallDisplay.from_predictions(labels, values, ax=axes[2], **options)
             axes[1].set(xlabel="false alarm rate", ylabel="recall")
             axes[2].set(xlabel="recall", ylabel="precision")
         figure.savefig(content, format="svg", metadata={"Date": None})
