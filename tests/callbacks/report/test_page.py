@@ -141,3 +141,13 @@ def test_an_error_is_a_warning_and_leaves_what_was_there(error, tmp_path, monkey
     assert path.read_text() == before
     assert "Report:" not in capsys.readouterr().out
     assert str(error) in caplog.text
+
+
+def test_without_scores_there_is_no_chart_or_no_report(tmp_path, caplog):
+    page = run_test(tmp_path, [make_batch([float("nan")], paths=[""])], evaluator=False).read_text()
+    assert "1 images have no finite score" in page
+    assert "data:image/svg+xml" not in page
+    batch = make_batch([0.5], maps=False)
+    batch.pred_score = batch.raw_score = None
+    run_test(tmp_path, [batch], evaluator=False)
+    assert "no images with scores: there is no report" in caplog.text
