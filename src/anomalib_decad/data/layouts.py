@@ -2,7 +2,6 @@
 """The images of a category and their masks, in the layouts whose masks anomalib pairs by sort order."""
 
 import itertools
-import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -17,11 +16,8 @@ from anomalib.data.utils import LabelName, TestSplitMode, ValSplitMode
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from anomalib_decad.compat import replace_setup
-from anomalib_decad.data.reading import other_images
 
 __all__ = ["check_folders", "list_by_name", "pair_by_name"]
-
-logger = logging.getLogger(__name__)
 
 #: Datamodules with the layout of MVTec AD, and how each calls its normal images.
 _NORMAL = {MVTecAD: "good", MVTecLOCO: "good", Visa: "good", MPDD: "good", AutoVI: "good", BTech: "ok"}
@@ -93,10 +89,6 @@ def _list_mvtec(root: Path, normal: str) -> pd.DataFrame:
 def _list_folders(datamodule: Folder) -> pd.DataFrame:
     """List the folders of a :class:`Folder`. A product may have no defects."""
     named = {name: _named(datamodule, name) for name in _FOLDERS}
-    for first, second in itertools.combinations(_FOLDERS, 2):
-        if both := set(named[first]) & set(named[second]):
-            msg = f"{first} and {second} are the same folder, {both.pop()}: its images can only be one of both"
-            raise ValueError(msg)
     every = set(itertools.chain(*named.values()))
     extensions = tuple(extension.lower() for extension in datamodule.extensions or IMG_EXTENSIONS)
 
@@ -139,13 +131,7 @@ def _named(datamodule: Folder, name: str) -> list[Path]:
 
 
 def _images_in(root: Path, pattern: str, extensions: Sequence[str] = IMG_EXTENSIONS) -> list[Path]:
-    files = [file for file in root.glob(pattern) if file.name[0] != "."]
-    if others := other_images(files, extensions):
-        logger.warning("%s: %d images are not used, as their format is none of %s, the first is %s.", root, len(others),
-                       " ".join(extensions), others[0])  # fmt: skip
-    files = [file for file in files if file.suffix.lower() in extensions]
-    if broken := [file for file in files if file.is_symlink() and not file.exists()]:
-        logger.warning("%s: %d links lead nowhere, the first is %s.", root, len(broken), min(broken))
+    files = (file for file in root.glob(pattern) if file.suffix.lower() in extensions and file.name[0] != ".")
     return sorted(file for file in files if file.is_file())
 
 
@@ -164,9 +150,6 @@ def _make_table(
         text = f"{len(missing)} of {len(wanted)} anomalous images have no mask, the first is {missing[0]}"
         msg = f"{text}: its mask is expected as {remedy.format(missing[0]) if remedy else ''}"
         raise MisMatchError(msg)
-    used = set(itertools.chain(*pairs.values()))
-    if idle := [path for path in itertools.chain(*masks.values()) if path not in used]:
-        logger.warning("%s: %d masks have no image, the first is %s.", root, len(idle), idle[0])
     rows = []
     for path, split, label, key in images:
         names = [str(mask) for mask in pairs.get(path, [])]
