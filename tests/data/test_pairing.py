@@ -8,6 +8,7 @@ import pytest
 from anomalib.data.errors import MisMatchError
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from anomalib_decad import MultiCategory
 from anomalib_decad.data.layouts import pair_by_name
@@ -129,3 +130,16 @@ def test_a_product_without_masks_is_scored_by_images(layout, tmp_path, caplog):
     assert batch.gt_mask is None
     assert batch.gt_label.sum() == 2
     assert "The category gear: no masks, so there are no pixel metrics" in caplog.text
+
+
+@pytest.mark.parametrize("layout", ["MVTecAD", "Folder"])
+def test_images_of_other_formats_and_masks_without_an_image_are_named(layout, tmp_path, caplog):
+    write_defects(tmp_path / "gear", ["1", "10"])
+    (tmp_path / "gear" / "test" / "square" / "1.png").unlink()
+    for name in ("train/good/a.gif", "test/square/b.jp2", "notes.gif"):
+        Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "gear" / name)
+    assert len(pairs_of(multi(layout, tmp_path))) == 1
+    for name in ("train/good/a.gif", "test/square/b.jp2"):
+        assert f"the first is {tmp_path / 'gear' / name}" in caplog.text
+    assert caplog.text.count("1 images are not used, as their format is none of .jpg .jpeg") == 2
+    assert "1 masks have no image, the first is" in caplog.text

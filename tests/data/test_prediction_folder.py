@@ -102,3 +102,14 @@ def test_pictures_of_another_model_show_the_white_level_of_the_category(tmp_path
     picture = cv2.imread(str(tmp_path / "images/bolts/test/good/000.png"))[40:, :200]
     original = cv2.imread(str(tmp_path / "data/bolts/test/good/000.png"), cv2.IMREAD_UNCHANGED)
     assert picture.mean() == pytest.approx(original.mean() / 16, abs=6)
+
+
+def test_images_of_formats_that_anomalib_does_not_take_are_named(tmp_path, caplog):
+    for name in ("a.png", "b.gif", "c.png"):
+        write(tmp_path / name, np.zeros((8, 8, 3), np.uint8))
+    predict(tmp_path / "a.png")
+    assert "not predicted" not in caplog.text
+    predict(tmp_path)
+    assert f"{tmp_path}: 1 images are not predicted, as anomalib does not take their format, the first is b.gif" in (
+        caplog.text
+    )

@@ -310,3 +310,20 @@ def test_an_incomplete_file_is_named(subset, make_engine, make_model, tmp_path):
     data = MultiCategory("MVTecAD", root=tmp_path / "shop", num_workers=0)
     with pytest.raises((OSError, RuntimeError), match=rf"{path} cannot be read \(.*\): remove or replace the file"):
         make_engine().train(make_model(), datamodule=data)
+
+
+@pytest.mark.parametrize(
+    ("draw", "finding"),
+    [
+        (MASKS["layer"], "has an alpha channel, which may be what counts"),
+        (MASKS["white palette"], "has a palette whose first color is not black"),
+        (lambda found: Image.fromarray((found * 0 + 255).astype(np.uint8)), "covers 100% of the image"),
+        (MASKS["dark red"], None),
+    ],
+)
+def test_odd_masks_are_findings_of_the_look_at_the_data(draw, finding, tmp_path, caplog):
+    make_dataset(tmp_path, ("bolts",), num_test=1)
+    path = tmp_path / "bolts" / "ground_truth" / "square" / "000_mask.png"
+    draw(cv2.imread(str(path), cv2.IMREAD_GRAYSCALE) > 0).save(path)
+    MultiCategory("MVTecAD", root=tmp_path, **OPTIONS).setup()
+    assert f"the mask 000_mask.png {finding}" in caplog.text if finding else "000_mask.png" not in caplog.text

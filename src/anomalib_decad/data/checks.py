@@ -12,6 +12,7 @@ from anomalib.data import AnomalibDataset
 from anomalib.data.errors import MisMatchError
 from anomalib.data.utils import LabelName
 from lightning.pytorch.utilities import rank_zero_only
+from PIL import Image
 
 from anomalib_decad.data.dataset import mask_paths
 from anomalib_decad.data.reading import image_size, is_high_bit_depth, naming, read_mask, white_level
@@ -92,11 +93,19 @@ def _check_masks(anomalous: pd.DataFrame) -> list[str]:
         if len(paths) > 1 and len({image_size(path) for path in paths}) > 1:
             msg = f"the masks {', '.join(map(str, paths))} are of one image, and have different sizes: make them equal"
             raise MisMatchError(msg)
-    findings = []
-    for image in _sample(list(masks), _MASKS):
-        path = masks[image][0]
-        if image_size(path) != image_size(image):
-            findings.append(f"the mask {Path(path).name} is of another size than its image")
-        if not read_mask(path).any():
-            findings.append(f"the mask {Path(path).name} of an anomalous image is empty")
-    return findings
+    chosen = [(masks[image][0], image) for image in _sample(list(masks), _MASKS)]
+    return [f"the mask {Path(mask).name} {odd}" for mask, image in chosen for odd in _check_mask(mask, image)]
+
+
+def _check_mask(path: str, image: str) -> list[str]:
+    with naming(path), Image.open(path) as mask:
+        has_alpha, palette = "A" in mask.getbands(), mask.getpalette() if mask.mode == "P" else None
+    share = float(read_mask(path).float().mean())
+    odd = {
+        "is of another size than its image": image_size(path) != image_size(image),
+        "has an alpha channel, which may be what counts (see docs/many-products.md)": has_alpha,
+        "has a palette whose first color is not black": bool(palette and any(palette[:3])),
+        "of an anomalous image is empty": share == 0,
+        f"covers {share:.0%} of the image": share > 0.95,
+    }
+    return [text for text, is_odd in odd.items() if is_odd]

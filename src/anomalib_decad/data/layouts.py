@@ -2,6 +2,7 @@
 """The images of a category and their masks, in the layouts whose masks anomalib pairs by sort order."""
 
 import itertools
+import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -16,8 +17,11 @@ from anomalib.data.utils import LabelName, TestSplitMode, ValSplitMode
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from anomalib_decad.compat import replace_setup
+from anomalib_decad.data.reading import other_images
 
 __all__ = ["check_folders", "list_by_name", "pair_by_name"]
+
+logger = logging.getLogger(__name__)
 
 #: Datamodules with the layout of MVTec AD, and how each calls its normal images.
 _NORMAL = {MVTecAD: "good", MVTecLOCO: "good", Visa: "good", MPDD: "good", AutoVI: "good", BTech: "ok"}
@@ -90,6 +94,9 @@ def _list_folders(datamodule: Folder) -> pd.DataFrame:
     """List the folders of a :class:`Folder`. A product may have no defects."""
     named = {name: _named(datamodule, name) for name in _FOLDERS}
     every = set(itertools.chain(*named.values()))
+    if len(every) < sum(map(len, named.values())):
+        msg = f"two of {', '.join(_FOLDERS)} are the same folder: its images can only be one of both"
+        raise ValueError(msg)
     extensions = tuple(extension.lower() for extension in datamodule.extensions or IMG_EXTENSIONS)
 
     def images_of(folder: Path) -> list[Path]:
@@ -131,8 +138,11 @@ def _named(datamodule: Folder, name: str) -> list[Path]:
 
 
 def _images_in(root: Path, pattern: str, extensions: Sequence[str] = IMG_EXTENSIONS) -> list[Path]:
-    files = (file for file in root.glob(pattern) if file.suffix.lower() in extensions and file.name[0] != ".")
-    return sorted(file for file in files if file.is_file())
+    files = [file for file in root.glob(pattern) if file.name[0] != "." and file.is_file()]
+    if others := other_images(files, extensions):
+        logger.warning("%s: %d images are not used, as their format is none of %s, the first is %s.", root, len(others),
+                       " ".join(extensions), others[0])  # fmt: skip
+    return sorted(file for file in files if file.suffix.lower() in extensions)
 
 
 def _make_table(
@@ -150,6 +160,8 @@ def _make_table(
         text = f"{len(missing)} of {len(wanted)} anomalous images have no mask, the first is {missing[0]}"
         msg = f"{text}: its mask is expected as {remedy.format(missing[0]) if remedy else ''}"
         raise MisMatchError(msg)
+    if idle := set(itertools.chain(*masks.values())) - set(itertools.chain(*pairs.values())):
+        logger.warning("%s: %d masks have no image, the first is %s.", root, len(idle), min(idle))
     rows = []
     for path, split, label, key in images:
         names = [str(mask) for mask in pairs.get(path, [])]

@@ -2,10 +2,12 @@
 """A folder of images to predict, which anomalib's dataset lists and reads."""
 
 import logging
+from pathlib import Path
 from typing import Any
 
 from anomalib.data import ImageBatch, ImageItem, PredictDataset
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from anomalib_decad.data import reading
 
@@ -21,7 +23,7 @@ class PredictionFolder(Callback):
 
     Images of high bit depth, which anomalib clips to white, and images with an EXIF orientation are read again. The
     white level is that of the training (``white_levels`` of the model) if all categories had the same, or else what
-    fits the images of the folder.
+    fits the images of the folder. Images of formats that anomalib does not take are named.
     """
 
     def __init__(self) -> None:
@@ -29,8 +31,11 @@ class PredictionFolder(Callback):
         self._white: float | None = None
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the white levels of the model, which its checkpoint has brought by now."""
-        del trainer
+        """Take the white levels of the model, which its checkpoint has brought by now, and look for other formats."""
+        for folder in {Path(path).parent for data in _folders(trainer) for path in data.image_filenames[1:]}:
+            if others := reading.other_images(folder.iterdir(), IMG_EXTENSIONS):
+                text = "%s: %d images are not predicted, as anomalib does not take their format, the first is %s."
+                logger.warning(text, folder, len(others), others[0].name)
         self._levels, self._white = set(getattr(pl_module, "white_levels", {}).values()), None
 
     def on_predict_batch_start(

@@ -17,8 +17,8 @@ from torchvision.transforms.v2.functional import to_dtype, to_image
 from torchvision.tv_tensors import Image, Mask
 
 __all__ = [
-    "FULL_WHITE", "image_size", "is_high_bit_depth", "is_misread_by_anomalib", "naming", "read_image", "read_mask",
-    "white_level",
+    "FULL_WHITE", "image_size", "is_high_bit_depth", "is_misread_by_anomalib", "naming", "other_images", "read_image",
+    "read_mask", "white_level",
 ]  # fmt: skip
 
 logger = logging.getLogger(__name__)
@@ -70,6 +70,12 @@ def image_size(path: str | Path) -> tuple[int, int]:
         tags = getattr(image, "tag_v2", None)  # a TIFF's own size; some versions of Pillow have turned it already
         width, height = (tags[256], tags[257]) if tags else image.size
         return (height, width) if image.getexif().get(Base.Orientation) in {5, 6, 7, 8} else (width, height)
+
+
+def other_images(files: Iterable[Path], extensions: Iterable[str]) -> list[Path]:
+    """Find the files that Pillow can read by their names, but that have none of the extensions."""
+    known = {name for name, kind in PillowImage.registered_extensions().items() if kind in PillowImage.OPEN}
+    return sorted(file for file in files if file.suffix.lower() in known - set(extensions) and file.is_file())
 
 
 def _read_values(path: str | Path) -> np.ndarray:
