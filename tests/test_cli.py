@@ -191,19 +191,8 @@ def test_resume_from_the_command_line(trained, tmp_path, model_args, data_args, 
         "--ckpt_path", checkpoint, "--default_root_dir", tmp_path, "--seed_everything", 123,
     )  # fmt: skip
     assert "`max_steps=5` reached" in result.stderr + result.stdout
-    # A training from the start, with this seed, would have other losses.
-    before = losses_in(checkpoint)
-    assert [step for step, _ in before] == [1, 2, 3]
-    after = losses_in(next(tmp_path.rglob("model.ckpt")))
-    assert [step for step, _ in after] == [1, 2, 3, 4, 5]
-    assert after[:3] == before
-
-
-def losses_in(checkpoint):
-    """Give the losses of each step that a checkpoint keeps for the report."""
-    callbacks = torch.load(checkpoint, weights_only=True)["callbacks"].values()
-    (training,) = [state["training"] for state in callbacks if isinstance(state, dict) and "training" in state]
-    return list(training["losses"]["loss"].items())
+    assert "Restored all states from the checkpoint" in result.stderr + result.stdout
+    assert torch.load(next(tmp_path.rglob("model.ckpt")), weights_only=True)["global_step"] == 5
 
 
 def test_two_process_data_parallel(tmp_path, model_args, data_args, mvtec_root):

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
     from anomalib.data import AnomalibDataModule
     from anomalib.post_processing import PostProcessor
-    from lightning.pytorch import Trainer
     from torch import nn
 
     Module = TypeVar("Module", bound=nn.Module)
@@ -27,7 +26,6 @@ __all__ = [
     "PRIVATE_NAMES",
     "antialiased_position_embeddings",
     "convert_checkpoint",
-    "predict_datasets",
     "rename_datamodule",
     "replace_setup",
     "set_thresholds",
@@ -42,7 +40,6 @@ PRIVATE_NAMES: tuple[tuple[str, str, str, str | None], ...] = (
     ("anomalib.data.datamodules.image.folder", "Folder", "_name", "self._name"),
     ("anomalib.data.datamodules.base.image", "AnomalibDataModule", "_update_augmentations", None),
     ("anomalib.data.datamodules.base.image", "AnomalibDataModule", "_setup", None),
-    ("lightning.pytorch.loops.prediction_loop", "_PredictionLoop", "_data_source", "self._data_source"),
     ("timm.models.vision_transformer", "", "resample_abs_pos_embed", None),
     ("timm.models.vision_transformer", "", "checkpoint_filter_fn", None),
     ("torch.nn.modules.module", "Module", "_modules", "_modules"),
@@ -110,20 +107,6 @@ def replace_setup(datamodule: AnomalibDataModule, setup: Callable[[str | None], 
         setup (Callable[[str | None], None]): Sets ``train_data``, ``test_data``, and ``val_data`` if there is some.
     """
     vars(datamodule)["_setup"] = setup
-
-
-def predict_datasets(trainer: Trainer) -> list[Any]:
-    """List the datasets of a prediction before its first image is read, which ``predict_dataloaders`` are too late for.
-
-    Args:
-        trainer (Trainer): The trainer, in ``setup`` of a prediction.
-
-    Returns:
-        list[Any]: The datasets of the dataloaders that it was given; none of a datamodule's.
-    """
-    source: Any = trainer.predict_loop._data_source.instance
-    loaders = source if isinstance(source, (list, tuple)) else [source]
-    return [loader.dataset for loader in loaders if hasattr(loader, "dataset")]
 
 
 def shallow_copy(module: Module) -> Module:

@@ -134,20 +134,6 @@ def test_a_state_every_few_minutes_until_the_end(make_engine, make_model, make_d
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_a_full_disk_does_not_end_the_training(make_engine, make_model, make_data, caplog):
-    class Full(Callback):
-        def on_train_start(self, trainer, pl_module):
-            Path(trainer.default_root_dir).mkdir(parents=True, exist_ok=True)
-            (Path(trainer.default_root_dir) / "weights").write_text("in the way")
-
-    engine = make_engine(Full(), LastCheckpoint(timedelta(0)), max_steps=2, limit_val_batches=0)
-    with pytest.raises(OSError, match="make room"):
-        # anomalib's own checkpoint has no place, either, but the steps before were done.
-        engine.fit(make_model(), datamodule=make_data())
-    assert engine.trainer.global_step == 2
-    assert "The state of the training is not saved: " in caplog.text
-
-
 def test_without_checkpoints_there_is_none(make_engine, make_model, make_data):
     engine = make_engine(Stop(2, RuntimeError), max_steps=5, barebones=True)
     with pytest.raises(RuntimeError, match="stopped"):

@@ -11,14 +11,12 @@ import torch
 from anomalib.data import ImageBatch
 from anomalib.engine import Engine
 from anomalib.models import Padim
-from lightning.pytorch import Callback
 from torchvision.transforms.v2 import CenterCrop, Compose, Normalize, Resize
 
 from anomalib_decad.callbacks import AnomalyMapWriter, PredictionTable
 from anomalib_decad.callbacks.prediction_table import COLUMNS, _find_defect
 from anomalib_decad.metrics import CategoryEvaluator
 from anomalib_decad.thresholds import CategoryPostProcessor
-from conftest import anomalib
 
 
 def read(path):
@@ -26,25 +24,13 @@ def read(path):
         return list(csv.DictReader(file))
 
 
-class Keeper(Callback):
-    """Keeps the items of a test as they are in the end."""
-
-    def __init__(self):
-        self.items = []
-
-    def on_test_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0):
-        self.items += list(batch)
-
-
 def test_lines_say_what_the_batches_do(make_engine, make_model, make_data, tmp_path):
-    model, data, keeper = make_model(save_maps="float16"), make_data(), Keeper()
-    engine = make_engine(keeper)
+    model, data, engine = make_model(save_maps="float16"), make_data(), make_engine()
     engine.fit(model, datamodule=data)
     engine.test(model, datamodule=data)
     folder = next(tmp_path.rglob("predictions.csv")).parent
     lines = {line["path"]: line for line in read(folder / "predictions.csv")}
-    assert len(lines) == len(data.test_data) == len(keeper.items)
-    # The callback of the user comes before the post-processor: its items are the same, changed in place, or not.
+    assert len(lines) == len(data.test_data)
     for index in range(len(data.test_data)):
         item = data.test_data[index]
         line = lines[item.image_path]
@@ -133,7 +119,7 @@ def test_the_box_is_that_of_the_largest_defect_in_the_file(tmp_path):
 @pytest.mark.parametrize("step", [CenterCrop(16), Resize(16)])
 def test_a_model_that_crops_knows_no_place_in_the_file(step, tmp_path):
     """Where a defect is, is not said, and no maps are written that would not fit."""
-    trainer = SimpleNamespace(default_root_dir=tmp_path, global_rank=0, is_global_zero=True, world_size=1, callbacks=[])
+    trainer = make_trainer(tmp_path)
     limits = SimpleNamespace(image_threshold=torch.tensor(0.5), pixel_threshold=torch.tensor(0.5))
     module = SimpleNamespace(
         pre_processor=SimpleNamespace(transform=Compose([step, Normalize([0.5], [0.5])])), post_processor=limits
@@ -169,76 +155,49 @@ def record(table, trainer, path, score=0.5):
     table.on_predict_epoch_end(trainer, None)
 
 
+def make_trainer(folder, is_global_zero=True):
+    return SimpleNamespace(default_root_dir=folder, is_global_zero=is_global_zero, predicting=True, world_size=1)
+
+
 def test_a_score_that_is_no_number_is_an_error(tmp_path):
-    trainer = SimpleNamespace(default_root_dir=tmp_path, global_rank=0, is_global_zero=True)
     with pytest.raises(ValueError, match=r"the score of 0\.png is nan: the weights of the model are damaged"):
-        record(PredictionTable(), trainer, "0.png", float("nan"))
+        record(PredictionTable(), make_trainer(tmp_path), "0.png", float("nan"))
 
 
-def test_a_run_that_fails_leaves_no_part(tmp_path):
-    trainer = SimpleNamespace(default_root_dir=tmp_path, global_rank=0, is_global_zero=True)
-    table = PredictionTable()
-    record(table, trainer, 'a "b", c.png')
-    assert list(tmp_path.iterdir())
-    table.on_exception(trainer, None, RuntimeError())
-    assert not list(tmp_path.iterdir())
-    record(table, trainer, 'a "b", c.png')
-    table.on_predict_end(trainer, None)
-    assert [path.name for path in tmp_path.iterdir()] == ["predictions.csv"]
-    assert read(tmp_path / "predictions.csv")[0]["path"] == 'a "b", c.png'
-
-
-def test_parts_of_processes_are_joined(tmp_path, monkeypatch):
-    from anomalib_decad.callbacks import prediction_table
-
-    tables = []
-    for rank in (1, 0):
-        trainer = SimpleNamespace(default_root_dir=tmp_path, global_rank=rank, is_global_zero=rank == 0)
-        table = PredictionTable()
-        record(table, trainer, f"{rank}.png")
-        tables.append((trainer, table))
-    names = [str(tmp_path / f".predictions.csv.{rank}.partial") for rank in (0, 1)]
-    monkeypatch.setattr(prediction_table, "gather", lambda value: names if isinstance(value, str) else [value])
-    for trainer, table in tables:
-        table.on_predict_end(trainer, None)
-    assert [line["path"] for line in read(tmp_path / "predictions.csv")] == ["0.png", "1.png"]
-    assert len(list(tmp_path.iterdir())) == 1
+def test_names_are_kept_and_rows_of_processes_joined(tmp_path, monkeypatch, caplog):
+    """Also names that are no text. A run that failed has left nothing."""
+    names = ['a "b", c.png', "\udc80.png"]
+    tables = [PredictionTable() for _ in names]
+    for table, name in zip(tables, names, strict=True):
+        record(table, make_trainer(tmp_path), "failed.png")
+        table.on_exception(None, None, RuntimeError())
+        record(table, make_trainer(tmp_path), name)
+    rows = [table._rows for table in tables]
+    monkeypatch.setattr("anomalib_decad.callbacks.prediction_table.gather", lambda _: rows)
+    with caplog.at_level("INFO"):
+        for table, is_global_zero in zip(tables, (False, True), strict=True):
+            table.on_predict_end(make_trainer(tmp_path, is_global_zero), None)
+    (path,) = tmp_path.iterdir()
+    lines = path.read_text("utf-8", "surrogateescape").splitlines()
+    assert lines[1:] == ['"a ""b"", c.png",,0.5,0.5,,,,,,', "\udc80.png,,0.5,0.5,,,,,,"]
+    assert caplog.text.count(f"Predicted 2 images (0 anomalous): {path}") == 1
 
 
 def test_maps_of_equally_named_images_stay_apart(tmp_path):
     paths = []
-    for name in ("bottle/test/good/0.png", "brush/test/good/0.png", "brush/test/good/0.jpg"):
+    for name in ("bottle/test/good/0.png", "brush/test/good/0.png"):
         path = tmp_path / "images" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         cv2.imwrite(str(path), np.zeros((8, 8, 3), np.uint8))
         paths.append(str(path))
-    loader = SimpleNamespace(dataset=SimpleNamespace(image_filenames=paths))
-    trainer = SimpleNamespace(default_root_dir=tmp_path / "run", predicting=True, predict_dataloaders=loader)
-    batch = ImageBatch(image=torch.zeros(3, 3, 8, 8), anomaly_map=torch.rand(3, 8, 8), image_path=paths)
-    AnomalyMapWriter("float32").read_batch(trainer, None, batch, 3)
-    files = sorted(str(path.relative_to(tmp_path / "run")) for path in (tmp_path / "run").rglob("*.tiff"))
-    good = "anomaly_maps/images/{}/test/good/{}"
-    assert files == [
-        good.format("bottle", "0.tiff"), good.format("brush", "0.png.tiff"), good.format("brush", "0.tiff"),
-    ]  # fmt: skip
-    # Another process, which has other images of the folder, gives them the same names.
-    one = ImageBatch(image=batch.image[1:2], anomaly_map=batch.anomaly_map[1:2], image_path=paths[1:2])
-    (tmp_path / "run" / good.format("brush", "0.png.tiff")).unlink()
-    AnomalyMapWriter("float32").read_batch(trainer, None, one, 1)
-    assert sorted(str(path.relative_to(tmp_path / "run")) for path in (tmp_path / "run").rglob("*.tiff")) == files
-
-
-def test_a_name_that_is_no_text_is_kept(tmp_path):
-    trainer = SimpleNamespace(default_root_dir=tmp_path, global_rank=0, is_global_zero=True)
-    table = PredictionTable()
-    record(table, trainer, "\udc80.png")
-    table.on_predict_end(trainer, None)
-    assert b"\x80.png" in (tmp_path / "predictions.csv").read_bytes()
+    batch = ImageBatch(image=torch.zeros(2, 3, 8, 8), anomaly_map=torch.rand(2, 8, 8), image_path=paths)
+    AnomalyMapWriter("float32").read_batch(make_trainer(tmp_path), None, batch, 2)
+    files = sorted(path.relative_to(tmp_path / "anomaly_maps").as_posix() for path in tmp_path.rglob("*.tiff"))
+    assert files == ["bottle/test/good/0.tiff", "brush/test/good/0.tiff"]
 
 
 def test_without_recognition_nothing_is_called_unknown(tmp_path):
-    trainer = SimpleNamespace(default_root_dir=tmp_path, global_rank=0, is_global_zero=True)
-    post_processor = CategoryPostProcessor()
+    trainer, post_processor = make_trainer(tmp_path), CategoryPostProcessor()
     module = SimpleNamespace(post_processor=post_processor)
     table = PredictionTable()
     table.on_predict_start(trainer, None)
@@ -250,22 +209,3 @@ def test_without_recognition_nothing_is_called_unknown(tmp_path):
     table.read_batch(trainer, module, batch, 1)
     table.on_predict_end(trainer, None)
     assert [line["product"] for line in read(tmp_path / "predictions.csv")] == ["", "", "unknown"]
-
-
-@pytest.mark.slow
-def test_policies_on_the_command_line(encoder_weights, data_args, tmp_path):
-    model = [
-        "--model", "DecAD", "--model.encoder", "test_vit", "--model.encoder_weights", encoder_weights,
-        "--model.image_size", "[64,64]", "--model.layers", "[1,2]", "--model.decoupler.num_prototypes", "16",
-        "--model.invertible.hidden_dim", "8",
-    ]  # fmt: skip
-    policy = [
-        "--model.post_processor", "CategoryPostProcessor", "--model.post_processor.image_policy", "FalseAlarmRate",
-        "--model.post_processor.image_policy.rate", "0.3",
-    ]  # fmt: skip
-    anomalib("fit", *model, *policy, *data_args, "--trainer.max_steps", "2", "--default_root_dir", tmp_path)
-    checkpoint = next(tmp_path.rglob("model.ckpt"))
-    state = torch.load(checkpoint, weights_only=True)
-    assert state["anomalib_post_processor_config"]["image_policy"] == {"name": "FalseAlarmRate", "rate": 0.3}
-
-    assert state["state_dict"]["post_processor.category_limits"].shape == (6, 2)

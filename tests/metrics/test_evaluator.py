@@ -1,13 +1,12 @@
-import shutil
-import sys
+import json
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from anomalib.callbacks import ModelCheckpoint
 from lightning.pytorch.callbacks import EarlyStopping
 
-from anomalib_decad import MultiCategory
-from anomalib_decad.metrics import METRICS
+from anomalib_decad.metrics import DECISIONS, METRICS, CategoryEvaluator
 
 
 def test_metrics_of_a_validation_are_those_of_a_test_without_files(make_engine, make_model, make_data, capsys):
@@ -32,42 +31,30 @@ def test_callbacks_that_monitor_a_metric(make_engine, make_model, make_data, tmp
     assert engine.trainer.global_step == 6
 
 
-class Closed:
-    """An output that nobody reads any more."""
-
-    def isatty(self):
-        return False
-
-    def write(self, text):
-        raise BrokenPipeError(32, "Broken pipe")
-
-    def flush(self):
-        pass
+def make_evaluator(*names):
+    evaluator = CategoryEvaluator()
+    evaluator.results = {name: dict.fromkeys((*METRICS, "mAD"), 1.0) for name in (*names, "mean")}
+    evaluator.decisions = {name: dict.fromkeys(DECISIONS, 1.0) for name in (*names, "mean")}
+    return evaluator
 
 
-def test_names_are_printed_as_they_are(mvtec_root, make_engine, make_model, tmp_path, capsys):
-    """Also what rich reads as markup."""
-    root = tmp_path / "data [1]"
-    for name in ("bolt[m6]", "bolt[m8]"):
-        shutil.copytree(mvtec_root / "bolts", root / name)
-    model, data = make_model(), MultiCategory("MVTecAD", root=root, num_workers=0)
-    engine = make_engine()
-    engine.fit(model, datamodule=data)
-    engine.test(model, datamodule=data)
+def test_nothing_is_cut_or_changed(tmp_path, capsys):
+    names = "bolt[m6]", "50 % \N{GREEK SMALL LETTER MU}m", "a_product_with_a_name_of_" + "many_" * 20 + "signs"
+    evaluator = make_evaluator(*names)
+    evaluator.results[names[0]]["pixel_AP"] = float("nan")
+    evaluator._write(tmp_path)
     output = capsys.readouterr().out
-    for name in ("bolt[m6]", "bolt[m8]"):
-        assert sum(line.split()[:1] == [name] for line in output.splitlines()) == 2
-    (path,) = tmp_path.rglob("metrics.csv")
-    assert "/data [1]/" in str(path)
-    assert f"Written to {path} and metrics.json" in output
+    assert output.count("100.0") == 13 * 4 - 1
+    for name in names:
+        assert sum(line.startswith(name) for line in output.splitlines()) == 2
+    assert f"Written to {tmp_path / 'metrics.csv'} and metrics.json" in output
+    content = json.loads((tmp_path / "metrics.json").read_text("utf-8"))
+    assert list(content["categories"]) == [*names]
+    assert content["categories"][names[0]]["pixel_AP"] is None
 
 
-def test_an_output_that_is_closed_takes_no_results_with_it(make_engine, make_model, make_data, tmp_path, monkeypatch):
-    model, data, engine = make_model(report=False), make_data(), make_engine()
-    engine.fit(model, datamodule=data)
-    monkeypatch.setattr(sys, "stdout", Closed())
-    with pytest.raises(BaseException):  # noqa: B017, PT011 (rich ends the program)
-        engine.test(model, datamodule=data)
-    (path,) = tmp_path.rglob("metrics.json")
-    assert "mAD" in path.read_text()
-    assert path.with_suffix(".csv").is_file()
+def test_an_output_that_is_closed_takes_no_results_with_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.print", Mock(side_effect=BrokenPipeError))
+    with pytest.raises(BrokenPipeError):
+        make_evaluator("bolts")._write(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.csv", "metrics.json"]

@@ -4,9 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.multiprocessing
 from anomalib.data import ImageBatch
-from anomalib.post_processing import PostProcessor
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
@@ -19,20 +17,11 @@ from anomalib_decad.metrics import (
     own_images,
     raw_maps_of,
     raw_scores_of,
-    threshold_of,
 )
 from anomalib_decad.thresholds import CategoryPostProcessor
 from conftest import validated
 
 SCORES = torch.tensor([0.2, 7.0, -3.0, 7.5])
-
-
-def make_post_processor(threshold=1.0, low=0.0, high=4.0, **kwargs):
-    post = PostProcessor(**kwargs)
-    post._image_threshold.fill_(threshold)
-    post.image_min.fill_(low)
-    post.image_max.fill_(high)
-    return post
 
 
 def test_scores_and_maps_stay_as_the_model_gave_them():
@@ -48,33 +37,6 @@ def test_the_largest_value_of_the_map_where_there_is_no_score():
     maps = torch.rand(4, 1, 5, 6)
     assert torch.equal(raw_scores_of(SimpleNamespace(anomaly_map=maps)), maps.amax((1, 2, 3)))
     assert raw_scores_of(SimpleNamespace()) is None
-
-
-finite = st.floats(-100, 100, width=32)
-
-
-@given(
-    scores=st.lists(finite, min_size=1, max_size=20), threshold=finite, low=finite, extent=st.floats(1, 50, width=32),
-    sensitivity=st.floats(0.05, 0.95), normalizes=st.booleans(),
-)  # fmt: skip
-def test_labels_follow_the_threshold(scores, threshold, low, extent, sensitivity, normalizes):
-    post = make_post_processor(
-        threshold, low, low + extent, image_sensitivity=sensitivity, enable_normalization=normalizes
-    )
-    limit = threshold_of(post, "bolts")
-    # Those at the threshold itself are on either side, as rounding wants.
-    scores = torch.tensor([score for score in scores if abs(score - limit) > 1e-3] or [limit + 1.0])
-    batch = ImageBatch(image=torch.zeros(len(scores), 3, 4, 4), pred_score=scores.clone())
-    post.post_process_batch(batch)
-    assert batch.pred_label.tolist() == (scores > limit).tolist()
-
-
-@pytest.mark.parametrize(
-    "post_processor",
-    [None, torch.nn.Identity(), CategoryPostProcessor(), make_post_processor(enable_thresholding=False)],
-)
-def test_there_may_be_no_threshold(post_processor):
-    assert threshold_of(post_processor) is None
 
 
 def test_without_a_validation_labels_mean_nothing():
@@ -117,22 +79,21 @@ def _loader(count, processes, rank, batch_size, categories=None):
 @pytest.mark.parametrize("testing", [False, True])
 @given(
     count=st.integers(1, 13), processes=st.integers(2, 5), batch_size=st.integers(1, 4),
-    kind=st.sampled_from(["one", "list", "dict"]), by_category=st.booleans(),
+    is_list=st.booleans(), by_category=st.booleans(),
 )  # fmt: skip
-def test_processes_count_each_image_once(testing, count, processes, batch_size, kind, by_category):
+def test_processes_count_each_image_once(testing, count, processes, batch_size, is_list, by_category):
     categories = [str(number // 3) for number in range(count)] if by_category else None
     counted = []
     for rank in range(processes):
         loader = _loader(count, processes, rank, batch_size, categories)
-        loaders = {"one": loader, "list": [[], loader], "dict": {"a": [], "b": loader}}[kind]
-        index = int(kind != "one")
+        loaders = [[], loader] if is_list else loader
         trainer = SimpleNamespace(
             world_size=processes, testing=testing, **{"test_dataloaders" if testing else "val_dataloaders": loaders}
         )
         for number, batch in enumerate(loader):
-            own = own_images(trainer, batch, number, index)
+            own = own_images(trainer, batch, number, int(is_list))
             found = [] if own is None else own.pred_score.tolist()
-            assert len(found) == num_own_images(trainer, len(batch.image), number, index)
+            assert len(found) == num_own_images(trainer, len(batch.image), number, int(is_list))
             if own is not None:
                 assert own.image[:, 0, 0, 0].tolist() == found
                 assert own.gt_label.tolist() == [number > 1 for number in found]
@@ -153,22 +114,6 @@ def test_a_sampler_of_ones_own_is_left_alone():
         assert own_images(trainer, batch, number) is batch
 
 
-def _gather(rank, address, queue):
-    torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
-    queue.put((rank, gather({"rank": rank, "values": [rank] * 2})))
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-
-
 def test_alone_it_is_the_value_itself():
     value = object()
     assert gather(value) == [value]
-
-
-@pytest.mark.slow
-def test_each_process_gets_the_values_of_all_in_order(tmp_path):
-    context = torch.multiprocessing.get_context("spawn")
-    queue = context.SimpleQueue()
-    torch.multiprocessing.spawn(_gather, args=(f"file://{tmp_path / 'rendezvous'}", queue), nprocs=2)
-    expected = [{"rank": 0, "values": [0, 0]}, {"rank": 1, "values": [1, 1]}]
-    assert [queue.get()[1] for _ in range(2)] == [expected, expected]

@@ -1,6 +1,7 @@
 """Each product has thresholds of its own, exact and in bounded memory."""
 
 import io
+import json
 import math
 import sys
 from types import SimpleNamespace
@@ -17,7 +18,6 @@ from sklearn.metrics import f1_score
 
 from anomalib_decad.components import CategoryPrediction
 from anomalib_decad.data import CategoryBatch
-from anomalib_decad.metrics import threshold_of
 from anomalib_decad.thresholds import (
     BestF1,
     CategoryPostProcessor,
@@ -27,6 +27,7 @@ from anomalib_decad.thresholds import (
     exported_thresholds,
 )
 from anomalib_decad.thresholds.validation_scores import ValidationScores
+from conftest import validated
 
 SIZE = (8, 8)
 
@@ -127,26 +128,9 @@ def test_the_graph_decides_as_the_batch_does():
     ]  # fmt: skip
 
 
-def test_a_threshold_is_half_whatever_the_product():
-    post_processor = validate(CategoryPostProcessor(), *two_products())
-    for name in ("bolt", "nut"):
-        limits = post_processor.limits(name)
-        batch = make_batch([name], [limits.image_threshold], [False])
-        assert decided(post_processor, batch).pred_score.item() == pytest.approx(0.5, abs=1e-5)
-
-
-def test_an_unknown_product_has_the_limits_of_all(caplog):
-    post_processor = validate(CategoryPostProcessor(), *two_products())
-    for _ in range(2):
-        batch = decided(post_processor, make_batch(["screw"], [post_processor.limits().image_threshold], [False]))
-        assert batch.pred_score.item() == pytest.approx(0.5, abs=1e-5)
-    warnings = [text for text in caplog.messages if "no thresholds of screw" in text]
-    assert len(warnings) == 1
-    assert "bolt, nut" in warnings[0]
-
-
-def test_a_recognized_product_without_validation_images_has_them_too():
+def test_a_recognized_product_without_validation_images_has_the_limits_of_all(caplog):
     post_processor = validate(CategoryPostProcessor(), *two_products(), recognized=["washer", "nut", "bolt"])
+    assert "No validation image of washer: the thresholds are those of all products together" in caplog.text
     assert post_processor.categories == ["washer", "nut", "bolt"]
     assert post_processor.limits("washer") == post_processor.limits()
     assert post_processor.limits("nut") != post_processor.limits()
@@ -169,9 +153,9 @@ def test_a_category_can_be_given():
     # What a batch says comes first.
     assert decided(post_processor, make_batch(["bolt"], [0.6], [False])).pred_label.item()
     post_processor.category = "screw"
-    with pytest.raises(ValueError, match="no thresholds of a category 'screw': its categories are bolt, nut"):
+    with pytest.raises(ValueError, match="no category 'screw': there are bolt, nut"):
         post_processor(CategoryPrediction(scores))
-    with pytest.raises(ValueError, match="'screw': it knows none"):
+    with pytest.raises(ValueError, match="'screw': the model was never validated"):
         CategoryPostProcessor(category="screw")(CategoryPrediction(scores))
 
 
@@ -190,10 +174,8 @@ def test_only_normal_images(caplog):
 
 def test_only_defects(caplog):
     post_processor = validate(CategoryPostProcessor(), make_batch(["nut"] * 3, [0.5, 0.6, 0.7], [True] * 3))
-    assert decided(post_processor, make_batch(["nut"] * 2, [0.5, 0.4], [True, False])).pred_label.tolist() == [
-        True,
-        False,
-    ]
+    batch = decided(post_processor, make_batch(["nut"] * 2, [0.5, 0.4], [True, False]))
+    assert batch.pred_label.tolist() == [True, False]
     assert "Nothing normal among the validation images of nut" in caplog.text
 
 
@@ -208,10 +190,8 @@ def test_one_image():
 def test_a_fixed_threshold():
     post_processor = validate(CategoryPostProcessor(FixedThreshold(0.7)), *two_products())
     assert post_processor.limits("bolt").image_threshold == pytest.approx(0.7)
-    assert decided(post_processor, make_batch(["bolt"] * 2, [0.69, 0.71], [False] * 2)).pred_label.tolist() == [
-        False,
-        True,
-    ]
+    batch = decided(post_processor, make_batch(["bolt"] * 2, [0.69, 0.71], [False] * 2))
+    assert batch.pred_label.tolist() == [False, True]
 
 
 def test_a_changed_threshold_is_saved():
@@ -237,15 +217,6 @@ def test_a_changed_threshold_is_saved():
         other.set_threshold("screw", image=0.1)
     with pytest.raises(ValueError, match="must be finite"):
         other.set_threshold("nut", image=math.inf)
-
-
-def test_a_checkpoint_of_before_has_the_limits_of_all():
-    theirs = PostProcessor()
-    theirs._image_threshold.fill_(0.3)
-    parent = torch.nn.ModuleDict({"post_processor": validate(CategoryPostProcessor(), *two_products())})
-    parent.load_state_dict({f"post_processor.{name}": value for name, value in theirs.state_dict().items()})
-    assert parent["post_processor"].categories == []
-    assert parent["post_processor"].limits().image_threshold == pytest.approx(0.3)
 
 
 def test_processes_find_what_one_finds(monkeypatch):
@@ -290,18 +261,6 @@ def test_what_a_validation_in_inference_mode_found_can_be_changed():
     assert post_processor.limits("nut").image_threshold == 3.0
 
 
-def test_memory_is_bounded():
-    post_processor = CategoryPostProcessor()
-    sizes = []
-    for step in range(40):
-        maps = torch.rand(4, 64, 64) + step
-        batch = make_batch(["nut"] * 4, maps.amax((1, 2)), [False, True] * 2, maps, maps > step + 0.9)
-        batch.image = torch.zeros(4, 3, 64, 64)
-        post_processor.on_validation_batch_end(ALONE, None, batch, batch, 0)
-        sizes.append(post_processor._scores.products["nut"].pixel.histogram.codes.nbytes)
-    assert max(sizes) <= 2**17 * 8
-
-
 def test_images_of_no_category_are_anomalibs():
     """With one product and anomalib's datamodule there are no categories."""
     (first, _) = two_products()
@@ -318,6 +277,14 @@ def test_without_masks_the_threshold_of_images_is_that_of_pixels():
     assert limits.pixel_threshold == limits.image_threshold
     limits = validate(CategoryPostProcessor(enable_threshold_matching=False), batch).limits("bolt")
     assert math.isnan(limits.pixel_threshold)
+
+
+def test_a_model_may_give_maps_alone_and_was_perhaps_never_validated():
+    maps = torch.rand(2, 1, *SIZE)
+    score = CategoryPostProcessor(category_output=True)(InferenceBatch(anomaly_map=maps)).pred_score
+    assert torch.equal(score.flatten(), maps.amax((1, 2, 3)))
+    with pytest.raises(ValueError, match="neither a pred_score nor an anomaly_map"):
+        CategoryPostProcessor()(InferenceBatch())
 
 
 def test_parts_that_are_switched_off():
@@ -344,11 +311,6 @@ def test_a_few_normal_images_give_a_threshold_that_defects_exceed(count):
     scores = 0.3 + 0.1 * torch.arange(count) / (count - 1)
     limits = validate(CategoryPostProcessor(), make_batch(["nut"] * count, scores, [False] * count)).limits("nut")
     assert scores.max() < limits.image_threshold < 1
-
-
-def test_a_product_without_validation_images_is_said(caplog):
-    validate(CategoryPostProcessor(), *two_products(), recognized=["bolt", "nut", "washer"])
-    assert "No validation image of washer: the thresholds are those of all products together" in caplog.text
 
 
 def test_some_images_may_have_no_product():
@@ -381,4 +343,30 @@ def test_scores_that_are_not_finite_are_refused():
 def test_an_export_for_one_product_has_its_thresholds_alone():
     post_processor = validate(CategoryPostProcessor(category="nut"), *two_products())
     assert [row["name"] for row in exported_thresholds(post_processor)["categories"]] == ["nut"]
-    assert threshold_of(post_processor) == pytest.approx(post_processor.limits("nut").image_threshold)
+    assert post_processor.raw_threshold("image") == pytest.approx(post_processor.limits("nut").image_threshold)
+
+
+@pytest.mark.parametrize("normalized", [True, False])
+@pytest.mark.parametrize("names", [[], ["bolt"], ["bolt", "nut"]])
+def test_each_product_has_a_row(normalized, names):
+    post_processor = CategoryPostProcessor(enable_normalization=normalized)
+    before = exported_thresholds(post_processor)
+    assert before["unit"] == "raw"
+    assert before["image"] is before["pixel"] is None
+    content = exported_thresholds(validated(post_processor, names))
+    assert json.loads(json.dumps(content)) == content
+    assert [(row["index"], row["name"]) for row in content["categories"]] == list(enumerate(names))
+    assert content["unit"] == ("normalized" if normalized else "raw")
+    assert content["image"] == (0.5 if normalized else 0.25)
+
+
+@given(threshold=st.floats(-5, 5), extent=st.floats(0.1, 5), sensitivity=st.floats(0, 1))
+def test_a_raw_threshold_is_what_is_normalized_to_one_minus_the_sensitivity(threshold, extent, sensitivity):
+    post_processor = CategoryPostProcessor(image_sensitivity=sensitivity, pixel_sensitivity=sensitivity)
+    for kind in ("image", "pixel"):
+        getattr(post_processor, f"{kind}_min").fill_(-extent / 2)
+        getattr(post_processor, f"{kind}_max").fill_(extent / 2)
+    post_processor.set_threshold(image=threshold, pixel=threshold)
+    for kind in ("image", "pixel"):
+        raw = post_processor.raw_threshold(kind)
+        assert (raw - threshold) / extent + 0.5 == pytest.approx(1 - sensitivity, abs=1e-5)

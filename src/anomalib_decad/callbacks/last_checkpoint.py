@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoint of a training that does not end as it should."""
 
-import logging
 import signal
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -16,8 +14,6 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 __all__ = ["LastCheckpoint"]
-
-logger = logging.getLogger(__name__)
 
 
 class LastCheckpoint(ModelCheckpoint):
@@ -72,8 +68,7 @@ class LastCheckpoint(ModelCheckpoint):
         """
         if (batch_idx + 1) % trainer.accumulate_grad_batches and not trainer.is_last_batch:
             return  # gradients that are being accumulated are in no checkpoint
-        with _disk_errors_as_warnings():
-            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         self._is_in_step = False
         if self._is_interrupted:
             raise KeyboardInterrupt
@@ -87,8 +82,7 @@ class LastCheckpoint(ModelCheckpoint):
         if trainer.validating:
             # Thresholds of half of a validation would differ: the resumed training validates from the start.
             trainer.fit_loop.epoch_loop.val_loop.batch_progress.reset()
-        with _disk_errors_as_warnings():
-            super().on_exception(trainer, pl_module, exception)
+        super().on_exception(trainer, pl_module, exception)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remove the checkpoint of a training that has its own."""
@@ -106,11 +100,3 @@ class LastCheckpoint(ModelCheckpoint):
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the handler, which belongs to this process."""
         return {**vars(self), "_handler": None}
-
-
-@contextmanager
-def _disk_errors_as_warnings() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:  # the training matters more
-        logger.warning("The state of the training is not saved: %s", error)

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """A row for each predicted image, in a file that other programs read."""
 
-import csv
 import logging
 import math
-from itertools import islice
+from collections import Counter
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import cv2
 import numpy as np
+import pandas as pd
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
@@ -39,51 +39,44 @@ class PredictionTable(PredictionCallback):
     normalized score, the raw score, the label, and where the largest defect is: its left edge, upper edge, width and
     height in pixels of the image file, and the share of the image that all defects take. A model that was never
     validated has no threshold, and the label and what follows are empty. A model that crops its images does not know
-    where in the file a defect is, and all of that is empty. The file appears when it is complete.
+    where in the file a defect is, and all of that is empty. The file appears when the run is complete.
 
     It works with every anomalib model: ``Engine(callbacks=[PredictionTable()])``.
     """
 
     def __init__(self) -> None:
-        self._file: IO[str] | None = None
-        #: Numbers of images, of those called anomalous, and of those unlike every product.
-        self._counts = np.zeros(3, int)
+        self._rows: list[list[Any]] = []
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Open the file."""
-        del pl_module
-        self._open(trainer)
+        """Forget an earlier run."""
+        del trainer, pl_module
+        self._rows = []
 
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Open the file."""
-        del pl_module
-        self._open(trainer)
+    on_predict_start = on_test_start
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Complete the file."""
-        del pl_module
-        self._complete(trainer)
-
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Complete the file, and log what was found."""
-        counts = np.sum(gather(self._counts), axis=0)
-        path = self._complete(trainer)
-        if path is not None:
+        """Write the rows of all processes."""
+        rows = [row for theirs in gather(self._rows) for row in theirs]
+        self._rows = []
+        if not trainer.is_global_zero:
+            return
+        path = Path(trainer.default_root_dir) / "predictions.csv"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        table = pd.DataFrame(rows, columns=COLUMNS, dtype=object)
+        with atomic_write(path) as partial:
+            table.to_csv(partial, index=False, errors="surrogateescape", lineterminator="\n")
+        if trainer.predicting:
+            counts = Counter(table["label"])
             has_labels = not lacks_threshold(getattr(pl_module, "post_processor", None))
-            found = f"{counts[1]} anomalous" if has_labels else "no labels, as the model has no thresholds"
-            unknown = f", {counts[2]} unlike every product" if counts[2] else ""
-            logger.info("Predicted %d images (%s%s): %s", counts[0], found, unknown, path)
+            found = f"{counts['anomalous']} anomalous" if has_labels else "no labels, as the model has no thresholds"
+            num_unknown = int((table["product"] == _UNKNOWN).sum())
+            unknown = f", {num_unknown} unlike every product" if num_unknown else ""
+            logger.info("Predicted %d images (%s%s): %s", len(table), found, unknown, path)
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Remove the incomplete file."""
-        super().on_exception(trainer, pl_module, exception)
-        if self._file is not None:
-            self._file.close()
-            Path(self._file.name).unlink(missing_ok=True)
-            self._file = None
+    on_predict_end = on_test_end
 
     def read_batch(self, trainer: Trainer, pl_module: LightningModule, batch: Any, count: int) -> None:
-        """Write the rows of a batch.
+        """Take the rows of a batch.
 
         Raises:
             ValueError: If a score is not finite.
@@ -99,43 +92,15 @@ class PredictionTable(PredictionCallback):
         labels = None if lacks_threshold(post_processor) else batch.pred_label
         masks = None if lacks_threshold(post_processor, "pixel") else batch.pred_mask
         columns = [_to_list(values, length) for values in (batch.pred_score, raw_scores_of(batch), labels)]
-        for path, score in zip(paths, columns[0], strict=True):
+        if masks is None or not sees_whole_images(pl_module):
+            masks = [None] * length
+        rows = zip(paths, products, *columns, masks, strict=True)
+        for path, product, score, raw_score, label, mask in list(rows)[:count]:
             if score is not None and not math.isfinite(score):
                 msg = f"the score of {path or 'an image'} is {score}: the weights of the model are damaged"
                 raise ValueError(msg)
-        if masks is None or not sees_whole_images(pl_module):
-            masks = [None] * length
-        writer = csv.writer(self._file, lineterminator="\n")  # type: ignore[arg-type]
-        rows = zip(paths, products, *columns, masks, strict=True)
-        for path, product, score, raw_score, label, mask in islice(rows, count):
-            verdict = "" if label is None else "anomalous" if label else "normal"
-            writer.writerow([path, product or "", score, raw_score, verdict, *_find_defect(mask, path)])
-            self._counts += 1, bool(label), product == _UNKNOWN
-
-    def _open(self, trainer: Trainer) -> None:
-        folder = Path(trainer.default_root_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        self._counts = np.zeros(3, int)
-        partial = folder / f".predictions.csv.{trainer.global_rank}.partial"
-        self._file = partial.open("w", newline="", encoding="utf-8", errors="surrogateescape")
-
-    def _complete(self, trainer: Trainer) -> Path | None:
-        """Join the files of all processes; the first process gets the path."""
-        if self._file is None:
-            return None
-        self._file.close()
-        parts = [Path(name) for name in gather(self._file.name)]
-        self._file = None
-        if not trainer.is_global_zero:
-            return None
-        target = Path(trainer.default_root_dir) / "predictions.csv"
-        with atomic_write(target) as whole, whole.open("wb") as file:
-            file.write(",".join(COLUMNS).encode() + b"\n")
-            for part in parts:
-                file.write(part.read_bytes())
-        for part in parts:
-            part.unlink()
-        return target
+            verdict = None if label is None else "anomalous" if label else "normal"
+            self._rows.append([path, product, score, raw_score, verdict, *_find_defect(mask, path)])
 
 
 def _to_list(values: torch.Tensor | None, length: int) -> list[Any]:

@@ -3,9 +3,9 @@
 
 from anomalib_decad.data.dataset import CategoryBatch, CategoryDataset, CategoryItem
 from anomalib_decad.data.multi_category import MultiCategory
-from anomalib_decad.data.prediction_folder import PredictionFolder, PredictionRoot, absolute
+from anomalib_decad.data.prediction_folder import PredictionFolder
 from anomalib_decad.data.reading import image_size, read_image
-from anomalib_decad.data.visualizer import CategoryVisualizer
+from anomalib_decad.data.visualizer import CategoryVisualizer, place_of
 
 __all__ = [
     "CategoryBatch",
@@ -14,8 +14,7 @@ __all__ = [
     "CategoryVisualizer",
     "MultiCategory",
     "PredictionFolder",
-    "PredictionRoot",
-    "absolute",
     "image_size",
+    "place_of",
     "read_image",
 ]

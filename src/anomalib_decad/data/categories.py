@@ -5,7 +5,7 @@ import copy
 import importlib
 import inspect
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from anomalib.utils.path import get_datasets_dir
 
 from anomalib_decad.compat import rename_datamodule
 
-__all__ = ["create_datamodules", "describe_download", "is_without_images"]
+__all__ = ["create_datamodules"]
 
 logger = logging.getLogger(__name__)
 
@@ -51,27 +51,6 @@ def create_datamodules(
             msg = f"a category cannot be called {name!r}, as {what} is: rename its folder"
             raise ValueError(msg)
     return datamodules
-
-
-def is_without_images(datamodule: AnomalibDataModule) -> bool:
-    """Tell whether the root of a datamodule does not exist, or has nothing but archives in it."""
-    root = getattr(datamodule, "root", None)
-    if root is None or not Path(root).is_dir():
-        return root is not None
-    entries = [entry for entry in Path(root).iterdir() if not entry.name.startswith(".")]
-    return all(entry.is_file() and entry.suffix in _ARCHIVES for entry in entries)
-
-
-def describe_download(datamodule: AnomalibDataModule) -> str | None:
-    """Say what a datamodule will download; ``None`` if anomalib has no address of its dataset."""
-    module: Any = importlib.import_module(type(datamodule).__module__)
-    name, root = type(datamodule).__name__, getattr(datamodule, "root", None)
-    if info := getattr(module, "DOWNLOAD_INFO", None):
-        return f"{root} has no images: downloading all of {name} into it, from {info.url}"
-    urls = getattr(module, "DOWNLOAD_URLS", {})
-    if isinstance(urls, Mapping) and datamodule.category in urls:
-        return f"{root} has no images: downloading {name} {datamodule.category} into it"
-    return None
 
 
 def _has_categories(cls: Any) -> bool:
@@ -126,21 +105,32 @@ def _with_category(template: AnomalibDataModule, category: str) -> AnomalibDataM
     return module
 
 
+def _is_without_images(datamodule: AnomalibDataModule) -> bool:
+    """Tell whether the root of a datamodule does not exist, or has nothing but archives in it."""
+    root = getattr(datamodule, "root", None)
+    if root is None or not Path(root).is_dir():
+        return root is not None
+    entries = [entry for entry in Path(root).iterdir() if not entry.name.startswith(".")]
+    return all(entry.is_file() and entry.suffix in _ARCHIVES for entry in entries)
+
+
 def _choose_categories(template: AnomalibDataModule, categories: Sequence[str | int] | None) -> list[str]:
     """Check the names of categories, or find all: those in the root, or while it is empty those of the dataset."""
     cls, root = type(template), getattr(template, "root", "")
-    if is_without_images(template) and not Path(root).is_dir():
+    defined, is_empty = _defined_categories(cls), _is_without_images(template)
+    if is_empty and not Path(root).is_dir():
         default = getattr(inspect.signature(cls).parameters.get("root"), "default", None)
         is_default = Path(str(default)) == Path(root) or Path(root).parent == get_datasets_dir()
         if Path(root).exists() or not is_default:  # it may be mistyped
-            remedy = f": make it to have {cls.__name__} downloaded into it" if describe_download(template) else ""
+            remedy = f": make it for {cls.__name__} to be put or downloaded into it" if defined else ""
             msg = f"root: there is no folder {root}{remedy}"
             raise ValueError(msg)
-    valid = _defined_categories(cls) if is_without_images(template) else _present_categories(template)
-    if not valid and (categories is None or _defined_categories(cls)):
+    valid = defined if is_empty else _present_categories(template)
+    if not valid and (categories is None or defined):
         folders = ", ".join(sorted(entry.name for entry in Path(str(root)).glob("*/"))[:20]) or "no folders"
+        normal = " or ".join(_folders_of_normal(template))
         text = f"{cls.__name__}: no categories found in {root}, which has {folders}"
-        msg = f"{text}: a category is a folder {_describe_layout(template)}"
+        msg = f"{text}: a category is a folder with {normal} in it"
         raise ValueError(msg)
     # YAML reads 01 as a number.
     by_number: dict[Any, str] = {int(name): name for name in valid if name.isdecimal()}
@@ -169,13 +159,6 @@ def _folders_of_normal(template: AnomalibDataModule) -> list[str]:
     return [str(wanted)] if isinstance(wanted, str | Path) else [str(name) for name in wanted]
 
 
-def _describe_layout(template: AnomalibDataModule) -> str:
-    """Say how a category is told from other folders."""
-    if isinstance(template, RealIAD):
-        return f"of the dataset's in realiad_{template.resolution}"
-    return f"with {' or '.join(_folders_of_normal(template))} in it"
-
-
 def _present_categories(template: AnomalibDataModule) -> list[str]:
     """List the categories in the root, and say which of its folders are none."""
     if getattr(template, "root", None) is None:
@@ -200,8 +183,6 @@ def _present_categories(template: AnomalibDataModule) -> list[str]:
     present = [
         entry.name for entry in folders if entry.name in defined or any((entry / name).is_dir() for name in wanted)
     ]
-    others = [entry.name for entry in folders if entry.name not in present]
-    if present and others:
-        logger.warning("%s: %s are no categories: a category is a folder %s.", root, ", ".join(others[:20]),
-                       _describe_layout(template))  # fmt: skip
+    if present and (others := [entry.name for entry in folders if entry.name not in present]):
+        logger.warning("%s: %s are no categories, as they have no %s.", root, ", ".join(others), " or ".join(wanted))
     return present

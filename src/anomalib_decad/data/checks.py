@@ -15,15 +15,15 @@ from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 
 from anomalib_decad.data.dataset import mask_paths
-from anomalib_decad.data.reading import image_size, is_high_bit_depth, naming, read_mask, read_values, white_level
+from anomalib_decad.data.reading import image_size, is_high_bit_depth, naming, read_mask, white_level
 
 __all__ = ["check_category"]
 
 logger = logging.getLogger(__name__)
 
-# Of each category: headers that are read, images of high bit depth that tell the white level, images and masks that
-# are decoded. A look at thirty categories takes a few seconds.
-_HEADERS, _WHITES, _IMAGES, _MASKS = 24, 16, 4, 4
+# Of each category: headers that are read, images of high bit depth that tell the white level, masks that are decoded.
+# A look at thirty categories takes a few seconds.
+_HEADERS, _WHITES, _MASKS = 24, 16, 4
 
 
 def check_category(category: str, datasets: Mapping[str, AnomalibDataset], held_out: int = 0) -> float | None:
@@ -38,10 +38,19 @@ def check_category(category: str, datasets: Mapping[str, AnomalibDataset], held_
         float | None: The value of white in its images of high bit depth, if the sample has some.
 
     Raises:
-        MisMatchError: If an anomalous image lacks its mask, in a dataset with masks.
+        MisMatchError: If an anomalous image lacks its mask, in a dataset with masks, or masks of one image differ in
+            size.
         OSError: If a file cannot be read.
     """
-    white, findings = _check_images(sorted({path for data in datasets.values() for path in data.samples.image_path}))
+    white, findings = None, []
+    high = []
+    for path in _sample(sorted({path for data in datasets.values() for path in data.samples.image_path}), _HEADERS):
+        with naming(path):
+            if is_high_bit_depth(path):
+                high.append(path)
+    if high:
+        white = white_level(_sample(high, _WHITES))
+        findings.append(f"images of more than 8 bits, in which {white:g} is white")
     findings += _check_subsets(datasets)
     if held_out:
         findings.append(f"no validation images, so {held_out} of its training images are held out for the thresholds")
@@ -56,27 +65,6 @@ def check_category(category: str, datasets: Mapping[str, AnomalibDataset], held_
 def _sample(paths: list[str], count: int) -> list[str]:
     """Take some of a list from all of its parts."""
     return [paths[index] for index in np.unique(np.linspace(0, len(paths) - 1, min(count, len(paths))).astype(int))]
-
-
-def _check_images(paths: list[str]) -> tuple[float | None, list[str]]:
-    paths, white, findings, high = _sample(paths, _HEADERS), None, [], []
-    for path in paths:
-        with naming(path):
-            if is_high_bit_depth(path):
-                high.append(path)
-    if high:
-        white = white_level(_sample(high, _WHITES))
-        findings.append(f"images of more than 8 bits, in which {white:g} is white")
-        if white > 65535:
-            findings[0] += ", which is unusual (save them with 16 bits, or give MultiCategory their bit_depth)"
-        if len(high) < len(paths):
-            findings.append("images of 8 bits beside those of more")
-    for path in _sample(paths, _IMAGES):
-        with naming(path):
-            values = read_values(path)
-        if (values == values[:1, :1]).all():
-            return white, [*findings, f"{Path(path).name} has one value everywhere"]
-    return white, findings
 
 
 def _check_subsets(datasets: Mapping[str, AnomalibDataset]) -> list[str]:
@@ -112,13 +100,11 @@ def _check_masks(anomalous: pd.DataFrame) -> list[str]:
 def _check_mask(path: str, image: str) -> list[str]:
     with naming(path), Image.open(path) as mask:
         has_alpha, palette = "A" in mask.getbands(), mask.getpalette() if mask.mode == "P" else None
-        num_values = len(np.unique(np.asarray(mask.convert("L"))))
     share = float(read_mask(path).float().mean())
     odd = {
         "is of another size than its image": image_size(path) != image_size(image),
         "has an alpha channel, which may be what counts (see docs/many-products.md)": has_alpha,
         "has a palette whose first color is not black": bool(palette and any(palette[:3])),
-        f"has {num_values} values, not two: save masks as PNG with 0 and 255": num_values > 2,
         "of an anomalous image is empty": share == 0,
         f"covers {share:.0%} of the image": share > 0.95,
     }

@@ -5,14 +5,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import pandas as pd
 import torch
 from anomalib import TaskType
 from anomalib.data import AnomalibDataset, ImageBatch, ImageItem, NumpyImageBatch, NumpyImageItem
 from anomalib.data.utils import LabelName
-from torchvision.transforms.v2 import Transform
 from torchvision.tv_tensors import Mask
 
 from anomalib_decad.data.reading import FULL_WHITE, read_image, read_mask
@@ -66,9 +65,8 @@ class CategoryBatch(ImageBatch):
 class CategoryDataset(AnomalibDataset):
     """Joins datasets of one category each.
 
-    Images and masks are read by :mod:`anomalib_decad.data.reading`; an image may have several masks. Datasets that read
-    their items in a way of their own do it here, too. ``samples`` has two more columns: ``category``, and ``position``
-    in the dataset of the category.
+    Images and masks are read by :mod:`anomalib_decad.data.reading`; an image may have several masks. ``samples`` has
+    one more column, ``category``.
 
     Args:
         datasets (Mapping[str, AnomalibDataset]): The dataset of each category, by its name.
@@ -81,22 +79,11 @@ class CategoryDataset(AnomalibDataset):
     ) -> None:
         self.datasets, self.white_levels = dict(datasets), dict(white_levels)
         super().__init__(augmentations=next(iter(self.datasets.values())).augmentations)
-        tables = [data.samples.assign(category=name, position=range(len(data))) for name, data in self.datasets.items()]
+        tables = [dataset.samples.assign(category=name) for name, dataset in self.datasets.items()]
         samples = pd.concat(tables, ignore_index=True)
         has_masks = any(dataset.task == TaskType.SEGMENTATION for dataset in self.datasets.values())
         samples.attrs["task"] = (TaskType.SEGMENTATION if has_masks else TaskType.CLASSIFICATION).value
         self.samples = samples
-
-    @property
-    def augmentations(self) -> Transform | None:
-        """Augmentations of the images, those of every category's dataset."""
-        return self._augmentations
-
-    @augmentations.setter
-    def augmentations(self, augmentations: Transform | None) -> None:
-        self._augmentations = augmentations
-        for dataset in self.datasets.values():
-            dataset.augmentations = augmentations
 
     @property
     def differs_in_masks(self) -> bool:
@@ -110,10 +97,6 @@ class CategoryDataset(AnomalibDataset):
         """Read the image at an index of ``samples``."""
         sample = self.samples.iloc[index]
         dataset = self.datasets[sample.category]
-        if type(dataset).__getitem__ is not AnomalibDataset.__getitem__:
-            item = cast("ImageItem", dataset[sample.position])
-            values = {field.name: getattr(item, field.name) for field in fields(ImageItem)}
-            return CategoryItem(**values, category=sample.category)
         image = read_image(sample.image_path, self.white_levels.get(sample.category, FULL_WHITE))
         mask, label, paths = None, int(sample.label_index), mask_paths(sample)
         if dataset.task != TaskType.CLASSIFICATION:

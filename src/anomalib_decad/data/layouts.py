@@ -93,11 +93,10 @@ def _list_mvtec(root: Path, normal: str) -> pd.DataFrame:
 def _list_folders(datamodule: Folder) -> pd.DataFrame:
     """List the folders of a :class:`Folder`. A product may have no defects."""
     named = {name: _named(datamodule, name) for name in _FOLDERS}
-    for first, second in itertools.combinations(_FOLDERS, 2):
-        if both := set(named[first]) & set(named[second]):
-            msg = f"{first} and {second} are the same folder, {both.pop()}: its images can only be one of both"
-            raise ValueError(msg)
     every = set(itertools.chain(*named.values()))
+    if len(every) < sum(map(len, named.values())):
+        msg = f"two of {', '.join(_FOLDERS)} are the same folder: its images can only be one of both"
+        raise ValueError(msg)
     extensions = tuple(extension.lower() for extension in datamodule.extensions or IMG_EXTENSIONS)
 
     def images_of(folder: Path) -> list[Path]:
@@ -139,14 +138,11 @@ def _named(datamodule: Folder, name: str) -> list[Path]:
 
 
 def _images_in(root: Path, pattern: str, extensions: Sequence[str] = IMG_EXTENSIONS) -> list[Path]:
-    files = [file for file in root.glob(pattern) if file.name[0] != "."]
+    files = [file for file in root.glob(pattern) if file.name[0] != "." and file.is_file()]
     if others := other_images(files, extensions):
         logger.warning("%s: %d images are not used, as their format is none of %s, the first is %s.", root, len(others),
                        " ".join(extensions), others[0])  # fmt: skip
-    files = [file for file in files if file.suffix.lower() in extensions]
-    if broken := [file for file in files if file.is_symlink() and not file.exists()]:
-        logger.warning("%s: %d links lead nowhere, the first is %s.", root, len(broken), min(broken))
-    return sorted(file for file in files if file.is_file())
+    return sorted(file for file in files if file.suffix.lower() in extensions)
 
 
 def _make_table(
@@ -164,9 +160,8 @@ def _make_table(
         text = f"{len(missing)} of {len(wanted)} anomalous images have no mask, the first is {missing[0]}"
         msg = f"{text}: its mask is expected as {remedy.format(missing[0]) if remedy else ''}"
         raise MisMatchError(msg)
-    used = set(itertools.chain(*pairs.values()))
-    if idle := [path for path in itertools.chain(*masks.values()) if path not in used]:
-        logger.warning("%s: %d masks have no image, the first is %s.", root, len(idle), idle[0])
+    if idle := set(itertools.chain(*masks.values())) - set(itertools.chain(*pairs.values())):
+        logger.warning("%s: %d masks have no image, the first is %s.", root, len(idle), min(idle))
     rows = []
     for path, split, label, key in images:
         names = [str(mask) for mask in pairs.get(path, [])]

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, Weigh
 from torchvision.transforms.v2 import Transform
 
 from anomalib_decad.compat import update_augmentations
-from anomalib_decad.data.categories import create_datamodules, describe_download, is_without_images
+from anomalib_decad.data.categories import create_datamodules
 from anomalib_decad.data.checks import check_category
 from anomalib_decad.data.dataset import CategoryDataset
 from anomalib_decad.data.layouts import check_folders, list_by_name
@@ -145,11 +145,7 @@ class MultiCategory(AnomalibDataModule):
         return list(self.datamodules)
 
     def prepare_data(self) -> None:
-        """Download what is missing, as the wrapped datamodules do it, and say what that is before."""
-        missing = [module for module in self.datamodules.values() if is_without_images(module)]
-        for download in dict.fromkeys(map(describe_download, missing)):
-            if download:
-                logger.warning("%s.", download)
+        """Download what is missing, as the wrapped datamodules do it."""
         for module in self.datamodules.values():
             module.prepare_data()
 

@@ -18,7 +18,7 @@ from torchvision.tv_tensors import Image, Mask
 
 __all__ = [
     "FULL_WHITE", "image_size", "is_high_bit_depth", "is_misread_by_anomalib", "naming", "other_images", "read_image",
-    "read_mask", "read_values", "white_level",
+    "read_mask", "white_level",
 ]  # fmt: skip
 
 logger = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ def other_images(files: Iterable[Path], extensions: Iterable[str]) -> list[Path]
     return sorted(file for file in files if file.suffix.lower() in known - set(extensions) and file.is_file())
 
 
-def read_values(path: str | Path) -> np.ndarray:
+def _read_values(path: str | Path) -> np.ndarray:
     """Read an image as it is, turned by its EXIF orientation: uint8 of shape (H, W, 3), RGB.
 
     Of a high bit depth it is of another type, and of shape (H, W) or (H, W, 3).
@@ -106,7 +106,7 @@ def white_level(paths: Iterable[str | Path]) -> float:
     largest = 0.0
     for path in paths:
         with naming(path):
-            values = read_values(path)
+            values = _read_values(path)
             largest = max(largest, float(values[np.isfinite(values)].max()))
     levels = (1, 255, 1023, 4095, FULL_WHITE) if largest > 0 else (255,)
     return float(next((level for level in levels if largest <= level), largest))
@@ -128,7 +128,7 @@ def read_image(path: str | Path, white_level: float = FULL_WHITE) -> torch.Tenso
         OSError: If the file cannot be read.
     """
     with naming(path):
-        numbers = read_values(path)
+        numbers = _read_values(path)
     if numbers.dtype == np.uint8:
         return to_dtype(to_image(numbers), torch.float32, scale=True)
     values = torch.from_numpy(numbers.astype(np.float32)).nan_to_num()

@@ -12,7 +12,6 @@ from anomalib_decad.metrics.predictions import (
     own_images,
     raw_maps_of,
     raw_scores_of,
-    threshold_of,
 )
 from anomalib_decad.metrics.score_histogram import ScoreHistogram
 
@@ -33,5 +32,4 @@ __all__ = [
     "raw_maps_of",
     "raw_scores_of",
     "region_weights",
-    "threshold_of",
 ]

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The seven metrics of multi-class anomaly detection, for each category."""
 
-from collections import Counter
-from collections.abc import Iterable, Sequence
+import copy
+import math
+from collections.abc import Mapping, Sequence
 
 import cv2
 import numpy as np
@@ -12,7 +13,7 @@ from anomalib_decad.metrics.predictions import gather
 from anomalib_decad.metrics.score_histogram import ScoreHistogram
 from anomalib_decad.ranges import check_range
 
-__all__ = ["MAD", "MEAN", "METRICS", "CategoryMetrics", "region_weights"]
+__all__ = ["MAD", "MEAN", "METRICS", "CategoryMetrics", "region_weights", "with_mean"]
 
 #: The seven metrics, in the order of the literature.
 METRICS = ("image_AUROC", "image_AP", "image_F1Max", "pixel_AUROC", "pixel_AP", "pixel_F1Max", "pixel_AUPRO")
@@ -52,7 +53,7 @@ class CategoryMetrics:
         """Forget all scores."""
         self.images: dict[str, ScoreHistogram] = {}
         self.pixels: dict[str, ScoreHistogram] = {}
-        self.without_masks: Counter[str] = Counter()
+        self.without_masks: set[str] = set()
 
     def update(
         self,
@@ -70,20 +71,12 @@ class CategoryMetrics:
             gt_label (torch.Tensor): True for anomalous images, B values.
             anomaly_map (torch.Tensor | None): Pixel scores of shape (B, H, W) or (B, 1, H, W).
             gt_mask (torch.Tensor | None): True for defect pixels, same shape as ``anomaly_map``.
-
-        Raises:
-            ValueError: If a category has the name of the mean's row, which would take its place.
         """
-        if MEAN in categories:
-            msg = f"a category cannot be called {MEAN!r}, as the mean over the categories is: rename its folder"
-            raise ValueError(msg)
         scores, labels = pred_score.reshape(len(categories), -1), gt_label.reshape(len(categories), -1)
-        has_pixels = anomaly_map is not None and gt_mask is not None
         for index, category in enumerate(categories):
             self._histogram(self.images, category).update(scores[index], labels[index])
-            if not has_pixels:
-                self.without_masks[category] += 1
         if anomaly_map is None or gt_mask is None:
+            self.without_masks.update(categories)
             return
         masks = gt_mask.reshape(len(categories), *gt_mask.shape[-2:]).bool()
         maps = anomaly_map.reshape(len(categories), *anomaly_map.shape[-2:])
@@ -101,11 +94,9 @@ class CategoryMetrics:
 
     def synchronize(self) -> None:
         """Gather the scores of all processes of a distributed run into each of them."""
-        gathered = gather((self.images, self.pixels, self.without_masks))
+        gathered = gather(copy.copy(self))
         self.reset()
-        for images, pixels, without_masks in gathered:
-            other = CategoryMetrics(self.max_fpr, self.max_bins)
-            other.images, other.pixels, other.without_masks = images, pixels, without_masks
+        for other in gathered:
             self.merge(other)
 
     def compute(self) -> dict[str, dict[str, float]]:
@@ -120,19 +111,14 @@ class CategoryMetrics:
         table: dict[str, dict[str, float]] = {}
         for category in sorted(self.images):
             image = self.images[category].metrics(self.max_fpr)
-            row = {f"image_{name}": image[name] for name in ("AUROC", "AP", "F1Max")}
             # The metrics of some of a category's images would pass for the metrics of the category.
-            complete = category in self.pixels and not self.without_masks[category]
-            pixel = self.pixels[category].metrics(self.max_fpr) if complete else None
-            for name in ("AUROC", "AP", "F1Max", "AUPRO"):
-                row[f"pixel_{name}"] = pixel[name] if pixel else float("nan")
-            table[category] = row
-        if table:
-            table[MEAN] = {name: _mean(row[name] for row in table.values()) for name in METRICS}
+            is_complete = category in self.pixels and category not in self.without_masks
+            pixel = self.pixels[category].metrics(self.max_fpr) if is_complete else {}
+            found = {**{f"image_{name}": value for name, value in image.items()},
+                     **{f"pixel_{name}": value for name, value in pixel.items()}}  # fmt: skip
+            table[category] = {name: found.get(name, math.nan) for name in METRICS}
         # NaN if one of the seven is missing.
-        return {
-            category: {**row, MAD: float(np.mean([row[name] for name in METRICS]))} for category, row in table.items()
-        }
+        return {name: {**row, MAD: float(np.mean([*row.values()]))} for name, row in with_mean(table, METRICS).items()}
 
     def _histogram(self, histograms: dict[str, ScoreHistogram], category: str) -> ScoreHistogram:
         return histograms.setdefault(category, ScoreHistogram(self.max_bins))
@@ -156,6 +142,9 @@ def region_weights(mask: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(weights[regions].astype(np.float32))
 
 
-def _mean(values: Iterable[float]) -> float:
-    finite = [value for value in values if not np.isnan(value)]
-    return float(np.mean(finite)) if finite else float("nan")
+def with_mean(table: Mapping[str, Mapping[str, float]], columns: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Add the row :data:`MEAN`, the mean of each column over its numbers, to a table that has rows."""
+    found = {name: [row[name] for row in table.values() if not math.isnan(row[name])] for name in columns}
+    mean = {name: float(np.mean(values)) if values else math.nan for name, values in found.items()}
+    rows = {**table, MEAN: mean} if table else {}
+    return {name: dict(row) for name, row in rows.items()}

@@ -2,12 +2,12 @@
 """How good decisions are: labels of images and masks of defects, for each category."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
-from anomalib_decad.metrics.category_metrics import MEAN
+from anomalib_decad.metrics.category_metrics import with_mean
 from anomalib_decad.metrics.predictions import gather
 
 __all__ = ["DECISIONS", "DecisionMetrics"]
@@ -27,8 +27,8 @@ class DecisionMetrics:
 
     def reset(self) -> None:
         """Forget all decisions."""
-        self.images: dict[str, np.ndarray] = {}
-        self.pixels: dict[str, np.ndarray] = {}
+        #: Of each category: missed, found, rightly normal and falsely alarmed images, and then pixels; shape (2, 4).
+        self.counts: dict[str, np.ndarray] = {}
 
     def update(
         self,
@@ -47,22 +47,19 @@ class DecisionMetrics:
             pred_mask (torch.Tensor | None): True for pixels that are called a defect, shape (B, H, W) or (B, 1, H, W).
             gt_mask (torch.Tensor | None): True for defect pixels, the same shape.
         """
-        for counts, predicted, truth in ((self.images, pred_label, gt_label), (self.pixels, pred_mask, gt_mask)):
+        for kind, (predicted, truth) in enumerate(((pred_label, gt_label), (pred_mask, gt_mask))):
             if predicted is None or truth is None:
                 continue
             confusion = _confusion(predicted.reshape(len(categories), -1), truth.reshape(len(categories), -1))
             for name, row in zip(categories, confusion, strict=True):
-                category = name or "unknown"
-                counts[category] = counts.get(category, np.zeros(4)) + row
+                self.counts.setdefault(name or "unknown", np.zeros((2, 4)))[kind] += row
 
     def synchronize(self) -> None:
         """Add up the decisions of all processes of a distributed run in each of them."""
-        gathered = gather((self.images, self.pixels))
+        gathered = gather(self.counts)
         self.reset()
-        for parts in gathered:
-            for mine, theirs in zip((self.images, self.pixels), parts, strict=True):
-                for category, row in theirs.items():
-                    mine[category] = mine.get(category, np.zeros(4)) + row
+        for category, counts in (item for theirs in gathered for item in theirs.items()):
+            self.counts[category] = self.counts.get(category, 0) + counts
 
     def compute(self) -> dict[str, dict[str, float]]:
         """Compute the metrics.
@@ -72,24 +69,12 @@ class DecisionMetrics:
                 categories, the metrics of :data:`DECISIONS` in [0, 1]; nothing without decisions. NaN stands for one
                 that cannot be computed, as the recall without an anomalous image, and is left out of the mean.
         """
-        table: dict[str, Mapping[str, float]] = {}
-        for category in sorted(self.images):
-            missed, found, right, false = self.images[category]
-            pixels = self.pixels.get(category)
-            table[category] = {
-                "label_F1": _f1(self.images[category]),
-                "label_recall": _share(found, missed),
-                "label_precision": _share(found, false),
-                "false_alarm_rate": _share(false, right),
-                "mask_F1": math.nan if pixels is None else _f1(pixels),
-            }
-        if table:
-            columns = {name: [row[name] for row in table.values()] for name in DECISIONS}
-            table[MEAN] = {
-                name: math.nan if np.isnan(values).all() else float(np.nanmean(values))
-                for name, values in columns.items()
-            }
-        return {category: dict(row) for category, row in table.items()}
+        table = {}
+        for category, (images, pixels) in sorted(self.counts.items()):
+            missed, found, right, false = images
+            values = _f1(images), _share(found, missed), _share(found, false), _share(false, right), _f1(pixels)
+            table[category] = dict(zip(DECISIONS, values, strict=True))
+        return with_mean(table, DECISIONS)
 
 
 def _confusion(predicted: torch.Tensor, truth: torch.Tensor) -> np.ndarray:

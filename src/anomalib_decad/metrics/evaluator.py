@@ -9,14 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 from anomalib.data import Batch
 from anomalib.metrics import Evaluator
 from lightning.pytorch import LightningModule, Trainer
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from anomalib_decad.files import write_text_atomically
 from anomalib_decad.metrics.category_metrics import MAD, MEAN, METRICS, CategoryMetrics
@@ -26,9 +21,6 @@ from anomalib_decad.metrics.predictions import categories_of, lacks_threshold, o
 __all__ = ["CategoryEvaluator"]
 
 logger = logging.getLogger(__name__)
-
-#: Columns of a file, where names of any length have room.
-_FILE_WIDTH = 400
 
 
 class CategoryEvaluator(Evaluator):
@@ -48,10 +40,7 @@ class CategoryEvaluator(Evaluator):
 
     Args:
         max_fpr (float): Largest false positive rate of AUPRO, in (0, 1].
-            Defaults to ``0.3``.
-        max_bins (int): Largest number of bins that the scores of a category are counted in. See
-            :class:`anomalib_decad.metrics.ScoreHistogram`.
-            Defaults to ``2**17``.
+        max_bins (int): Largest number of bins of a category's :class:`ScoreHistogram`.
 
     Attributes:
         results (dict[str, dict[str, float]]): The metrics of the last test, in [0, 1] or NaN, for each category and for
@@ -76,24 +65,18 @@ class CategoryEvaluator(Evaluator):
         self.metrics.reset()
 
     def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Batch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, *args: Any, **kwargs: Any
     ) -> None:
         """Add the predictions of a batch."""
-        super().on_validation_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
-        self._add(trainer, own_images(trainer, batch, batch_idx, dataloader_idx))
+        super().on_validation_batch_end(trainer, pl_module, outputs, batch, *args, **kwargs)
+        self._add(trainer, own_images(trainer, batch, *args, **kwargs))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the metrics."""
         super().on_validation_epoch_end(trainer, pl_module)
         self.metrics.synchronize()
         if table := self.metrics.compute():
-            self._log(trainer, pl_module, table)
+            self._log(pl_module, table)
         # The training goes on, and the histograms of many categories are large.
         self.metrics.reset()
 
@@ -105,17 +88,11 @@ class CategoryEvaluator(Evaluator):
         self.results, self.decisions = {}, {}
 
     def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Batch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, *args: Any, **kwargs: Any
     ) -> None:
         """Add the predictions of a batch, on which the post-processor, which comes first, has decided."""
-        super().on_test_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
-        own = own_images(trainer, batch, batch_idx, dataloader_idx)
+        super().on_test_batch_end(trainer, pl_module, outputs, batch, *args, **kwargs)
+        own = own_images(trainer, batch, *args, **kwargs)
         self._add(trainer, own)
         has_labels = own is not None and own.gt_label is not None and own.pred_label is not None
         if has_labels and not lacks_threshold(getattr(pl_module, "post_processor", None)):
@@ -132,7 +109,7 @@ class CategoryEvaluator(Evaluator):
         if not self.results:
             logger.warning("The test images have no labels: there are no metrics.")
             return
-        self._log(trainer, pl_module, self.results)
+        self._log(pl_module, self.results)
         if trainer.is_global_zero:
             self._write(Path(trainer.default_root_dir))
 
@@ -144,19 +121,13 @@ class CategoryEvaluator(Evaluator):
             self.metrics.update(categories, score, batch.gt_label, raw_maps_of(batch), batch.gt_mask)
 
     @staticmethod
-    def _log(trainer: Trainer, pl_module: LightningModule, table: Mapping[str, Mapping[str, float]]) -> None:
+    def _log(pl_module: LightningModule, table: Mapping[str, Mapping[str, float]]) -> None:
         """Log the means of a table, and the metrics of each category if there are several."""
         values = {**table[MEAN]}
         if len(table) > 2:
             values |= {f"{category}/{name}": value for category in table if category != MEAN
                        for name, value in table[category].items() if name != MAD}  # fmt: skip
-        logged = {name: value for name, value in values.items() if not math.isnan(value)}
-        if trainer.barebones:
-            tensors = {name: torch.tensor(value) for name, value in logged.items()}
-            trainer.callback_metrics.update(tensors)
-            trainer.logged_metrics.update(tensors)
-        else:
-            pl_module.log_dict(logged, rank_zero_only=False, sync_dist=False)
+        pl_module.log_dict({name: value for name, value in values.items() if not math.isnan(value)})
 
     def _write(self, folder: Path) -> None:
         """Write the tables to a folder and print them."""
@@ -167,38 +138,11 @@ class CategoryEvaluator(Evaluator):
         rows = json.loads(table.to_json(orient="index", double_precision=15))
         content = {"categories": {name: row for name, row in rows.items() if name != MEAN}, MEAN: rows[MEAN]}
         write_text_atomically(folder / "metrics.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-
         # Last: an output that cannot show a name, or is closed, takes no results with it.
-        console = Console()
-        if not console.is_terminal:
-            console.width = max(console.width, _FILE_WIDTH)
-        console.print(_table(f"Metrics in % ({MAD} is the mean of the seven)", metrics))
-        if len(decisions):
-            console.print(_table("Decisions in %, at the thresholds in use", decisions))
-        for note in self._notes():
-            console.print(note, markup=False)
-        console.print(f"Written to {folder / 'metrics.csv'} and metrics.json", soft_wrap=True, markup=False)
-
-    def _notes(self) -> list[str]:
-        """Say why metrics are missing."""
-        notes = []
-        for category, row in self.results.items():
-            if self.metrics.without_masks[category]:
-                notes.append(f"{category}: images without masks, so the pixel metrics are left out")
-            elif category != MEAN and math.isnan(row["pixel_AUROC"]):
-                notes.append(f"{category}: the masks have no defect, so the pixel metrics are left out")
-            if category != MEAN and math.isnan(row["image_AUROC"]):
-                notes.append(f"{category}: not both normal and anomalous images, so the image metrics are left out")
-        return notes
-
-
-def _table(title: str, values: pd.DataFrame) -> Table:
-    """Make a table, one line for each category, of which the last is the mean."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
-    table.add_column("category", overflow="fold")  # a name that is too long goes on below
-    for column in values.columns:
-        table.add_column(column.replace("_", "\n"), justify="right", no_wrap=True)
-    for index, (name, row) in enumerate(values.iterrows()):
-        cells = ["-" if math.isnan(value) else f"{100 * value:.1f}" for value in row]
-        table.add_row(Text(str(name)), *cells, end_section=index == len(values) - 2)
-    return table
+        for title, part in (("Metrics in % (mAD is the mean of the seven)", metrics),
+                            ("Decisions in %, at the thresholds in use", decisions)):  # fmt: skip
+            if len(part):
+                headings = pd.MultiIndex.from_tuples([column.partition("_")[::2] for column in part])
+                text = (100 * part).set_axis(headings, axis=1).to_string(float_format="{:.1f}".format, na_rep="-")
+                print(f"\n{title}\n{text}")
+        print(f"\nWritten to {folder / 'metrics.csv'} and metrics.json")

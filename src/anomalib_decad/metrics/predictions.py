@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What metrics and callbacks read of the batches of predictions, and of the post-processor that decided on them."""
 
-import math
 from dataclasses import fields, replace
 from typing import Any, Literal, TypeVar
 
@@ -18,7 +17,6 @@ __all__ = [
     "own_images",
     "raw_maps_of",
     "raw_scores_of",
-    "threshold_of",
 ]
 
 T = TypeVar("T")
@@ -30,9 +28,6 @@ def raw_scores_of(batch: Any) -> torch.Tensor | None:
     anomalib's post-processor normalizes scores in place and clips them to [0, 1]: whatever is far from the threshold
     becomes equal. This package's models, and its ``CategoryPostProcessor`` beside any model, keep them in the field
     ``raw_score``.
-
-    Args:
-        batch (Any): Predictions.
 
     Returns:
         torch.Tensor | None: ``raw_score``, or else ``pred_score``, or else the maxima of the anomaly maps, B values;
@@ -68,26 +63,14 @@ def gather(value: T) -> list[T]:
 
 
 def num_own_images(trainer: Trainer, batch_size: int, batch_idx: int, dataloader_idx: int = 0) -> int:
-    """Count the images of a validation's or test's batch that no other process counts.
+    """Count the images of an evaluated batch that no other process counts: all of them, or all but the last.
 
     Lightning gives all processes as many images, as they wait for each other. Where the number of images cannot be
     divided, the last image of some processes is one of another's.
-
-    Args:
-        trainer (Trainer): The trainer.
-        batch_size (int): Number of images in the batch.
-        batch_idx (int): Number of the batch.
-        dataloader_idx (int): Number of its dataloader.
-            Defaults to ``0``.
-
-    Returns:
-        int: ``batch_size``, or one less: the last one is not this process's own.
     """
     if trainer.world_size == 1:
         return batch_size
     loaders: Any = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
-    if isinstance(loaders, dict):
-        loaders = list(loaders.values())
     loader = loaders[dataloader_idx] if isinstance(loaders, list | tuple) else loaders
     sampler = getattr(getattr(loader, "batch_sampler", None), "sampler", None)
     if not isinstance(sampler, DistributedSampler) or batch_idx != len(loader) - 1:
@@ -115,32 +98,3 @@ def own_images(trainer: Trainer, batch: Any, batch_idx: int, dataloader_idx: int
 def lacks_threshold(post_processor: Any, kind: Literal["image", "pixel"] = "image") -> bool:
     """Tell whether one of anomalib's post-processors has seen no validation: its labels, or its masks, mean nothing."""
     return isinstance(post_processor, PostProcessor) and bool(getattr(post_processor, f"{kind}_threshold").isnan())
-
-
-def threshold_of(post_processor: Any, category: str | None = None) -> float | None:
-    """Give the threshold that the labels of images follow, in the unit of the raw scores.
-
-    anomalib normalizes a score to :math:`(s - t) / (max - min) + 0.5`, where :math:`t` is the threshold that the
-    validation has found, and calls an image anomalous if that is above one minus the sensitivity. So it is
-    :math:`t + (0.5 - sensitivity) (max - min)`.
-
-    Args:
-        post_processor (Any): A model's post-processor, or ``None``.
-        category (str | None): The product. anomalib's post-processor has one threshold for all,
-            :class:`CategoryPostProcessor` one of each.
-
-    Returns:
-        float | None: The threshold; ``None`` where there is none, because the model was never validated, labels are
-            switched off, or the post-processor is none of anomalib's.
-    """
-    if not isinstance(post_processor, PostProcessor) or not post_processor.enable_thresholding:
-        return None
-    if (raw_threshold := getattr(post_processor, "raw_threshold", None)) is not None:
-        return raw_threshold("image", category)
-    threshold = float(post_processor.image_threshold)
-    if math.isnan(threshold):
-        return None
-    extent = float(post_processor.image_max - post_processor.image_min)
-    if not post_processor.enable_normalization or math.isnan(extent):
-        return 1.0 - post_processor.image_sensitivity  # anomalib compares scores that are not normalized with it, too
-    return threshold + (0.5 - post_processor.image_sensitivity) * extent

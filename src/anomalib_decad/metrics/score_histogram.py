@@ -79,10 +79,7 @@ class ScoreHistogram:
         self._merge(other.codes >> (shift - other.shift), other.counts)
 
     def metrics(self, max_fpr: float = 0.3) -> Mapping[str, float]:
-        """Compute AUROC, AP, F1-max and AUPRO.
-
-        Args:
-            max_fpr (float): Largest false positive rate of the overlap curve, in (0, 1].
+        """Compute AUROC, AP, F1-max, and AUPRO up to a false positive rate of ``max_fpr``, in (0, 1].
 
         Returns:
             Mapping[str, float]: The four metrics in [0, 1]; NaN if there are no positives or no negatives.
@@ -90,10 +87,7 @@ class ScoreHistogram:
         negatives, positives, weights = self.counts
         if not negatives.sum() or not positives.sum():
             return dict.fromkeys(("AUROC", "AP", "F1Max", "AUPRO"), float("nan"))
-        # Each bin enters once as negatives and once as positives, weighted by how many it holds.
-        scores = np.tile(self.codes, 2)
-        labels = np.repeat([0, 1], len(self.codes))
-        counts = np.concatenate([negatives, positives])
+        scores, labels, counts = self._samples()
         return {
             "AUROC": float(roc_auc_score(labels, scores, sample_weight=counts)),
             "AP": float(average_precision_score(labels, scores, sample_weight=counts)),
@@ -107,13 +101,15 @@ class ScoreHistogram:
         Returns:
             tuple[float, float]: The F1 score, and the smallest score that counts as positive.
         """
-        scores = np.tile(self.codes, 2)
-        labels = np.repeat([0, 1], len(self.codes))
-        counts = np.concatenate([self.counts[0], self.counts[1]])
+        scores, labels, counts = self._samples()
         precision, recall, thresholds = precision_recall_curve(labels, scores, sample_weight=counts)
         f1 = 2 * precision * recall / np.maximum(precision + recall, np.finfo(float).tiny)
         best = int(f1[:-1].argmax())
         return float(f1[best]), float(_decode(np.array([int(thresholds[best]) << self.shift]))[0])
+
+    def _samples(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Give each bin once as negatives and once as positives, weighted by how many it holds."""
+        return np.tile(self.codes, 2), np.repeat([0, 1], len(self.codes)), self.counts[:2].ravel()
 
     def totals(self) -> tuple[float, float]:
         """Count the negatives and the positives."""
@@ -125,24 +121,13 @@ class ScoreHistogram:
         return self._upper_edges(self.codes[found]), self.counts[0][found]
 
     def below(self, score: float) -> float:
-        """Give a number between a score of the histogram and the next smaller one: halfway, or just below the smallest.
-
-        Args:
-            score (float): The smallest score of a bin.
-
-        Returns:
-            float: A number in float32 that is smaller than the score, and not smaller than the next one.
-        """
+        """Give a number between the smallest score of a bin and the next smaller one: halfway, if there is one."""
         upper = np.float32(score)
         lower = self._upper_edges(self.codes[_decode(self.codes << self.shift) < upper][-1:])
         if not len(lower):
             return float(np.nextafter(upper, np.float32(-np.inf)))
         middle = np.float32((float(lower[0]) + float(upper)) / 2)
         return float(middle if middle < upper else lower[0])
-
-    def values(self) -> np.ndarray:
-        """Return the score of each bin, rounded down to its smallest, in rising order."""
-        return _decode(self.codes << self.shift).astype(np.float64)
 
     def smallest(self) -> float:
         """Return the smallest score, rounded down to its bin."""

@@ -24,14 +24,7 @@ class ThresholdPolicy(ABC):
 
     @abstractmethod
     def choose(self, histogram: ScoreHistogram) -> float:
-        """Choose a threshold.
-
-        Args:
-            histogram (ScoreHistogram): Scores of normal and anomalous images, or pixels.
-
-        Returns:
-            float: The threshold; NaN if the scores do not have what the policy needs.
-        """
+        """Choose a threshold for scores of images, or pixels; NaN if they do not have what the policy needs."""
 
     def without_defects(self) -> "ThresholdPolicy":
         """Give the policy for a product whose validation images have no defect."""
@@ -43,21 +36,9 @@ class ThresholdPolicy(ABC):
 
     @staticmethod
     def from_config(config: dict[str, Any]) -> "ThresholdPolicy":
-        """Create a policy from :meth:`to_config`.
-
-        Args:
-            config (dict[str, Any]): Name and arguments.
-
-        Returns:
-            ThresholdPolicy: The policy.
-
-        Raises:
-            KeyError: If there is no policy of that name.
-        """
-        arguments = dict(config)
-        return {cls.__name__: cls for cls in (BestF1, FalseAlarmRate, FixedThreshold)}[arguments.pop("name")](
-            **arguments
-        )
+        """Create a policy from :meth:`to_config`; KeyError if there is none of that name."""
+        policies = {cls.__name__: cls for cls in (BestF1, FalseAlarmRate, FixedThreshold)}
+        return policies[config["name"]](**{name: value for name, value in config.items() if name != "name"})
 
 
 @dataclass(frozen=True)
@@ -67,7 +48,6 @@ class BestF1(ThresholdPolicy):
     Args:
         false_alarm_rate (float): Of a product whose validation images have no defect: the share of normal images, or
             pixels, that may be called anomalous (:class:`FalseAlarmRate`), in (0, 1).
-            Defaults to ``0.01``.
 
     Raises:
         ValueError: If ``false_alarm_rate`` is out of its range.
@@ -100,7 +80,6 @@ class FalseAlarmRate(ThresholdPolicy):
 
     Args:
         rate (float): The share, in (0, 1).
-            Defaults to ``0.01``.
 
     Raises:
         ValueError: If ``rate`` is out of its range.
@@ -128,14 +107,7 @@ class FalseAlarmRate(ThresholdPolicy):
         return float(max(scores[-1], mean + factor * math.sqrt(variance)))
 
     def is_extrapolated(self, histogram: ScoreHistogram) -> bool:
-        """Tell whether there are too few normal scores for the rate.
-
-        Args:
-            histogram (ScoreHistogram): Scores.
-
-        Returns:
-            bool: Whether the threshold is above all normal scores.
-        """
+        """Tell whether there are too few normal scores for the rate, so that the threshold is above all of them."""
         return histogram.totals()[0] + 1 < (1 - 1e-9) / self.rate
 
 

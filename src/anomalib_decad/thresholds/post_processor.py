@@ -15,11 +15,10 @@ from lightning.pytorch.trainer.states import TrainerFn
 from anomalib_decad.compat import set_thresholds
 from anomalib_decad.components.recognition import UNKNOWN, CategoryPrediction, decode_names, encode_names
 from anomalib_decad.metrics import own_images
-from anomalib_decad.thresholds.limits import Limits, normalize
 from anomalib_decad.thresholds.policies import BestF1, FixedThreshold, ThresholdPolicy
-from anomalib_decad.thresholds.validation_scores import ValidationScores
+from anomalib_decad.thresholds.validation_scores import Limits, ValidationScores
 
-__all__ = ["CategoryPostProcessor"]
+__all__ = ["CategoryPostProcessor", "exported_thresholds"]
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +37,6 @@ class CategoryPostProcessor(PostProcessor):
     Args:
         image_policy (ThresholdPolicy): How thresholds of images are chosen: :class:`BestF1`, :class:`FalseAlarmRate` or
             :class:`FixedThreshold`.
-            Defaults to :class:`BestF1`.
         pixel_policy (ThresholdPolicy): The same for those of pixels.
             Defaults to :class:`BestF1`, with a false alarm rate of 0.001 where there is no defect.
         category (str | None): The category of all images whose batch does not say it; then nothing is recognized. For
@@ -78,7 +76,6 @@ class CategoryPostProcessor(PostProcessor):
         # A state dict of tensors alone: programs that average or copy weights expect nothing else.
         self.register_buffer("encoded_names", encode_names([]))
         self._scores = ValidationScores()
-        self._unknown: set[str] = set()
 
     def names_products_of(self, batch: Any) -> bool:
         """Tell whether the products of a batch are known, recognized or given."""
@@ -89,14 +86,7 @@ class CategoryPostProcessor(PostProcessor):
         return self.categories.index(name) if name in self.categories else UNKNOWN
 
     def categories_of(self, batch: Any) -> list[str | None]:
-        """Name the category of each image of a batch.
-
-        Args:
-            batch (Any): A batch, after the model has seen it.
-
-        Returns:
-            list[str | None]: The names; ``None`` for an image that is unlike every category, or if none is known.
-        """
+        """Name the category of each image of a batch; ``None`` where it is unlike every category, or none is known."""
         if names := getattr(batch, "category", None):
             return list(names)
         index = self._indices(batch, len(batch.image))
@@ -106,41 +96,16 @@ class CategoryPostProcessor(PostProcessor):
         """Find the index of each image's category, shape (B,)."""
         device = self.category_limits.device
         if (names := getattr(batch, "category", None)) is not None and not isinstance(names, torch.Tensor):
-            self._warn_of_unknown(names)
             return torch.tensor([self._index_of(name) for name in names], device=device)
         if self.category is not None:
-            index = self._index_of(self.category)
-            if index == UNKNOWN:
-                known = f"its categories are {', '.join(self.categories)}" if self.categories else "it knows none"
-                msg = f"the model has no thresholds of a category {self.category!r}: {known}"
-                raise ValueError(msg)
-            return torch.full((length,), index, device=device)
+            return torch.full((length,), self._known_index(self.category), device=device)
         recognized = names if names is not None else getattr(batch, "category_index", None)
         if recognized is None or not self.categories:
             return torch.full((length,), UNKNOWN, device=device)
         return recognized
 
-    def _warn_of_unknown(self, names: Sequence[str]) -> None:
-        unknown = sorted({name for name in names if name} - set(self.categories) - self._unknown)
-        # Before a validation there is a warning of its own.
-        if unknown and self.categories:
-            self._unknown.update(unknown)
-            logger.warning(
-                "The model has no thresholds of %s: their labels are by the thresholds of all products together, those "
-                "of %s.",
-                ", ".join(unknown),
-                ", ".join(self.categories),
-            )
-
     def limits(self, category: str | None = None) -> Limits:
-        """Give the limits of a category.
-
-        Args:
-            category (str | None): Its name.
-                Defaults to ``None``: the limits of all together.
-
-        Returns:
-            Limits: The limits, floats; NaN before a validation.
+        """Give the limits of a category, or of all together, as floats; NaN before a validation.
 
         Raises:
             ValueError: If the category is unknown.
@@ -153,13 +118,8 @@ class CategoryPostProcessor(PostProcessor):
     def raw_threshold(self, kind: Literal["image", "pixel"], category: str | None = None) -> float | None:
         """Give the raw score that labels, or masks, follow: that of the threshold, moved by the sensitivity.
 
-        Args:
-            kind (Literal["image", "pixel"]): Of the scores of images or of pixels.
-            category (str | None): The category; those that are not known have the threshold of all together.
-                Defaults to ``None``: the post-processor's own ``category``, if it has one.
-
-        Returns:
-            float | None: The score; ``None`` before a validation.
+        Without a category it is the post-processor's own ``category``, if it has one. Categories that are not known
+        have the threshold of all together. It is ``None`` before a validation.
         """
         known = category if category in self.categories else self.category
         limits = self.limits(known if known in self.categories else None)
@@ -192,11 +152,7 @@ class CategoryPostProcessor(PostProcessor):
             self.category_limits[Limits._fields.index(f"{name}_threshold"), index] = value
 
     def follow(self, names: Sequence[str]) -> None:
-        """Give the categories the order of a model that recognizes them; new ones have the limits of all together.
-
-        Args:
-            names (Sequence[str]): Names by index.
-        """
+        """Give the categories the order of a model that recognizes them; new ones have the limits of all together."""
         limits = [self.limits(name if name in self.categories else None) for name in names]
         self._set_categories(names, limits)
 
@@ -206,7 +162,6 @@ class CategoryPostProcessor(PostProcessor):
         self.encoded_names = encode_names(self.categories).to(self.category_limits.device)
         values = torch.tensor(limits, device=self.category_limits.device)
         self.category_limits = values.reshape(len(names), len(Limits._fields)).mT.contiguous()
-        self._unknown = set()
 
     def _known_index(self, category: str | None) -> int:
         index = self._index_of(category)
@@ -243,10 +198,7 @@ class CategoryPostProcessor(PostProcessor):
             self._scores.update(own)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the limits.
-
-        A validation by itself leaves products alone of which it has no image.
-        """
+        """Find the limits; a validation by itself leaves products alone of which it has no image."""
         known = {} if trainer.state.fn == TrainerFn.FITTING else {name: self.limits(name) for name in self.categories}
         kept = {name: limits for name, limits in known.items() if not math.isnan(limits.image_threshold)}
         scores, self._scores = self._scores, ValidationScores()
@@ -269,14 +221,7 @@ class CategoryPostProcessor(PostProcessor):
     def forward(  # type: ignore[override]
         self, predictions: InferenceBatch | CategoryPrediction
     ) -> InferenceBatch | CategoryPrediction:
-        """Normalize scores and maps, and decide, also in an export.
-
-        Args:
-            predictions (InferenceBatch | CategoryPrediction): Raw predictions of a model.
-
-        Returns:
-            InferenceBatch | CategoryPrediction: Normalized ones with labels and masks; with the category if
-                ``category_output`` is set.
+        """Normalize raw scores and maps, and decide, also in an export.
 
         Raises:
             ValueError: If there is neither a score nor a map, or ``category`` is unknown.
@@ -300,11 +245,7 @@ class CategoryPostProcessor(PostProcessor):
         return CategoryPrediction(*plain, category=index if self.category is None else torch.zeros_like(index))
 
     def post_process_batch(self, batch: Batch) -> None:
-        """Normalize scores and maps of a batch, and decide, in place; keep them as they were in other fields.
-
-        Args:
-            batch (Batch): Batch with raw predictions, which gets ``raw_score`` and ``raw_map`` unless it has them.
-        """
+        """Normalize a batch and decide, in place; its new fields ``raw_score`` and ``raw_map`` keep what it had."""
         if not hasattr(batch, "raw_score"):
             batch.raw_score, batch.raw_map = batch.pred_score, batch.anomaly_map  # type: ignore[attr-defined]
         if not self.categories and self.category is None:
@@ -327,7 +268,7 @@ class CategoryPostProcessor(PostProcessor):
             (score, limits[:3], self.image_sensitivity),
             (maps, limits[3:], self.pixel_sensitivity),
         ):
-            normalized = None if raw is None else normalize(raw, *bounds)
+            normalized = None if raw is None else _normalize(raw, *bounds)
             # Of raw scores, too: anomalib compares these with 0.5, which they have nothing to do with.
             # A score that is not a number is anomalous, so that somebody looks at it.
             label = None if normalized is None or not self.enable_thresholding else ~(normalized <= 1 - sensitivity)
@@ -347,11 +288,7 @@ class CategoryPostProcessor(PostProcessor):
         }
 
     def load_checkpoint_config(self, config: dict[str, Any]) -> None:
-        """Take the settings from a checkpoint.
-
-        Args:
-            config (dict[str, Any]): What :meth:`checkpoint_config` gave.
-        """
+        """Take the settings from a checkpoint, as :meth:`checkpoint_config` gave them."""
         super().load_checkpoint_config(config)
         for name in ("image_policy", "pixel_policy"):
             if name in config:
@@ -360,11 +297,45 @@ class CategoryPostProcessor(PostProcessor):
         self.category_output = config.get("category_output", False)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Take the number of categories of a state dict; one from before has the limits of all together only."""
-        if f"{prefix}category_limits" not in state_dict:
-            state_dict[f"{prefix}category_limits"] = self.category_limits.new_empty(len(Limits._fields), 0)
-            state_dict[f"{prefix}encoded_names"] = encode_names([])
+        """Take the number of categories of a state dict."""
         for name in ("category_limits", "encoded_names"):
-            setattr(self, name, getattr(self, name).new_empty(state_dict[f"{prefix}{name}"].shape))
+            if (saved := state_dict.get(f"{prefix}{name}")) is not None:
+                setattr(self, name, getattr(self, name).new_empty(saved.shape))
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.categories = decode_names(self.encoded_names)
+
+
+def exported_thresholds(post_processor: CategoryPostProcessor) -> dict[str, Any]:
+    """Give the thresholds that the scores and maps of an export are to be compared with.
+
+    Returns:
+        dict[str, Any]: ``image`` and ``pixel``, the thresholds of all images, and ``categories``, a list of
+            dictionaries with ``index``, the value of the output ``category``, ``name``, ``image`` and ``pixel``. The
+            ``unit`` is ``"normalized"``, where 0.5 is the threshold that the file has been exported with, or ``"raw"``
+            where the export does not normalize scores: ``enable_normalization`` is off, or the model was never
+            validated. In the latter case all thresholds are ``None``.
+    """
+    names = post_processor.categories if post_processor.category is None else [post_processor.category]
+    is_raw = not post_processor.enable_normalization or math.isnan(post_processor.limits().image_min)
+
+    def row(name: str | None) -> dict[str, float | None]:
+        if is_raw:
+            return {kind: post_processor.raw_threshold(kind, name) for kind in ("image", "pixel")}
+        return {"image": 1 - post_processor.image_sensitivity, "pixel": 1 - post_processor.pixel_sensitivity}
+
+    categories = [{"index": index, "name": name, **row(name)} for index, name in enumerate(names)]
+    return {"unit": "raw" if is_raw else "normalized", **row(None), "categories": categories}
+
+
+def _normalize(
+    scores: torch.Tensor, threshold: torch.Tensor, smallest: torch.Tensor, largest: torch.Tensor
+) -> torch.Tensor:
+    """Normalize scores (B, ...) to [0, 1] as anomalib does, but with limits (B,) of each image's own."""
+    scores = scores.float()  # half precision would round scores to the threshold
+    shape = (-1, *(1 for _ in scores.shape[1:]))
+    threshold, smallest, largest = (value.to(scores).reshape(shape) for value in (threshold, smallest, largest))
+    span = largest - smallest
+    has_span = span > 0
+    normalized = ((scores - threshold) / torch.where(has_span, span, 1.0) + 0.5).clamp(0, 1)
+    one_value = torch.where(scores > threshold, 1.0, torch.where(scores < threshold, 0.0, 0.5)).to(scores.dtype)
+    return torch.where(has_span, normalized, one_value)

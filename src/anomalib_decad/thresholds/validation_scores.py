@@ -5,20 +5,31 @@ import logging
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from anomalib_decad.metrics import ScoreHistogram, gather, raw_scores_of
-from anomalib_decad.thresholds.limits import Limits
 from anomalib_decad.thresholds.policies import FalseAlarmRate, ThresholdPolicy
 
-__all__ = ["ValidationScores"]
+__all__ = ["Limits", "ValidationScores"]
 
 logger = logging.getLogger(__name__)
 
-# Names in a line of the log.
-_MOST_NAMES = 20
+
+class Limits(NamedTuple):
+    """What a product's scores are compared with, in raw scores; NaN where nothing is known.
+
+    Images and pixels with higher scores than the threshold are anomalous; the smallest and largest scores are those of
+    a validation's images and pixels.
+    """
+
+    image_threshold: Any = math.nan
+    image_min: Any = math.nan
+    image_max: Any = math.nan
+    pixel_threshold: Any = math.nan
+    pixel_min: Any = math.nan
+    pixel_max: Any = math.nan
 
 
 @dataclass
@@ -59,18 +70,6 @@ class _Scores:
         return threshold
 
 
-@dataclass
-class _ProductScores:
-    """Scores of a product's images and of their pixels."""
-
-    image: _Scores = field(default_factory=_Scores)
-    pixel: _Scores = field(default_factory=_Scores)
-
-    def merge(self, other: "_ProductScores") -> None:
-        self.image.merge(other.image)
-        self.pixel.merge(other.pixel)
-
-
 class ValidationScores:
     """Counts the scores of each product's images and pixels, in bounded memory, and finds its limits.
 
@@ -78,34 +77,30 @@ class ValidationScores:
     """
 
     def __init__(self) -> None:
-        #: Scores by product; ``None`` stands for images whose product nobody knows.
-        self.products: dict[str | None, _ProductScores] = {}
+        #: Scores of images and of pixels by product; ``None`` stands for images whose product nobody knows.
+        self.products: dict[str | None, tuple[_Scores, _Scores]] = {}
 
     def update(self, batch: Any) -> None:
-        """Add the raw scores of a batch.
-
-        Args:
-            batch (Any): Predictions, with labels and masks where there are some.
-        """
+        """Add the raw scores of a batch, with labels and masks where there are some."""
         names = getattr(batch, "category", None) or [None] * len(batch.image)
         scores, maps = raw_scores_of(batch), batch.anomaly_map
         for name in dict.fromkeys(names):
             rows = [row for row, other in enumerate(names) if other == name]
-            found = self.products.setdefault(name, _ProductScores())
+            images, pixels = self.products.setdefault(name, (_Scores(), _Scores()))
             if scores is not None:
-                found.image.update(scores[rows], None if batch.gt_label is None else batch.gt_label[rows])
+                images.update(scores[rows], None if batch.gt_label is None else batch.gt_label[rows])
             if maps is not None:
                 chosen = maps.reshape(len(names), -1)[rows]
                 masks = None if batch.gt_mask is None else batch.gt_mask.reshape(len(names), -1)[rows]
-                found.pixel.update(chosen, masks)
+                pixels.update(chosen, masks)
 
     def synchronize(self) -> None:
         """Gather the scores of all processes of a distributed run into each of them."""
         gathered = gather(self.products)
         self.products = {}
-        for products in gathered:
-            for name, found in products.items():
-                self.products.setdefault(name, _ProductScores()).merge(found)
+        for name, found in (item for theirs in gathered for item in theirs.items()):
+            for mine, theirs in zip(self.products.setdefault(name, (_Scores(), _Scores())), found, strict=True):
+                mine.merge(theirs)
 
     def limits(
         self, image_policy: ThresholdPolicy, pixel_policy: ThresholdPolicy, matches: bool
@@ -121,9 +116,10 @@ class ValidationScores:
             tuple[Limits, dict[str, Limits]]: Those of all products together, and of each. A product has those of all
                 together for what its images do not tell.
         """
-        joint = _ProductScores()
-        for product in self.products.values():
-            joint.merge(product)
+        joint = _Scores(), _Scores()
+        for found in self.products.values():
+            for whole, part in zip(joint, found, strict=True):
+                whole.merge(part)
         every = _limits_of(joint, image_policy, pixel_policy, matches)
         limits = {
             name: _filled(_limits_of(product, image_policy, pixel_policy, matches), every)
@@ -139,58 +135,45 @@ class ValidationScores:
             policy (ThresholdPolicy): How thresholds of images are chosen.
             names (Sequence[str]): All products that the model knows.
             kept (Collection[str]): Those that have thresholds from before.
-                Defaults to ``()``: none.
         """
         missing = [name for name in names if name not in self.products]
-        for products, whose in (
-            ([name for name in missing if name not in kept], "those of all products together"),
-            ([name for name in missing if name in kept], "as they were before"),
-        ):
-            if products:
-                logger.warning("No validation image of %s: the thresholds are %s.", _listed(products), whose)
+        _warn("No validation image of %s: the thresholds are those of all products together.",
+              [name for name in missing if name not in kept])  # fmt: skip
+        _warn("No validation image of %s: the thresholds are as they were before.",
+              [name for name in missing if name in kept])  # fmt: skip
         without, few, only = [], [], []
-        for name, product in self.products.items():
-            negatives, positives = product.image.histogram.totals()
-            used = product.image.policy(policy)
+        for name, (images, _) in self.products.items():
+            negatives, positives = images.histogram.totals()
+            used = images.policy(policy)
             if used is not policy:
                 without.append(name)
-            if isinstance(used, FalseAlarmRate) and negatives and used.is_extrapolated(product.image.histogram):
+            if isinstance(used, FalseAlarmRate) and negatives and used.is_extrapolated(images.histogram):
                 few.append(name)
             if positives and not negatives:
                 only.append(name)
-        if without:
-            logger.warning(
-                "No defect among the validation images of %s: the threshold is what normal images exceed with a "
-                "probability of %g.",
-                _listed(without),
-                getattr(policy.without_defects(), "rate", math.nan),
-            )
-        if few:
-            logger.warning(
-                "Too few normal validation images of %s for such a rate: the threshold is estimated from their mean "
-                "and spread. More normal images, or a larger rate, make it surer.",
-                _listed(few),
-            )
-        if only:
-            logger.warning(
-                "Nothing normal among the validation images of %s: the threshold is just below their smallest score.",
-                _listed(only),
-            )
+        rate = getattr(policy.without_defects(), "rate", math.nan)
+        _warn("No defect among the validation images of %s: the threshold is what normal images exceed with a "
+              f"probability of {rate:g}.", without)  # fmt: skip
+        _warn("Too few normal validation images of %s for such a rate: the threshold is estimated from their mean and "
+              "spread. More normal images, or a larger rate, make it surer.", few)  # fmt: skip
+        _warn("Nothing normal among the validation images of %s: the threshold is just below their smallest score.",
+              only)  # fmt: skip
 
 
 def _limits_of(
-    product: _ProductScores, image_policy: ThresholdPolicy, pixel_policy: ThresholdPolicy, matches: bool
+    product: tuple[_Scores, _Scores], image_policy: ThresholdPolicy, pixel_policy: ThresholdPolicy, matches: bool
 ) -> Limits:
-    image, pixel = product.image.threshold(image_policy), product.pixel.threshold(pixel_policy)
+    images, pixels = product
+    image, pixel = images.threshold(image_policy), pixels.threshold(pixel_policy)
     if matches:
         image, pixel = pixel if math.isnan(image) else image, image if math.isnan(pixel) else pixel
-    return Limits(image, *product.image.range(), pixel, *product.pixel.range())
+    return Limits(image, *images.range(), pixel, *pixels.range())
 
 
 def _filled(limits: Limits, fallback: Limits) -> Limits:
     return Limits(*(other if math.isnan(value) else value for value, other in zip(limits, fallback, strict=True)))
 
 
-def _listed(names: Sequence[str | None]) -> str:
-    shown = ", ".join(name or "the product" for name in names[:_MOST_NAMES])
-    return shown if len(names) <= _MOST_NAMES else f"{shown} and {len(names) - _MOST_NAMES} more"
+def _warn(message: str, names: Sequence[str | None]) -> None:
+    if names:
+        logger.warning(message, ", ".join(name or "the product" for name in names))

@@ -39,8 +39,8 @@ def make_batch(scores, labels=None, category="bolts", paths=None, size=(16, 16),
     return batch
 
 
-def make_post_processor(threshold=0.5, low=0.0, high=1.0):
-    post_processor = PostProcessor()
+def make_post_processor(threshold=0.5, low=0.0, high=1.0, cls=PostProcessor):
+    post_processor = cls()
     for kind in ("image", "pixel"):
         for name, value in ((f"_{kind}_threshold", threshold), (f"{kind}_min", low), (f"{kind}_max", high)):
             getattr(post_processor, name).fill_(value)

@@ -4,8 +4,7 @@
 import logging
 import platform
 import textwrap
-import time
-from datetime import datetime, timedelta
+from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -21,21 +20,19 @@ from anomalib_decad.callbacks.report.page import render
 from anomalib_decad.callbacks.report.pictures import draw
 from anomalib_decad.callbacks.report.record import Example, Kind, ProductRecord
 from anomalib_decad.files import write_text_atomically
-from anomalib_decad.metrics import CategoryEvaluator, categories_of, gather, raw_scores_of, threshold_of
+from anomalib_decad.metrics import CategoryEvaluator, categories_of, gather, lacks_threshold, raw_scores_of
 from anomalib_decad.ranges import check_range
 
 __all__ = ["Report"]
 
 logger = logging.getLogger(__name__)
 
-_MAX_POINTS = 500  # of a loss curve
-
 
 class Report(PredictionCallback):
     """Writes ``report.html`` into the folder of the run after a test: one page that opens without server and network.
 
     It shows the seven metrics, scores, curves and decisions of each product, the images that are worth a look with
-    heatmaps and contours, the losses of the training, and the configuration.
+    heatmaps and contours, and the configuration.
 
     It works with every anomalib model: ``Engine(callbacks=[Report()])``. The models of this package have one already
     (``report=False`` switches it off); one that is given takes its place.
@@ -54,66 +51,25 @@ class Report(PredictionCallback):
         check_range(image_size > 0, "image_size", "positive", image_size)
         self.max_images, self.image_size = max_images, image_size
         self._records: dict[str, ProductRecord] = {}
-        self._training: dict[str, Any] = {}
-        self._loaded: dict[str, Any] = {}
-        self._began = 0.0
-
-    def state_dict(self) -> dict[str, Any]:
-        """Give a checkpoint the losses and the extent of the training so far, as plain numbers."""
-        losses = self._training.get("losses", {})
-        plain = {name: {step: float(value) for step, value in curve.items()} for name, curve in losses.items()}
-        return {"training": {**self._training, "losses": plain}}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the training of a checkpoint."""
-        self._loaded = state_dict.get("training", {})
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin a training, or go on with that of the checkpoint."""
-        del pl_module
-        images = len(getattr(getattr(trainer, "datamodule", None), "train_data", None) or ())
-        loaded, self._loaded = self._loaded if trainer.ckpt_path else {}, {}
-        self._training = {"losses": {}, "every": 1, "seconds": 0.0, "steps": 0, **loaded, "images": images}
-        self._began = time.monotonic() - self._training["seconds"]
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
-        """Keep the losses of a step, at most 500 evenly spaced ones."""
-        del pl_module, args, kwargs
-        training, step = self._training, trainer.global_step
-        training |= {"steps": step, "seconds": time.monotonic() - self._began}
-        if step % training["every"]:
-            return
-        for name, value in trainer.callback_metrics.items():
-            # Under the name without suffix is the value of the step. It is read later, so that a GPU need not wait.
-            if name.startswith(("train/", "train_")) and not name.endswith(("_step", "_epoch")):
-                training["losses"].setdefault(name[len("train/") :], {})[step] = value
-        curves = training["losses"]
-        if max(map(len, curves.values()), default=0) > _MAX_POINTS:
-            training["every"] *= 2
-            for name, curve in curves.items():
-                curves[name] = {step: value for step, value in curve.items() if step % training["every"] == 0}
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget an earlier test."""
         del trainer, pl_module
-        self._records, self._began = {}, time.monotonic()
+        self._records = {}
 
     def read_batch(self, trainer: Trainer, pl_module: LightningModule, batch: Any, count: int) -> None:
         """Count the predictions of a test's batch, and keep the images that are worth a look."""
-        raw = getattr(batch, "raw_score", None)
-        scores = raw_scores_of(batch) if raw is None else raw
+        post_processor: Any = getattr(pl_module, "post_processor", None)
+        is_raw = hasattr(post_processor, "raw_threshold") or not _is_normalized(post_processor, "image")
+        scores = raw_scores_of(batch) if is_raw else batch.pred_score
         if scores is None or not trainer.testing:
             return
-        post_processor: Any = getattr(pl_module, "post_processor", None)
         paths = getattr(batch, "image_path", None) or [""] * len(batch.image)
         truth, found = _booleans(batch, "gt_label"), _booleans(batch, "pred_label")
-        is_raw = raw is not None or not _is_normalized(post_processor, "image")
         rows = zip(categories_of(trainer, batch), scores.reshape(-1).tolist(), strict=True)
         for index, (category, score) in enumerate(list(rows)[:count]):
             if category not in self._records:
-                threshold = threshold_of(post_processor, category)
-                if threshold is not None and not is_raw:
-                    threshold = 1 - post_processor.image_sensitivity
+                threshold = _threshold_of(post_processor, category)
                 self._records[category] = ProductRecord(self.max_images, threshold, is_raw)
             record = self._records[category]
             kind: Kind = "unlabelled" if truth[index] is None else "defect" if truth[index] else "normal"
@@ -135,7 +91,6 @@ class Report(PredictionCallback):
         if not records:
             logger.warning("The test has no images with scores: there is no report.")
             return
-        training, self._loaded = self._loaded if trainer.ckpt_path else self._training, {}
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         evaluator = next((callback for callback in callbacks if isinstance(callback, CategoryEvaluator)), None)
         datamodule, path = getattr(trainer, "datamodule", None), Path(trainer.default_root_dir) / "report.html"
@@ -143,10 +98,9 @@ class Report(PredictionCallback):
         try:
             page = render(
                 records,
-                self._facts(trainer, pl_module, training),
+                _facts(trainer, pl_module),
                 getattr(evaluator, "results", None),
                 getattr(evaluator, "decisions", {}),
-                training.get("losses", {}),
                 self.max_images,
                 _is_normalized(getattr(pl_module, "post_processor", None), "pixel"),
                 any(getattr(one, "val_split_mode", None) == ValSplitMode.SAME_AS_TEST for one in datamodules),
@@ -157,31 +111,28 @@ class Report(PredictionCallback):
             return
         print(f"Report: {path}")
 
-    def _facts(self, trainer: Trainer, pl_module: LightningModule, training: dict[str, Any]) -> dict[str, Any]:
-        """Collect what the page says of the run."""
-        device = trainer.strategy.root_device
-        names = [getattr(getattr(trainer, "datamodule", None), name, None) for name in ("name", "category")]
-        checkpoint = trainer.ckpt_path or getattr(trainer.checkpoint_callback, "best_model_path", None)
-        if checkpoint and Path(checkpoint).is_relative_to(trainer.default_root_dir):
-            checkpoint = Path(checkpoint).relative_to(trainer.default_root_dir)
-        run = {
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device} {platform.machine()}",
-            "precision": trainer.precision, "processes": trainer.world_size,
-            "test": _duration(time.monotonic() - self._began),
-        }  # fmt: skip
-        if training:
-            counts = [f"{training[name]:,} {name}" for name in ("steps", "images") if training[name]]
-            run["training"] = ", ".join([*counts, _duration(training["seconds"])])
-        versions = {name: version(name) for name in ("anomalib-decad", "anomalib", "torch", "lightning")}
-        arguments = pd.json_normalize(dict(pl_module.hparams), sep=".").to_dict("records")[0]
-        return {
-            "model": getattr(pl_module, "name", type(pl_module).__name__),
-            "data": " / ".join(dict.fromkeys(str(name) for name in names if name)) or "unnamed data",
-            "date": datetime.now().astimezone(), "checkpoint": checkpoint, "tables": {
-                "Run": run, "Versions": versions | {"python": platform.python_version()},
-                "Configuration of the model": {key: textwrap.shorten(str(arguments[key]), 300) for key in arguments},
-            },
-        }  # fmt: skip
+
+def _facts(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+    """Collect what the page says of the run."""
+    device = trainer.strategy.root_device
+    names = [getattr(getattr(trainer, "datamodule", None), name, None) for name in ("name", "category")]
+    checkpoint = trainer.ckpt_path or getattr(trainer.checkpoint_callback, "best_model_path", None)
+    if checkpoint and Path(checkpoint).is_relative_to(trainer.default_root_dir):
+        checkpoint = Path(checkpoint).relative_to(trainer.default_root_dir)
+    run = {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device} {platform.machine()}",
+        "precision": trainer.precision, "processes": trainer.world_size, "python": platform.python_version(),
+        **{name: version(name) for name in ("anomalib-decad", "anomalib", "torch", "lightning")},
+    }  # fmt: skip
+    arguments = pd.json_normalize(dict(pl_module.hparams), sep=".").to_dict("records")[0]
+    return {
+        "model": getattr(pl_module, "name", type(pl_module).__name__),
+        "data": " / ".join(dict.fromkeys(str(name) for name in names if name)) or "unnamed data",
+        "date": datetime.now().astimezone(), "checkpoint": checkpoint, "tables": {
+            "Run": run,
+            "Configuration of the model": {key: textwrap.shorten(str(arguments[key]), 300) for key in arguments},
+        },
+    }  # fmt: skip
 
 
 def _is_normalized(post_processor: Any, kind: Literal["image", "pixel"]) -> bool:
@@ -190,13 +141,18 @@ def _is_normalized(post_processor: Any, kind: Literal["image", "pixel"]) -> bool
     return normalizes and not bool(getattr(post_processor, f"{kind}_min").isnan())
 
 
+def _threshold_of(post_processor: Any, category: str) -> float | None:
+    """Give the threshold that labels follow, in raw scores if each product has its own, else as anomalib has it."""
+    if not isinstance(post_processor, PostProcessor) or not post_processor.enable_thresholding:
+        return None
+    if (raw_threshold := getattr(post_processor, "raw_threshold", None)) is not None:
+        return raw_threshold("image", category)
+    return None if lacks_threshold(post_processor) else 1 - post_processor.image_sensitivity
+
+
 def _booleans(batch: Any, name: str) -> list[bool | None]:
     """Read labels. anomalib gives scores as labels where it has no threshold."""
     values = getattr(batch, name, None)
     if values is None or values.is_floating_point():
         return [None] * len(batch.image)
     return values.reshape(-1).bool().tolist()
-
-
-def _duration(seconds: float) -> str:
-    return str(timedelta(seconds=round(seconds))) if seconds >= 60 else f"{seconds:.1f} s"

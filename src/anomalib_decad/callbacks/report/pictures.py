@@ -10,11 +10,12 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
+from anomalib.data.transforms.utils import extract_transforms_by_type
 from lightning.pytorch import LightningModule
 from PIL import Image
 from torchvision.transforms.v2 import Normalize
 
-from anomalib_decad.callbacks.base import sees_whole_images, steps_of
+from anomalib_decad.callbacks.base import sees_whole_images
 
 __all__ = ["Picture", "draw", "heatmap"]
 
@@ -93,8 +94,9 @@ def _contours(mask: torch.Tensor, size: tuple[int, int]) -> str:
 
 def _original_colors(pl_module: LightningModule, image: torch.Tensor) -> torch.Tensor:
     """Undo the normalization of the pre-processor. What is of an unknown kind is stretched to [0, 1]."""
-    for step in steps_of(pl_module):
-        if isinstance(step, Normalize) and len(step.mean) == len(image):
+    transform = getattr(getattr(pl_module, "pre_processor", None), "transform", None)
+    for step in extract_transforms_by_type(transform, Normalize):
+        if len(step.mean) == len(image):
             mean, std = (torch.tensor(values).reshape(-1, 1, 1) for values in (step.mean, step.std))
             return image * std + mean
     low, high = image.aminmax()
