@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from anomalib_decad.components import InvertibleNetwork, InvertibleOptions, Pila
+from anomalib_decad.components.invertible import chain
 from anomalib_decad.components.invertible import network as network_module
-from anomalib_decad.components.invertible import solver
-from anomalib_decad.components.invertible.folding import spectral_norm
+from anomalib_decad.components.invertible.chain import spectral_norm
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -84,7 +84,7 @@ def definition(network, x, inverse=False, iterations=400):
 @pytest.fixture
 def many_iterations(monkeypatch):
     monkeypatch.setattr(network_module.NetworkWeights.__new__, "__defaults__", (60,))
-    monkeypatch.setattr(solver, "BACKWARD_ITERATIONS", 60)
+    monkeypatch.setattr(chain, "BACKWARD_ITERATIONS", 60)
 
 
 @pytest.mark.usefixtures("many_iterations")

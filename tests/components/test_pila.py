@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from anomalib_decad.components import Pila
-from anomalib_decad.components.invertible.pila import scaled_pila, scaled_pila_with_slope
+from anomalib_decad.components.invertible.chain import scaled_pila, scaled_pila_with_slope
 
 
 @given(x=st.floats(-20, 20), k=st.floats(0.5, 20))
