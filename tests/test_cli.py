@@ -289,6 +289,6 @@ def test_help_describes_the_arguments():
     for text in ("--model.encoder", "--model.delta", "Radius of the synthetic anomalies", "--model.layers"):
         assert text in output
     output = anomalib("train", "--model.help", "DecoupledMambaAD").stdout
-    for text in ("--model.decouple", "--model.scan", "Curve that it scans along"):
+    for text in ("--model.decouple", "--model.num_directions", "that a state space block scans in", "--model.layers"):
         assert text in output
     assert "--data.sampling" in anomalib("train", "--data.help", "MultiCategory").stdout

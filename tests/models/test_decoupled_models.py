@@ -220,7 +220,6 @@ def test_bad_arguments_are_refused(cls, arguments, message, make_method):
         (DecoupledMambaAD, {"depths": [2, 2, 2]}, "four numbers"),
         (DecoupledMambaAD, {"depths": [5, 2, 2, 2]}, "multiples of 2 or 3"),
         (DecoupledMambaAD, {"num_directions": 1}, "num_directions must be"),
-        (DecoupledMambaAD, {"scan": "spiral"}, "scan must be one of"),
     ],
 )
 def test_arguments_of_one_method_are_refused(cls, arguments, message, make_method):
