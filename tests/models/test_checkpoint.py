@@ -168,7 +168,7 @@ def test_what_is_no_checkpoint_of_the_model_is_a_line(use, checkpoint, make_engi
     (tmp_path / "text.ckpt").write_text("no checkpoint")
     torch.save([1.0], tmp_path / "list.ckpt")
     cases = {
-        tmp_path / "gone.ckpt": r"there is no checkpoint .*gone\.ckpt",
+        tmp_path / "gone.ckpt": r"Checkpoint file not found: .*gone\.ckpt",
         tmp_path / "part.ckpt": r"part\.ckpt is no checkpoint, or only a part of one",
         tmp_path / "text.ckpt": r"text\.ckpt is no checkpoint, or only a part of one",
         tmp_path / "list.ckpt": r"list\.ckpt is no checkpoint of a training",

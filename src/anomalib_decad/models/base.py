@@ -28,7 +28,7 @@ from anomalib_decad.data import CategoryDataset, CategoryVisualizer, PredictionF
 from anomalib_decad.export import ParityExportMixin
 from anomalib_decad.metrics import CategoryEvaluator, lacks_threshold
 from anomalib_decad.models.checkpoint import (
-    AtomicCheckpointIO,
+    ClearCheckpointIO,
     check_checkpoint,
     differences,
     mark_checkpoint,
@@ -210,7 +210,7 @@ class MultiClassMixin(_Base):
         precisions = f"one of {', '.join(_PRECISIONS)}"
         check_range(trainer.precision in _PRECISIONS, "precision", precisions, trainer.precision)
         if type(trainer.strategy.checkpoint_io) is AnomalibCheckpointIO:
-            trainer.strategy.checkpoint_io = AtomicCheckpointIO(self.checkpoint_safe_globals())
+            trainer.strategy.checkpoint_io = ClearCheckpointIO(self.checkpoint_safe_globals())
         if stage == "fit" and trainer.max_steps == -1 and trainer.max_epochs == _LIGHTNING_MAX_EPOCHS:
             # trainer_arguments would override what the user gives (docs/upstream.md, "Trainer arguments of a model").
             trainer.fit_loop.epoch_loop.max_steps, trainer.fit_loop.max_epochs = self.hparams["max_steps"], -1
@@ -464,7 +464,7 @@ class MultiClassMixin(_Base):
             ValueError: If it is no checkpoint of this model, or an argument contradicts it.
         """
         if "://" not in str(checkpoint_path):
-            content = AtomicCheckpointIO(cls.checkpoint_safe_globals()).load_checkpoint(checkpoint_path)
+            content = ClearCheckpointIO(cls.checkpoint_safe_globals()).load_checkpoint(checkpoint_path)
             check_checkpoint(content, cls)
             given = {name: value for name, value in kwargs.items() if name in cls.architecture}
             differences(cls, given, given, content["hyper_parameters"])
