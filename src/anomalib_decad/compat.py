@@ -40,6 +40,7 @@ PRIVATE_NAMES: tuple[tuple[str, str, str, str | None], ...] = (
     ("anomalib.data.datamodules.image.folder", "Folder", "_name", "self._name"),
     ("anomalib.data.datamodules.base.image", "AnomalibDataModule", "_update_augmentations", None),
     ("anomalib.data.datamodules.base.image", "AnomalibDataModule", "_setup", None),
+    ("anomalib.models.components.base.export_mixin.mixin", "ExportMixin", "_compress_ov_model", None),
     ("lightning.pytorch.loops.prediction_loop", "_PredictionLoop", "_data_source", "self._data_source"),
     ("timm.models.vision_transformer", "", "resample_abs_pos_embed", None),
     ("timm.models.vision_transformer", "", "checkpoint_filter_fn", None),
