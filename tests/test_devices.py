@@ -53,16 +53,6 @@ def test_all_tensors_are_on_the_device_and_scores_are_those_of_the_cpu(device, m
 
 
 @devices
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_memory_formats_give_the_same(device, memory_format, model, images):
-    net = model.model.to(device, memory_format=memory_format)
-    with torch.inference_mode():
-        expected = net(images.to(device)).anomaly_map
-        actual = net(images.to(device, memory_format=memory_format)).anomaly_map
-    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
-
-
-@devices
 def test_patches_are_chosen_on_the_device(device):
     embeddings = torch.randn(2, 50, 8, device=device)
     random_state = torch.get_rng_state()
@@ -258,32 +248,6 @@ def test_metrics_are_those_of_the_cpu(device):
     assert set(tables[0]) == {"a", "b", "mean"}
     for name, row in tables[0].items():
         assert tables[1][name] == pytest.approx(row, rel=1e-6, nan_ok=True)
-
-
-@pytest.mark.slow
-@devices
-def test_deterministic_training_is_possible(device, make_model, make_data, make_engine, monkeypatch):
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-
-    def run():
-        seed_everything(3)
-        model = make_model()
-        engine = make_engine(accelerator=ACCELERATOR[device], deterministic=True)
-        try:
-            (scores,) = engine.train(model, datamodule=make_data())
-        finally:
-            torch.use_deterministic_algorithms(False)
-        return scores
-
-    first = run()
-    assert first == run()
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-def test_two_gpus_train(make_model, make_data, make_engine):
-    engine = make_engine(accelerator="gpu", devices=2, strategy="ddp_spawn", max_steps=2, limit_val_batches=0)
-    engine.fit(make_model(), datamodule=make_data())
 
 
 @pytest.mark.gpu

@@ -40,13 +40,3 @@ def test_no_threshold_is_better_than_the_best_and_ones_own_is_the_best(data):
         assert row["best"] >= round(f1_score(labels[rows], np.ones(rows.sum())), 4)
     for name, value in table["mean"].items():
         assert value == pytest.approx(np.mean([table["bolts"][name], table["cloth"][name]]), abs=2e-4)
-
-
-def test_a_false_alarm_rate_counts_the_normal_test_images_above():
-    normal = np.linspace(1, 2, 201, dtype=np.float32)
-    scores = np.concatenate([normal, [5, 1.5]]).astype(np.float32)
-    labels = np.array([False] * len(normal) + [True, True])
-    row = decisions.decide(["bolts"] * len(scores), scores, labels, {"bolts": normal})["bolts"]
-    assert row["FAR 5%: false alarms"] == pytest.approx(0.05, abs=0.03)
-    assert row["FAR 1%: false alarms"] <= row["FAR 5%: false alarms"]
-    assert row["FAR 5%: recall"] == 0.5

@@ -190,10 +190,9 @@ def test_plain_runtimes_with_images_of_any_size(runtime, kind, export, images, e
 
 
 @pytest.mark.parametrize(
-    ("runtime", "kind"),
-    [pytest.param(onnx_session, "onnx", marks=pytest.mark.exhaustive), (openvino_model, "openvino")],
+    ("runtime", "kind", "index"),
+    [pytest.param(onnx_session, "onnx", 0, marks=pytest.mark.exhaustive), (openvino_model, "openvino", 1)],
 )
-@pytest.mark.parametrize("index", [pytest.param(0, marks=pytest.mark.exhaustive), 1])
 def test_exports_for_one_size_take_batches(runtime, kind, index, export, images, expected):
     image = array(read(images[index]))
     model = runtime(export(kind, input_size=image.shape[2:]))
@@ -213,6 +212,7 @@ def test_dynamic_batches_equal_single_images(export, images):
         np.testing.assert_allclose(together["anomaly_map"][row], model(image)["anomaly_map"][0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.exhaustive
 def test_half_precision_file(export, images, expected):
     path = export("openvino", compression="fp16")
     assert path.with_suffix(".bin").stat().st_size < 0.6 * export("openvino").with_suffix(".bin").stat().st_size
@@ -272,9 +272,16 @@ def test_a_model_that_was_never_validated(kind, compression, checkpoint, datamod
     run = {"torch": torch_model, "onnx": onnx_session, "openvino": openvino_model}[kind](path)
     for image, item in zip(images, items, strict=True):
         (assert_resembles if compression else assert_agrees)(run(array(read(image))), item)
+    if kind == "onnx":
+        # The example says so, and keeps equally named images of two folders apart.
+        (tmp_path / "other").mkdir()
+        shutil.copy(images[0], tmp_path / "other")
+        lines = run_example("onnx", path, [images[0], tmp_path / "other" / images[0].name], tmp_path / "out")
+        assert all("without a threshold" in line for line in lines)
+        assert len(list((tmp_path / "out").glob("*.png"))) == 2
 
 
-@pytest.mark.parametrize("settings", [{}, {"category": "gear"}])
+@pytest.mark.parametrize("settings", [pytest.param({}, marks=pytest.mark.exhaustive), {"category": "gear"}])
 def test_thresholds_beside_an_export_of_raw_scores(settings, checkpoint, images, tmp_path):
     """The file beside an export makes the export's own decisions, and so does the example."""
     post_processor = CategoryPostProcessor(enable_normalization=False, category_output=True, **settings)
@@ -293,16 +300,6 @@ def test_thresholds_beside_an_export_of_raw_scores(settings, checkpoint, images,
         assert decided == (float(outputs["pred_score"][0]) > row["image"])
         assert ("anomalous" in line) == decided
         assert row.get("name", "unknown") in line
-
-
-def test_the_example_of_a_model_without_thresholds(checkpoint, images, tmp_path):
-    path = Engine(logger=False, accelerator="cpu").export(never_validated(checkpoint), "onnx", export_root=tmp_path)
-    # Equally named images of two folders.
-    (tmp_path / "other").mkdir()
-    shutil.copy(images[0], tmp_path / "other")
-    lines = run_example("onnx", path, [images[0], tmp_path / "other" / images[0].name], tmp_path / "out")
-    assert all("without a threshold" in line for line in lines)
-    assert len(list((tmp_path / "out").glob("*.png"))) == 2
 
 
 def start(script, *arguments):
@@ -342,16 +339,6 @@ def test_the_product_is_an_output_on_request(runtime, kind, checkpoint, images, 
     assert set(indices) - {-1}
     content = json.loads(path.with_suffix(".thresholds.json").read_text())
     assert [row["name"] for row in content["categories"]] == ["brick", "gear"]
-
-    # The examples name the product, and obey a threshold of it that was changed.
-    for threshold in (0.0, 1.0):
-        for row in content["categories"]:
-            row["image"] = threshold
-        path.with_suffix(".thresholds.json").write_text(json.dumps(content))
-        for line, index in zip(run_example(kind, path, images, tmp_path / "out"), indices, strict=True):
-            assert ["brick", "gear", "unknown"][index] in line
-            if index != -1:
-                assert ("anomalous" in line) == (threshold == 0.0)
 
 
 def test_an_export_for_one_product(checkpoint, images, tmp_path):
@@ -430,8 +417,6 @@ def test_what_cannot_be_exported_is_refused_before_a_file_is_made(make_model, en
     with pytest.raises(ValueError, match="48 x 64 would do"):
         model.to_onnx(tmp_path, input_size=(50, 60))
     model = make_model().eval()
-    with pytest.raises(ValueError, match=r"input_size must be two positive numbers, .* got \[-3, 64\]"):
-        model.to_onnx(tmp_path / "new", input_size=(-3, 64))
     model.post_processor.category = "foo"
     with pytest.raises(ValueError, match="foo"):
         model.to_torch(tmp_path / "new")
@@ -507,7 +492,8 @@ def test_examples_skip_and_list_what_cannot_be_read(kind, export, images, tmp_pa
         assert [line.partition(": score ")[0] for line in result.stdout.splitlines()] == more
 
 
-@pytest.mark.parametrize("script", ["inference", pytest.param("exported_accuracy", marks=pytest.mark.exhaustive)])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("script", ["inference", "exported_accuracy"])
 def test_benchmarks_of_exports(script, checkpoint, data, tmp_path):
     if script == "inference":
         arguments = ["--models", "DecAD", "--seconds", 0.2, "--rounds", 1, "--checkpoint", checkpoint]

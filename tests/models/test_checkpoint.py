@@ -14,7 +14,7 @@ from anomalib_decad import DecAD, DecoupledMambaAD, DecoupledReverseDistillation
 from anomalib_decad.components import DecouplerOptions, InvertibleOptions
 from anomalib_decad.models.checkpoint import default_arguments
 from anomalib_decad.models.decad import AnomalyMapOptions
-from conftest import TINY, anomalib
+from conftest import TINY
 
 #: Arguments that matter in training alone, or for what a run writes: a checkpoint can be used with others.
 OTHER_ARGUMENTS = {
@@ -132,16 +132,6 @@ def test_a_pre_processor_of_the_users_sets_the_size(checkpoint):
     assert model.input_size == (32, 32)
     model.post_processor.image_sensitivity = 0.9
     assert model.post_processor.raw_threshold("image") < model.post_processor.limits().image_threshold
-
-
-@pytest.mark.slow
-def test_the_command_line_needs_no_argument(checkpoint, data_args, tmp_path):
-    _, path = checkpoint
-    result = anomalib(
-        "test", "--model", "DecAD", "--ckpt_path", path, *data_args, "--default_root_dir", tmp_path,
-        "--trainer.accelerator", "cpu",
-    )  # fmt: skip
-    assert "bolts" in result.stdout
 
 
 def test_loggers_get_plain_values(make_model, make_engine, make_data, tmp_path):
