@@ -19,7 +19,6 @@ from anomalib_decad.compat import shallow_copy
 from anomalib_decad.export.pre_processor import for_export
 from anomalib_decad.export.quantization import quantize
 from anomalib_decad.files import write_text_atomically
-from anomalib_decad.ranges import check_range
 from anomalib_decad.thresholds import CategoryPostProcessor, exported_thresholds
 
 __all__ = ["ParityExportMixin"]
@@ -47,15 +46,7 @@ class ParityExportMixin(_Base):
     model: Any
 
     def to_torch(self, export_root: Path | str, model_file_name: str = "model") -> Path:
-        """Export to PyTorch.
-
-        Args:
-            export_root (Path | str): Folder to export to.
-            model_file_name (str): Name of the file, without its ending.
-
-        Returns:
-            Path: The .pt file.
-        """
+        """Export to PyTorch: arguments and result are those of ``AnomalibModule.to_torch``."""
         export = super(ParityExportMixin, self._for_export(native=True)).to_torch
         return self._add_thresholds(export(export_root, model_file_name))
 
@@ -68,18 +59,9 @@ class ParityExportMixin(_Base):
     ) -> Path:
         """Export to ONNX, also on the way to OpenVINO.
 
-        Pre- and post-processing are in the graph, the batch size is free. It is one file, unless the weights are too
-        large for one.
-
-        Args:
-            export_root (Path | str): Folder to export to.
-            model_file_name (str): Name of the file, without its ending.
-            input_size (tuple[int, int] | None): Height and width of the input images.
-                Defaults to ``None``: images of any size, which the graph resizes.
-            **kwargs (Any): Arguments of ``AnomalibModule.to_onnx``, and from there of ``torch.onnx.export``.
-
-        Returns:
-            Path: The ONNX file.
+        Pre- and post-processing are in the graph, the batch size is free, and images are of any size, which the graph
+        resizes, unless ``input_size`` is given. It is one file, unless the weights are too large for one. Arguments and
+        result are those of ``AnomalibModule.to_onnx``.
 
         Raises:
             ValueError: If the model does not resize its input and no fitting ``input_size`` is given.
@@ -102,22 +84,10 @@ class ParityExportMixin(_Base):
         datamodule: AnomalibDataModule | None = None,
         **kwargs: Any,
     ) -> Path:
-        """Export to OpenVINO.
+        """Export to OpenVINO: arguments and result are those of ``AnomalibModule.to_openvino``.
 
-        Args:
-            export_root (Path | str): Folder to export to.
-            model_file_name (str): Name of the files, without their endings.
-            input_size (tuple[int, int] | None): Height and width of the input images.
-                Defaults to ``None``: images of any size, which the graph resizes.
-            compression_type (CompressionType | None): ``"fp16"`` or ``"int8"`` for smaller files, ``"int8_ptq"`` for
-                speed.
-                Defaults to ``None``: none.
-            datamodule (AnomalibDataModule | None): Its training images give the ranges of the activations for
-                ``"int8_ptq"``.
-            **kwargs (Any): ``ov_kwargs`` and ``onnx_kwargs`` of ``AnomalibModule.to_openvino``.
-
-        Returns:
-            Path: The .xml file, beside which the .bin file is.
+        ``compression_type`` is ``"fp16"`` or ``"int8"`` for smaller files, or ``"int8_ptq"`` for speed, for which the
+        datamodule's training images give the ranges of the activations.
 
         Raises:
             ValueError: If ``compression_type`` is another, or needs a datamodule and there is none.
@@ -148,13 +118,7 @@ class ParityExportMixin(_Base):
         return path
 
     def _for_export(self, input_size: tuple[int, int] | None = None, native: bool = False) -> Self:
-        """Copy the module without what only training needs, specialized for its image size.
-
-        Raises:
-            ValueError: If the size is not positive, or the export is to be for a product that the model does not know.
-        """
-        if input_size is not None:
-            check_range(min(input_size) > 0, "input_size", "two positive numbers, height and width", list(input_size))
+        """Copy the module without what only training needs, specialized for its image size."""
         if isinstance(self.post_processor, CategoryPostProcessor):
             # It knows the product that the export is for.
             self.post_processor.limits(self.post_processor.category)

@@ -39,11 +39,7 @@ class DecoupledMambaAD(DecoupledMixin, AnomalibModule):
         learning_rate (float): Learning rate of AdamW; it falls to a tenth after 80 % of the training.
             Defaults to ``0.005``, as in the paper.
         weight_decay (float): Weight decay of AdamW. Defaults to ``1e-4``, as in the paper.
-        **kwargs (Any): Arguments of :class:`DecoupledMixin`.
-
-    Raises:
-        ValueError: If an argument is out of its range or does not fit the encoder.
-        FileNotFoundError: If ``encoder_weights`` is no file.
+        **kwargs (Any): Arguments of :class:`DecoupledMixin`, whose errors are raised.
 
     Reference:
         He et al.: MambaAD: Exploring State Space Models for Multi-class Unsupervised Anomaly Detection. NeurIPS 2024.

@@ -36,11 +36,7 @@ class DecoupledReverseDistillation(DecoupledMixin, AnomalibModule):
             Defaults to ``AnomalyMapGenerationMode.ADD``.
         learning_rate (float): Learning rate of Adam, for bottleneck and decoder.
             Defaults to ``0.005``, as in the paper and in anomalib.
-        **kwargs (Any): Arguments of :class:`DecoupledMixin`.
-
-    Raises:
-        ValueError: If an argument is out of its range or does not fit the encoder.
-        FileNotFoundError: If ``encoder_weights`` is no file.
+        **kwargs (Any): Arguments of :class:`DecoupledMixin`, whose errors are raised.
 
     Reference:
         Deng and Li: Anomaly Detection via Reverse Distillation from One-Class Embedding. CVPR 2022.

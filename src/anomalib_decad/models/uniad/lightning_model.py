@@ -35,11 +35,7 @@ class DecoupledUniAD(DecoupledMixin, AnomalibModule):
         weight_decay (float): Weight decay of AdamW. Defaults to ``1e-4``, as in the paper.
         gradient_clip_val (float): Norm that gradients are clipped to, unless the trainer has its own; 0 for none.
             Defaults to ``0.1``, as in the paper's code.
-        **kwargs (Any): Arguments of :class:`DecoupledMixin`.
-
-    Raises:
-        ValueError: If an argument is out of its range or does not fit the encoder.
-        FileNotFoundError: If ``encoder_weights`` is no file.
+        **kwargs (Any): Arguments of :class:`DecoupledMixin`, whose errors are raised.
 
     Reference:
         You et al.: A Unified Model for Multi-class Anomaly Detection. NeurIPS 2022.
