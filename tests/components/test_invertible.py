@@ -272,18 +272,3 @@ class TestActNorm:
         x[:, 0] *= 1e6
         assert self.make(x).norm_scale.exp().max() < 110
         assert torch.isfinite(self.make(torch.full((50, 3), 4.0)).norm_scale).all()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"num_blocks": 0}, "num_blocks must be at least 1"),
-        ({"num_units": 0}, "num_units must be at least 1"),
-        ({"hidden_dim": 0}, "hidden_dim must be at least 1"),
-        ({"lipschitz": 1.0}, "lipschitz must be between 0 and 1"),
-        ({"pila_k": 0.0}, "pila_k must be positive"),
-    ],
-)
-def test_bad_arguments_are_refused(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        InvertibleNetwork(8, InvertibleOptions(**arguments))

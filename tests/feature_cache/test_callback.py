@@ -69,18 +69,6 @@ def test_losses_are_those_of_training_on_images(
     assert sum(count_images) == 24
 
 
-def test_a_second_run_reuses_the_file(make_engine, make_model, make_data, count_images, tmp_path, caplog):
-    options = {"feature_cache": "disk", "feature_cache_dir": tmp_path / "cache"}
-    with caplog.at_level("INFO", logger="anomalib_decad"):
-        first = run(make_engine, make_model, make_data, **options)
-        count_images.clear()
-        second = run(make_engine, make_model, make_data, **options)
-    assert first == second
-    assert not count_images
-    assert "on disk for 12 images" in caplog.text
-    assert "Feature cache: using" in caplog.text
-
-
 @pytest.mark.slow
 def test_a_stale_file_is_never_used(make_engine, make_model, mvtec_root, count_images, tmp_path, encoder_weights):
     root, counts = tmp_path / "data", []
