@@ -37,14 +37,3 @@ def test_each_command_is_one_that_its_script_takes(options, monkeypatch, on_gpu)
         parsed = _PARSERS[path.name]()
         assert parsed.data == options.data
         assert parsed.categories == options.categories
-
-
-def _job(name, code):
-    return gpu.Job(name, ["-c", code])
-
-
-def test_a_job_that_fails_is_said_and_the_others_go_on(options, capsys):
-    gpu.run(options, [_job("bad", "raise SystemExit(3)"), _job("good", "")], lanes=1, threads=1)
-    output = capsys.readouterr().out
-    assert "bad: failed (3)" in output
-    assert "good: done" in output
