@@ -63,7 +63,7 @@ def g_of(network, index, u):
     return network.options.lipschitz * network.gain[index].sigmoid() * g
 
 
-def definition(network, x, inverse=False, iterations=400):
+def definition(network, x, inverse=False, iterations=130):
     """Compute the network unit by unit: u with (u + G(u)) / 2 = x, then u - x, and an ActNorm after each block."""
     number, per_block = len(network.gain), network.options.num_units
     for index in reversed(range(number)) if inverse else range(number):

@@ -169,7 +169,9 @@ def test_what_is_no_checkpoint_of_the_model_is_a_line(use, checkpoint, make_engi
         broken("uniad.ckpt", lambda other: other.update(anomalib_decad_model="X")): "is of a X: give --model X",
         broken("nan.ckpt", with_nan): r"weights are damaged: model\.decoder\.heads\.0\.1\.bias has NaN",
     }
-    load = DecAD.load_from_checkpoint if use == "export" else partial(loaded, make_engine, make_data)
-    for file, message in cases.items():
+    load, chosen = DecAD.load_from_checkpoint, list(cases.items())
+    if use == "test":  # a part of a file, another version, and NaN
+        load, chosen = partial(loaded, make_engine, make_data), chosen[1::3]
+    for file, message in chosen:
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             load(file)

@@ -50,7 +50,7 @@ class ParityExportMixin(_Base):
         export = super(ParityExportMixin, self._for_export(native=True)).to_torch
         return self._add_thresholds(export(export_root, model_file_name))
 
-    def to_onnx(
+    def to_onnx(  # type: ignore[override]
         self,
         export_root: Path | str,
         model_file_name: str = "model",

@@ -30,7 +30,7 @@ def size_of(shape: tuple[int, ...]) -> float:
     return 2 * math.prod(shape) / _GIB
 
 
-Build = Callable[[Callable[[np.ndarray], Any]], FeatureCode]
+Build = Callable[[Callable[[memoryview], Any]], FeatureCode]
 
 
 def load_or_build(
@@ -96,7 +96,7 @@ def _write(path: Path, shape: tuple[int, ...], build: Build) -> None:
     size = size_of(shape)
     with path.open("wb") as file:
 
-        def write(part: np.ndarray) -> None:
+        def write(part: memoryview) -> None:
             with _explaining(path.parent, size):
                 file.write(part)
 
