@@ -84,7 +84,7 @@ print("all")
     assert result.stdout.endswith("all\n"), result.stderr[-3000:]
 
 
-@pytest.mark.parametrize("command", ["validate", "test"])
+@pytest.mark.parametrize("command", [pytest.param("validate", marks=pytest.mark.exhaustive), "test"])
 def test_evaluation_of_a_checkpoint(command, trained, tmp_path, model_args, data_args, trainer_args):
     checkpoint = trained[1] / "weights" / "lightning" / "model.ckpt"
     anomalib(
@@ -111,7 +111,12 @@ def test_predict_a_folder_without_the_models_arguments(trained, tmp_path, mvtec_
         ("torch", "pt", []),
         ("onnx", "onnx", ["--input_size", f"[{IMAGE_SIZE},{IMAGE_SIZE}]"]),
         pytest.param("openvino", "xml", ["--compression_type", "FP16"], marks=pytest.mark.exhaustive),
-        ("openvino", "xml", ["--compression_type", "INT8_PTQ", "--input_size", "[50,40]"]),
+        pytest.param(
+            "openvino",
+            "xml",
+            ["--compression_type", "INT8_PTQ", "--input_size", "[50,40]"],
+            marks=pytest.mark.exhaustive,
+        ),
     ],
 )
 def test_export(kind, suffix, args, trained, tmp_path, model_args, data_args, trainer_args):
