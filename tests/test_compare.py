@@ -10,6 +10,7 @@ from conftest import ENCODER, run_benchmark
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_race_writes_a_table_and_a_plot_and_is_not_run_twice(encoder_weights, mvtec_root, tmp_path):
     arguments = {"DecAD": {"encoder_weights": str(encoder_weights), "layers": [1, 2]}}
     command = [
