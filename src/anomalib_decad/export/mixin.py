@@ -4,6 +4,8 @@
 import copy
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,7 +75,8 @@ class ParityExportMixin(_Base):
         size = sum(value.nbytes for value in module.state_dict().values() if hasattr(value, "nbytes"))
         options = {"opset_version": _OPSET, "external_data": size >= _ONNX_LIMIT, **kwargs}
         export = super(ParityExportMixin, module).to_onnx
-        return self._add_thresholds(export(export_root, model_file_name, input_size, **options))
+        with _quiet("onnx_ir", "onnxscript"):
+            return self._add_thresholds(export(export_root, model_file_name, input_size, **options))
 
     def to_openvino(  # type: ignore[override]
         self,
@@ -147,3 +150,16 @@ class ParityExportMixin(_Base):
 
 def _has_no_ranges(post: PostProcessor) -> bool:
     return all(bool(value.isnan().all()) for value in (post.image_min, post.image_max, post.pixel_min, post.pixel_max))
+
+
+@contextmanager
+def _quiet(*names: str) -> Iterator[None]:
+    """Have loggers write errors alone (docs/upstream.md, "An export writes hundreds of lines")."""
+    levels = {logger: logger.level for logger in map(logging.getLogger, names)}
+    for logger in levels:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in levels.items():
+            logger.setLevel(level)
