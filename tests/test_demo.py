@@ -2,7 +2,6 @@
 
 import hashlib
 
-import cv2
 import numpy as np
 import pandas as pd
 import pytest
@@ -10,7 +9,6 @@ from anomalib.data import MVTecAD
 
 import dinov2_weights
 import products
-import run
 import strengths
 
 
@@ -83,10 +81,3 @@ def test_the_figures_by_strength_are_means_over_products():
     ]  # fmt: skip
     table = pd.DataFrame(rows, columns=["path", "product", "raw_score"])
     assert strengths.by_strength(table) == pytest.approx({"faint": 75.0, "strong": 100.0})
-
-
-def test_the_overview_has_defects_of_each_category(tmp_path):
-    for name in ("a/test/dent_faint/0", "a/test/dent_strong/0", "a/test/good/0", "b/test/hole/0"):
-        products.write(tmp_path / f"{name}.png", np.full((4, 6, 3), 200, np.uint8))
-    run.overview(tmp_path, tmp_path / "sheet.png")
-    assert cv2.imread(str(tmp_path / "sheet.png")).shape == (12, 6, 3)

@@ -76,13 +76,6 @@ def test_each_run_is_a_line_and_features_are_computed_once(encoder_weights, mvte
     assert rows["blur_sigma 0"] != rows["default"]
 
 
-@pytest.mark.slow
-def test_a_missing_folder_is_one_clear_line(tmp_path):
-    result = run_benchmark("experiments", "--data", tmp_path / "none")
-    assert result.returncode == 1
-    assert result.stderr.strip().splitlines()[-1] == f"--data: no such folder: {tmp_path / 'none'}"
-
-
 def test_the_leakage_is_plotted(tmp_path):
     log = tmp_path / "log.jsonl"
     points = [

@@ -8,7 +8,6 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 
 import offline
@@ -139,17 +138,3 @@ def test_bad_input_is_one_clear_line(pack, tmp_path, monkeypatch, arguments, mes
     with pytest.raises(SystemExit, match=message) as error:
         pack(tmp_path, *arguments)
     assert "\n" not in str(error.value)
-
-
-def test_shrunk_image_and_mask_have_the_same_size(tmp_path):
-    pixels = np.zeros((30, 80), np.uint8)
-    pixels[10:20, 20:60] = 255
-    Image.fromarray(pixels).save(tmp_path / "a.bmp")
-    for name in ("image.jpg", "mask.png"):
-        offline.encode_image(tmp_path / "a.bmp", tmp_path / name, 40, 95)
-        with Image.open(tmp_path / name) as image:
-            assert image.size == (40, 15)
-    mask = np.array(Image.open(tmp_path / "mask.png"))
-    assert mask.dtype == bool
-    assert mask[5:10, 10:30].all()
-    assert mask.sum() == 100

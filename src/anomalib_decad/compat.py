@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import copy
 import sys
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Mapping
 
     from anomalib.data import AnomalibDataModule
     from anomalib.post_processing import PostProcessor
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PRIVATE_NAMES",
-    "antialiased_position_embeddings",
     "convert_checkpoint",
     "rename_datamodule",
     "replace_setup",
@@ -40,6 +38,7 @@ PRIVATE_NAMES: tuple[tuple[str, str, str, str | None], ...] = (
     ("anomalib.data.datamodules.image.folder", "Folder", "_name", "self._name"),
     ("anomalib.data.datamodules.base.image", "AnomalibDataModule", "_update_augmentations", None),
     ("anomalib.data.datamodules.base.image", "AnomalibDataModule", "_setup", None),
+    ("anomalib.models.components.base.export_mixin.mixin", "ExportMixin", "_compress_ov_model", None),
     ("timm.models.vision_transformer", "", "resample_abs_pos_embed", None),
     ("timm.models.vision_transformer", "", "checkpoint_filter_fn", None),
     ("torch.nn.modules.module", "Module", "_modules", "_modules"),
@@ -48,33 +47,6 @@ PRIVATE_NAMES: tuple[tuple[str, str, str, str | None], ...] = (
     # Of a tensor: tells whether a parameter has changed in place since its weights were folded.
     ("torch", "Tensor", "_version", None),
 )
-
-
-@contextmanager
-def antialiased_position_embeddings(vit: nn.Module) -> Iterator[None]:
-    """Let timm resample position embeddings with antialiasing.
-
-    anomalib's TimmFeatureExtractor switches it off for the whole process: a model would give other scores once, say, a
-    Dinomaly has been created.
-
-    Args:
-        vit (nn.Module): A timm vision transformer.
-
-    Yields:
-        None: While its module has timm's own function.
-    """
-    from timm.layers import resample_abs_pos_embed
-
-    module: Any = sys.modules[type(vit).__module__]
-    current = getattr(module, "resample_abs_pos_embed", None)
-    if current is None or current is resample_abs_pos_embed:
-        yield
-        return
-    module.resample_abs_pos_embed = resample_abs_pos_embed
-    try:
-        yield
-    finally:
-        module.resample_abs_pos_embed = current
 
 
 def convert_checkpoint(network: nn.Module, state: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -125,17 +125,3 @@ def test_attaching_names_the_layers_there_are():
     model = Autoencoder()
     attach(model, "encoder.1", dim=16)
     assert model(torch.rand(1, 3, 8, 8)).shape == (1, 3, 8, 8)
-
-
-@pytest.mark.parametrize(
-    ("name", "make"),
-    [
-        ("margin", lambda: {"loss": DecouplingLossOptions(margin=0)}),
-        ("normal_weight", lambda: {"loss": DecouplingLossOptions(normal_weight=-1)}),
-        ("delta", lambda: {"delta": 0}),
-        ("abnormal_fraction", lambda: {"decoupler": DecouplerOptions(abnormal_fraction=1)}),
-    ],
-)
-def test_arguments_are_checked(name, make):
-    with pytest.raises(ValueError, match=name):
-        EmbeddingDecoupling(8, **make())

@@ -5,7 +5,7 @@ import timm
 import torch
 
 from anomalib_decad.components import create_encoder
-from anomalib_decad.components.encoders import CNNEncoder, ViTPyramid, check_name, default_size
+from anomalib_decad.components.encoders import CNNEncoder, ViTPyramid, check_name
 
 
 def test_a_convolutional_network_gives_its_stages():
@@ -47,8 +47,8 @@ def test_a_transformer_gives_a_pyramid():
         ("test_vit", ViTPyramid, (64, 80), "multiples of 64 pixels, got 64 x 80; 64 x 64 would do"),
     ],
 )
-def test_the_name_chooses_the_kind_which_checks_sizes(name, cls, size, message):
-    encoder = create_encoder(name, [1, 2, 3], None, False, (1, 2, 3), (8, 16, 32))
+def test_the_name_chooses_the_kind_which_checks_sizes(name, cls, size, message, weights_of):
+    encoder = create_encoder(name, [1, 2, 3], weights_of(name), (1, 2, 3), (8, 16, 32))
     assert isinstance(encoder, cls)
     encoder.check(64, 64)
     encoder.fuse(64, 64)
@@ -58,8 +58,6 @@ def test_the_name_chooses_the_kind_which_checks_sizes(name, cls, size, message):
 
 
 def test_names():
-    assert default_size("test_resnet", (256, 224)) == (256, 224)
-    assert default_size("vit_small_patch14_dinov2", (256, 256)) == (280, 280)
     assert check_name("timm/vit_base_patch14_dinov2.lvd142m") == "vit_base_patch14_dinov2"
 
 
@@ -73,4 +71,4 @@ def test_names():
 )
 def test_wrong_arguments_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
-        create_encoder(*arguments, weights=None, pretrained=False, stages=(1, 2, 3), channels=(8, 16, 32))
+        create_encoder(*arguments, weights=None, stages=(1, 2, 3), channels=(8, 16, 32))

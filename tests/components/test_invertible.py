@@ -1,5 +1,4 @@
 import copy
-import io
 import pickle
 
 import pytest
@@ -9,9 +8,9 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from anomalib_decad.components import InvertibleNetwork, InvertibleOptions, Pila
+from anomalib_decad.components.invertible import chain
 from anomalib_decad.components.invertible import network as network_module
-from anomalib_decad.components.invertible import solver
-from anomalib_decad.components.invertible.folding import spectral_norm
+from anomalib_decad.components.invertible.chain import spectral_norm
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -64,7 +63,7 @@ def g_of(network, index, u):
     return network.options.lipschitz * network.gain[index].sigmoid() * g
 
 
-def definition(network, x, inverse=False, iterations=400):
+def definition(network, x, inverse=False, iterations=130):
     """Compute the network unit by unit: u with (u + G(u)) / 2 = x, then u - x, and an ActNorm after each block."""
     number, per_block = len(network.gain), network.options.num_units
     for index in reversed(range(number)) if inverse else range(number):
@@ -84,7 +83,7 @@ def definition(network, x, inverse=False, iterations=400):
 @pytest.fixture
 def many_iterations(monkeypatch):
     monkeypatch.setattr(network_module.NetworkWeights.__new__, "__defaults__", (60,))
-    monkeypatch.setattr(solver, "BACKWARD_ITERATIONS", 60)
+    monkeypatch.setattr(chain, "BACKWARD_ITERATIONS", 60)
 
 
 @pytest.mark.usefixtures("many_iterations")
@@ -198,14 +197,6 @@ def test_evaluation_writes_nothing_and_sees_every_change():
     assert network.to(torch.float64)(x.double()).dtype == torch.float64
 
 
-def test_every_parameter_gets_a_gradient():
-    network = make_network(16, hidden_dim=8)
-    x = torch.randn(10, 16)
-    weights = network.weights()
-    (network.inverse(network(x, weights) * 0.5, weights) - x).square().sum().backward()
-    assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in network.parameters())
-
-
 def test_rows_do_not_depend_on_each_other():
     network = make_network(16).eval()
     x = torch.randn(2, 9, 16)
@@ -268,12 +259,6 @@ class TestActNorm:
         network.initialize(2 * x)
         assert torch.equal(network.norm_scale, before)
 
-    def test_evaluation_does_not_initialize(self):
-        network = InvertibleNetwork(6).eval()
-        network.initialize(torch.randn(50, 6) + 3)
-        assert not network.initialized
-        assert not network.is_initialized
-
     @pytest.mark.parametrize("deviation", [0, 1e-7, 0.01, 0.4])
     def test_a_channel_that_hardly_varies_is_stretched_twice_as_much_as_the_median_one_at_most(self, deviation):
         x = torch.randn(500, 6)
@@ -287,31 +272,3 @@ class TestActNorm:
         x[:, 0] *= 1e6
         assert self.make(x).norm_scale.exp().max() < 110
         assert torch.isfinite(self.make(torch.full((50, 3), 4.0)).norm_scale).all()
-
-    @pytest.mark.parametrize("initialized", [False, True])
-    def test_state_dict_keeps_whether_it_was_initialized(self, initialized):
-        x = torch.randn(50, 6) + 3
-        network = self.make(x) if initialized else InvertibleNetwork(6, InvertibleOptions(1, 1, 4))
-        buffer = io.BytesIO()
-        torch.save(network.state_dict(), buffer)
-        buffer.seek(0)
-        restored = InvertibleNetwork(6, InvertibleOptions(1, 1, 4)).train()
-        restored.load_state_dict(torch.load(buffer, weights_only=True))
-        before = restored.norm_bias.clone()
-        restored.initialize(x - 100)
-        assert torch.equal(restored.norm_bias, before) == initialized
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"num_blocks": 0}, "num_blocks must be at least 1"),
-        ({"num_units": 0}, "num_units must be at least 1"),
-        ({"hidden_dim": 0}, "hidden_dim must be at least 1"),
-        ({"lipschitz": 1.0}, "lipschitz must be between 0 and 1"),
-        ({"pila_k": 0.0}, "pila_k must be positive"),
-    ],
-)
-def test_bad_arguments_are_refused(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        InvertibleNetwork(8, InvertibleOptions(**arguments))

@@ -36,15 +36,6 @@ def test_equal_patches_are_drawn_evenly():
     assert counts.max() < 260
 
 
-def test_the_draw_does_not_depend_on_the_other_images_of_the_batch():
-    torch.manual_seed(0)
-    quiet, loud = torch.randn(1, 50, 4), 100 * torch.randn(1, 50, 4)
-    torch.manual_seed(1)
-    alone = choose_patches(quiet, 10)
-    torch.manual_seed(1)
-    assert torch.equal(choose_patches(torch.cat([quiet, loud]), 10)[:1], alone)
-
-
 def numbered(num_images, num_patches=10, dim=4, layers=3):
     """Feature maps of which each layer holds its number, the image and the patch."""
     maps = torch.randn(layers, num_images, num_patches, dim)

@@ -136,18 +136,3 @@ def test_perturbed_patches_lie_together_in_blobs():
     assert scattered == pytest.approx(share, abs=0.05)
     blobs, wide = neighbors(4)[0], neighbors(10)[0]
     assert scattered + 0.3 < blobs < wide
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"delta": 0}, "delta must be positive"),
-        ({"fraction": -0.1}, "fraction must be"),
-        ({"num_steps": -1}, "num_steps"),
-        ({"noise": "x"}, "noise"),
-        ({"blob_size": 0}, "blob_size"),
-    ],
-)
-def test_bad_arguments_are_refused(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        AdversarialSynthesis(delta=arguments.pop("delta", 1.0), options=SynthesisOptions(**arguments))

@@ -190,10 +190,9 @@ def test_plain_runtimes_with_images_of_any_size(runtime, kind, export, images, e
 
 
 @pytest.mark.parametrize(
-    ("runtime", "kind"),
-    [pytest.param(onnx_session, "onnx", marks=pytest.mark.exhaustive), (openvino_model, "openvino")],
+    ("runtime", "kind", "index"),
+    [pytest.param(onnx_session, "onnx", 0, marks=pytest.mark.exhaustive), (openvino_model, "openvino", 1)],
 )
-@pytest.mark.parametrize("index", [pytest.param(0, marks=pytest.mark.exhaustive), 1])
 def test_exports_for_one_size_take_batches(runtime, kind, index, export, images, expected):
     image = array(read(images[index]))
     model = runtime(export(kind, input_size=image.shape[2:]))
@@ -213,8 +212,9 @@ def test_dynamic_batches_equal_single_images(export, images):
         np.testing.assert_allclose(together["anomaly_map"][row], model(image)["anomaly_map"][0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.exhaustive
 def test_half_precision_file(export, images, expected):
-    path = export("openvino", compression="FP16")
+    path = export("openvino", compression="fp16")
     assert path.with_suffix(".bin").stat().st_size < 0.6 * export("openvino").with_suffix(".bin").stat().st_size
     model = openvino_model(path)
     for image, item in zip(images, expected, strict=True):
@@ -231,11 +231,9 @@ def test_half_precision_arithmetic_keeps_the_resizing(export, images, expected):
 @pytest.mark.parametrize(
     ("compression", "input_size"),
     [
-        pytest.param("INT8", None, marks=pytest.mark.exhaustive),
-        pytest.param("INT8_PTQ", None, marks=pytest.mark.exhaustive),
-        ("INT8_ACQ", (48, 64)),
-        pytest.param("INT8_PTQ", (48, 64), marks=pytest.mark.exhaustive),
-        pytest.param("INT8_ACQ", None, marks=pytest.mark.exhaustive),
+        pytest.param("int8", None, marks=pytest.mark.exhaustive),
+        ("int8_ptq", None),
+        pytest.param("int8_ptq", (48, 64), marks=pytest.mark.exhaustive),
     ],
 )
 def test_integers(compression, input_size, export, images, expected):
@@ -261,7 +259,7 @@ def never_validated(checkpoint):
 
 @pytest.mark.parametrize(
     ("kind", "compression"),
-    [("torch", None), ("onnx", None), pytest.param("openvino", "INT8_PTQ", marks=pytest.mark.exhaustive)],
+    [("torch", None), ("onnx", None), pytest.param("openvino", "int8_ptq", marks=pytest.mark.exhaustive)],
 )
 def test_a_model_that_was_never_validated(kind, compression, checkpoint, datamodule, images, tmp_path, caplog):
     model = never_validated(checkpoint)
@@ -274,9 +272,16 @@ def test_a_model_that_was_never_validated(kind, compression, checkpoint, datamod
     run = {"torch": torch_model, "onnx": onnx_session, "openvino": openvino_model}[kind](path)
     for image, item in zip(images, items, strict=True):
         (assert_resembles if compression else assert_agrees)(run(array(read(image))), item)
+    if kind == "onnx":
+        # The example says so, and keeps equally named images of two folders apart.
+        (tmp_path / "other").mkdir()
+        shutil.copy(images[0], tmp_path / "other")
+        lines = run_example("onnx", path, [images[0], tmp_path / "other" / images[0].name], tmp_path / "out")
+        assert all("without a threshold" in line for line in lines)
+        assert len(list((tmp_path / "out").glob("*.png"))) == 2
 
 
-@pytest.mark.parametrize("settings", [{}, {"category": "gear"}])
+@pytest.mark.parametrize("settings", [pytest.param({}, marks=pytest.mark.exhaustive), {"category": "gear"}])
 def test_thresholds_beside_an_export_of_raw_scores(settings, checkpoint, images, tmp_path):
     """The file beside an export makes the export's own decisions, and so does the example."""
     post_processor = CategoryPostProcessor(enable_normalization=False, category_output=True, **settings)
@@ -295,16 +300,6 @@ def test_thresholds_beside_an_export_of_raw_scores(settings, checkpoint, images,
         assert decided == (float(outputs["pred_score"][0]) > row["image"])
         assert ("anomalous" in line) == decided
         assert row.get("name", "unknown") in line
-
-
-def test_the_example_of_a_model_without_thresholds(checkpoint, images, tmp_path):
-    path = Engine(logger=False, accelerator="cpu").export(never_validated(checkpoint), "onnx", export_root=tmp_path)
-    # Equally named images of two folders.
-    (tmp_path / "other").mkdir()
-    shutil.copy(images[0], tmp_path / "other")
-    lines = run_example("onnx", path, [images[0], tmp_path / "other" / images[0].name], tmp_path / "out")
-    assert all("without a threshold" in line for line in lines)
-    assert len(list((tmp_path / "out").glob("*.png"))) == 2
 
 
 def start(script, *arguments):
@@ -345,16 +340,6 @@ def test_the_product_is_an_output_on_request(runtime, kind, checkpoint, images, 
     content = json.loads(path.with_suffix(".thresholds.json").read_text())
     assert [row["name"] for row in content["categories"]] == ["brick", "gear"]
 
-    # The examples name the product, and obey a threshold of it that was changed.
-    for threshold in (0.0, 1.0):
-        for row in content["categories"]:
-            row["image"] = threshold
-        path.with_suffix(".thresholds.json").write_text(json.dumps(content))
-        for line, index in zip(run_example(kind, path, images, tmp_path / "out"), indices, strict=True):
-            assert ["brick", "gear", "unknown"][index] in line
-            if index != -1:
-                assert ("anomalous" in line) == (threshold == 0.0)
-
 
 def test_an_export_for_one_product(checkpoint, images, tmp_path):
     model = DecAD.load_from_checkpoint(checkpoint, post_processor=CategoryPostProcessor(category="gear"))
@@ -387,18 +372,14 @@ def test_examples_refuse_thresholds_that_they_cannot_apply(kind, export, images,
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"compression_type": "INT8_PTQ"}, "needs images to calibrate with"),
-        ({"compression_type": "INT3"}, "is not a valid CompressionType"),
-        ({"compression_type": "INT8_ACQ", "max_drop": 2}, "max_drop must be between 0 and 1"),
-        (
-            {"compression_type": "INT8_ACQ", "datamodule": 1},
-            "INT8_ACQ controls the accuracy of labels.*never validated",
-        ),
+        ({"compression_type": "int8_ptq"}, "needs images to calibrate with"),
+        ({"compression_type": "int3"}, "is not a valid CompressionType"),
+        ({"compression_type": "int8_acq", "datamodule": 1}, "int8_acq is not offered: int8_ptq keeps"),
     ],
 )
-def test_wrong_compressions_are_refused_at_once(options, message, checkpoint, tmp_path):
+def test_wrong_compressions_are_refused_at_once(options, message, make_model, tmp_path):
     with pytest.raises(ValueError, match=message):
-        never_validated(checkpoint).to_openvino(tmp_path, **options)
+        make_model().to_openvino(tmp_path, **options)
     assert not list(tmp_path.iterdir())
 
 
@@ -436,16 +417,10 @@ def test_what_cannot_be_exported_is_refused_before_a_file_is_made(make_model, en
     with pytest.raises(ValueError, match="48 x 64 would do"):
         model.to_onnx(tmp_path, input_size=(50, 60))
     model = make_model().eval()
-    with pytest.raises(ValueError, match=r"input_size must be two positive numbers, .* got \[-3, 64\]"):
-        model.to_onnx(tmp_path / "new", input_size=(-3, 64))
     model.post_processor.category = "foo"
     with pytest.raises(ValueError, match="foo"):
         model.to_torch(tmp_path / "new")
     assert not list(tmp_path.iterdir())
-    model.post_processor.category = None
-    (tmp_path / "file").write_text("in the way")
-    with pytest.raises(OSError, match="give another folder"):
-        model.to_torch(tmp_path / "file")
 
 
 @pytest.mark.parametrize("kind", ["onnx", "openvino"])
@@ -483,41 +458,34 @@ def test_other_resizing_is_exported_with_a_warning(caplog):
 
 
 @pytest.mark.parametrize("kind", ["onnx", "openvino"])
-def test_examples_run_without_anomalib(kind, export, images, expected, tmp_path):
+def test_examples_run_without_anomalib_and_skip_what_cannot_be_read(kind, export, images, expected, tmp_path):
     (tmp_path / "run.py").write_text(
         "import runpy, sys\n"
         "sys.modules.update(anomalib=None, torch=None, anomalib_decad=None)\n"
         f"runpy.run_path({str(example(kind))!r}, run_name='__main__')\n"
     )
-    result = start(tmp_path / "run.py", export(kind), *images, "--output", tmp_path)
+    broken = [str(tmp_path / name) for name in ("part.png", "part.jpg", "none.png")]
+    for name in broken[:2]:
+        cv2.imwrite(name, cv2.imread(str(images[0])))
+        content = Path(name).read_bytes()
+        Path(name).write_bytes(content[: len(content) // 2])
+    last = f"Skipped 3 files that are no images, or incomplete: {', '.join(broken)}"
+    result = start(tmp_path / "run.py", export(kind), *images, *broken, "--output", tmp_path / "out")
     assert result.returncode == 0, result.stderr
+    assert result.stderr.strip().splitlines()[-1] == last
     for line, image, item in zip(result.stdout.splitlines(), images, expected, strict=True):
         name, _, rest = line.partition(": score ")  # nobody says which product it is
         assert name == str(image)
         assert float(rest.split(",")[0]) == pytest.approx(float(item.pred_score), abs=2e-4)
         assert ("anomalous" in rest) == bool(item.pred_label)
-        assert cv2.imread(str(tmp_path / image.name)).shape == cv2.imread(str(image)).shape
+        assert cv2.imread(str(tmp_path / "out" / image.name)).shape == cv2.imread(str(image)).shape
+    result = start(example(kind), export(kind), *broken, "--output", tmp_path / "out")
+    assert result.returncode == 1
+    assert result.stderr.strip().splitlines()[-1] == last
 
 
-@pytest.mark.parametrize("kind", ["onnx", "openvino"])
-def test_examples_skip_and_list_what_cannot_be_read(kind, export, images, tmp_path):
-    whole, names = cv2.imread(str(images[0])), []
-    for name in ("part.png", "part.jpg"):
-        cv2.imwrite(str(tmp_path / name), whole)
-        content = (tmp_path / name).read_bytes()
-        (tmp_path / name).write_bytes(content[: len(content) // 2])
-        names.append(str(tmp_path / name))
-    cv2.imwrite(str(tmp_path / "whole.jpg"), whole)
-    names.append(str(tmp_path / "none.png"))
-    for more, status in (([str(images[0]), str(tmp_path / "whole.jpg")], 0), ([], 1)):
-        result = start(example(kind), export(kind), *names, *more, "--output", tmp_path / "out")
-        assert result.returncode == status, result.stderr
-        last = result.stderr.strip().splitlines()[-1]
-        assert last == f"Skipped 3 files that are no images, or incomplete: {', '.join(names)}"
-        assert [line.partition(": score ")[0] for line in result.stdout.splitlines()] == more
-
-
-@pytest.mark.parametrize("script", ["inference", pytest.param("exported_accuracy", marks=pytest.mark.exhaustive)])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("script", ["inference", "exported_accuracy"])
 def test_benchmarks_of_exports(script, checkpoint, data, tmp_path):
     if script == "inference":
         arguments = ["--models", "DecAD", "--seconds", 0.2, "--rounds", 1, "--checkpoint", checkpoint]

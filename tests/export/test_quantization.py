@@ -1,6 +1,5 @@
 """Which operations of a graph stay in floating point."""
 
-import logging
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,7 +8,7 @@ import torch
 from anomalib.deploy import CompressionType
 from torch import nn
 
-from anomalib_decad.export.quantization import quantize, quiet
+from anomalib_decad.export.quantization import quantize
 
 openvino = pytest.importorskip("openvino")
 pytest.importorskip("nncf")
@@ -85,11 +84,3 @@ def test_quantized_outputs_resemble(graph, kind):
 def test_a_part_that_the_graph_lacks_is_an_error(graph, kind):
     with pytest.raises(RuntimeError, match="no weight of ecise, renamed, which must stay in floating point"):
         quantize(graph(), kind, ["precise", "ecise", "renamed"], Images())
-
-
-def test_loggers_are_quiet_for_a_time():
-    logger = logging.getLogger("onnx_ir")
-    level = logger.level
-    with quiet("onnx_ir", "onnxscript"):
-        assert not logger.isEnabledFor(logging.WARNING)
-    assert logger.level == level

@@ -42,9 +42,13 @@ every_method = pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__nam
 @pytest.mark.slow
 @every_method
 @pytest.mark.parametrize("decouple", [True, False])
-def test_training_gives_metrics_of_each_category(cls, decouple, make_method, make_engine, make_data):
+def test_training_changes_all_but_the_encoder_and_gives_metrics(cls, decouple, make_method, make_engine, make_data):
     model, engine = make_method(cls, decouple=decouple), make_engine()
+    model.model.encoder.load_weights()
+    before = {name: value.clone() for name, value in model.model.named_parameters()}
     engine.fit(model, datamodule=make_data())
+    still = {name for name, value in model.model.named_parameters() if torch.equal(value.cpu(), before[name])}
+    assert still == {name for name in before if name.startswith("encoder.")}
     assert "train/reconstruction" in engine.trainer.callback_metrics
     assert ("train/normal_energy" in engine.trainer.callback_metrics) == decouple
     (scores,) = engine.test(model, datamodule=make_data())
@@ -93,17 +97,6 @@ def test_a_checkpoint_needs_neither_hub_nor_weights(cls, make_method, make_engin
     message = f"of another {cls.__name__}: leave out .* give it the arguments --model.decouple True"
     with pytest.raises(ValueError, match=message):
         engine.test(other, datamodule=make_data(), ckpt_path=path)
-
-
-@pytest.mark.slow
-@every_method
-def test_all_but_the_encoder_is_trained(cls, make_method, make_engine, make_data):
-    model = make_method(cls)
-    model.model.encoder.load_weights()
-    before = {name: value.clone() for name, value in model.model.named_parameters()}
-    make_engine().fit(model, datamodule=make_data())
-    still = {name for name, value in model.model.named_parameters() if torch.equal(value.cpu(), before[name])}
-    assert still == {name for name in before if name.startswith("encoder.")}
 
 
 def test_without_decoupling_it_is_anomalibs_reverse_distillation(make_method):
@@ -165,7 +158,7 @@ def test_integers_hold_the_convolutions(make_method, make_engine, make_data, mvt
     pytest.importorskip("nncf")
     model = make_method(DecoupledReverseDistillation)
     make_engine(max_steps=4).fit(model, datamodule=make_data())
-    path = model.to_openvino(tmp_path, compression_type="INT8_PTQ", datamodule=make_data())
+    path = model.to_openvino(tmp_path, compression_type="int8_ptq", datamodule=make_data())
     operations = openvino.Core().read_model(path).get_ops()
     convolutions = [operation for operation in operations if operation.get_type_name() == "Convolution"]
     inputs = [operation.input_value(0).get_node().get_type_name() for operation in convolutions]
@@ -220,7 +213,6 @@ def test_bad_arguments_are_refused(cls, arguments, message, make_method):
         (DecoupledMambaAD, {"depths": [2, 2, 2]}, "four numbers"),
         (DecoupledMambaAD, {"depths": [5, 2, 2, 2]}, "multiples of 2 or 3"),
         (DecoupledMambaAD, {"num_directions": 1}, "num_directions must be"),
-        (DecoupledMambaAD, {"scan": "spiral"}, "scan must be one of"),
     ],
 )
 def test_arguments_of_one_method_are_refused(cls, arguments, message, make_method):

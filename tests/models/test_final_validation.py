@@ -45,10 +45,3 @@ def test_its_checkpoint_has_the_thresholds(make_engine, make_model, make_data):
     make_engine().validate(model, datamodule=make_data(), ckpt_path=engine.best_model_path)
     restored = type(model).load_from_checkpoint(engine.best_model_path)
     assert math.isfinite(restored.post_processor.image_threshold)
-
-
-def test_no_validation_images(make_engine, make_model, make_data):
-    data = make_data(val_split_mode="none")
-    engine = make_engine(max_steps=2)
-    engine.fit(make_model(), datamodule=data)
-    assert engine.trainer.global_step == 2

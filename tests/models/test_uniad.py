@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from anomalib_decad import DecoupledUniAD
+from anomalib_decad.components import create_encoder
 from anomalib_decad.models.uniad.torch_model import DecoupledUniADModel
 from anomalib_decad.models.uniad.transformer import PositionEmbedding, QueryDecoder, TransformerEncoder, neighbor_mask
 
@@ -33,7 +35,7 @@ def test_a_position_is_not_decoded_from_its_neighbors():
 
 
 def test_the_size_is_the_reported_one():
-    model = DecoupledUniADModel(decouple=False, pretrained=False)
+    model = DecoupledUniAD(decouple=False).model
     assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(24.5e6, rel=0.01)
 
 
@@ -48,11 +50,9 @@ def test_shapes():
     assert decoder(embeddings, positions).shape == (2, 30, DIM)
 
 
-def test_only_training_jitters():
-    model = DecoupledUniADModel(
-        "test_resnet", layers=[1, 2], image_size=(64, 64), hidden_dim=8, num_layers=1, num_heads=2, neighbors=3,
-        decouple=False, pretrained=False,
-    )  # fmt: skip
+def test_only_training_jitters(weights_of):
+    encoder = create_encoder("test_resnet", [1, 2], weights_of("test_resnet"), stages=(0, 1))
+    model = DecoupledUniADModel(encoder, (64, 64), hidden_dim=8, num_layers=1, num_heads=2, neighbors=3)
     tokens = torch.randn(2, 5, 7)
     noise = model._with_jitter(tokens) - tokens
     spread = noise.std(dim=(0, 2)) / (20 * tokens.norm(dim=-1).mean(0) / 7)

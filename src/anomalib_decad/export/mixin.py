@@ -4,10 +4,10 @@
 import copy
 import json
 import logging
-import tempfile
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from anomalib.data import AnomalibDataModule
 from anomalib.deploy import CompressionType
@@ -15,15 +15,12 @@ from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from lightning.pytorch import Callback
-from torchmetrics import Metric
 from typing_extensions import Self
 
 from anomalib_decad.compat import shallow_copy
 from anomalib_decad.export.pre_processor import for_export
-from anomalib_decad.export.quantization import quantize, quiet
+from anomalib_decad.export.quantization import quantize
 from anomalib_decad.files import write_text_atomically
-from anomalib_decad.metrics import lacks_threshold
-from anomalib_decad.ranges import check_range
 from anomalib_decad.thresholds import CategoryPostProcessor, exported_thresholds
 
 __all__ = ["ParityExportMixin"]
@@ -46,24 +43,14 @@ class ParityExportMixin(_Base):
     ``AnomalibModule`` comes after it in the order of bases. The class has a torch module ``model`` with a method
     ``fused(image_size)``, which copies it for inference, and an attribute ``keep_in_float32``, the names of the parts
     that quantization leaves in floating point.
-
-    A file appears when it is complete: an export that is cut short leaves what was there before.
     """
 
     model: Any
 
     def to_torch(self, export_root: Path | str, model_file_name: str = "model") -> Path:
-        """Export to PyTorch.
-
-        Args:
-            export_root (Path | str): Folder to export to.
-            model_file_name (str): Name of the file, without its ending.
-
-        Returns:
-            Path: The .pt file.
-        """
+        """Export to PyTorch: arguments and result are those of ``AnomalibModule.to_torch``."""
         export = super(ParityExportMixin, self._for_export(native=True)).to_torch
-        return self._staged(export_root, lambda folder: export(folder, model_file_name))
+        return self._add_thresholds(export(export_root, model_file_name))
 
     def to_onnx(  # type: ignore[override]
         self,
@@ -74,18 +61,9 @@ class ParityExportMixin(_Base):
     ) -> Path:
         """Export to ONNX, also on the way to OpenVINO.
 
-        Pre- and post-processing are in the graph, the batch size is free. It is one file, unless the weights are too
-        large for one.
-
-        Args:
-            export_root (Path | str): Folder to export to.
-            model_file_name (str): Name of the file, without its ending.
-            input_size (tuple[int, int] | None): Height and width of the input images.
-                Defaults to ``None``: images of any size, which the graph resizes.
-            **kwargs (Any): Arguments of ``AnomalibModule.to_onnx``, and from there of ``torch.onnx.export``.
-
-        Returns:
-            Path: The ONNX file.
+        Pre- and post-processing are in the graph, the batch size is free, and images are of any size, which the graph
+        resizes, unless ``input_size`` is given. It is one file, unless the weights are too large for one. Arguments and
+        result are those of ``AnomalibModule.to_onnx``.
 
         Raises:
             ValueError: If the model does not resize its input and no fitting ``input_size`` is given.
@@ -93,114 +71,57 @@ class ParityExportMixin(_Base):
         if self.input_size is None and input_size is None:
             msg = "the pre_processor does not resize to one size: give that of the images (--input_size)"
             raise ValueError(msg)
-        kwargs.setdefault("opset_version", _OPSET)
         module = self._for_export(input_size)
         size = sum(value.nbytes for value in module.state_dict().values() if hasattr(value, "nbytes"))
-        kwargs.setdefault("external_data", size >= _ONNX_LIMIT)
+        options = {"opset_version": _OPSET, "external_data": size >= _ONNX_LIMIT, **kwargs}
         export = super(ParityExportMixin, module).to_onnx
-        with quiet("onnx_ir", "onnxscript"):  # they write a line for each of hundreds of operations
-            return self._staged(export_root, lambda folder: export(folder, model_file_name, input_size, **kwargs))
+        with _quiet("onnx_ir", "onnxscript"):
+            return self._add_thresholds(export(export_root, model_file_name, input_size, **options))
 
     def to_openvino(  # type: ignore[override]
         self,
         export_root: Path | str,
         model_file_name: str = "model",
         input_size: tuple[int, int] | None = None,
-        compression_type: CompressionType | str | None = None,
+        compression_type: CompressionType | None = None,
         datamodule: AnomalibDataModule | None = None,
-        metric: Metric | None = None,
-        task: Any = None,
-        max_drop: float = 0.01,
         **kwargs: Any,
     ) -> Path:
-        """Export to OpenVINO.
+        """Export to OpenVINO: arguments and result are those of ``AnomalibModule.to_openvino``.
 
-        Args:
-            export_root (Path | str): Folder to export to.
-            model_file_name (str): Name of the files, without their endings.
-            input_size (tuple[int, int] | None): Height and width of the input images.
-                Defaults to ``None``: images of any size, which the graph resizes.
-            compression_type (CompressionType | str | None): ``"FP16"`` or ``"INT8"`` for smaller files, ``"INT8_PTQ"``
-                or ``"INT8_ACQ"`` (with accuracy control) for speed.
-                Defaults to ``None``: none.
-            datamodule (AnomalibDataModule | None): Images for ``"INT8_PTQ"`` and ``"INT8_ACQ"``: training images for
-                the ranges of the activations, validation images for the accuracy control.
-            metric (Metric | None): Accuracy that ``"INT8_ACQ"`` controls; any of anomalib's metrics, higher is better.
-                Defaults to ``None``: the F1 score of the predicted labels.
-            task (Any): Unused, as in anomalib.
-            max_drop (float): How much of the metric ``"INT8_ACQ"`` may lose, in [0, 1].
-                Defaults to ``0.01``.
-            **kwargs (Any): ``ov_kwargs`` and ``onnx_kwargs`` of ``AnomalibModule.to_openvino``.
-
-        Returns:
-            Path: The .xml file, beside which the .bin file is.
+        ``compression_type`` is ``"fp16"`` or ``"int8"`` for smaller files, or ``"int8_ptq"`` for speed, for which the
+        datamodule's training images give the ranges of the activations.
 
         Raises:
-            ValueError: If ``compression_type`` is unknown, or needs a datamodule and there is none, or needs labels and
-                the model has no thresholds because it was never validated.
+            ValueError: If ``compression_type`` is another, or needs a datamodule and there is none.
         """
-        del task
-        compression = CompressionType(compression_type.lower()) if isinstance(compression_type, str) else None
+        compression = None if compression_type is None else CompressionType(compression_type)
         # Before the half minute that the graph takes.
-        check_range(0 <= max_drop <= 1, "max_drop", "between 0 and 1", max_drop)
-        if compression in {CompressionType.INT8_PTQ, CompressionType.INT8_ACQ} and datamodule is None:
-            msg = f"{compression.value} needs images to calibrate with: give the data of the training (--data ...)"
+        if compression == CompressionType.INT8_ACQ:
+            msg = "int8_acq is not offered: int8_ptq keeps what needs its precision in floating point"
             raise ValueError(msg)
-        if compression == CompressionType.INT8_ACQ and metric is None and lacks_threshold(self.post_processor):
-            msg = (
-                "INT8_ACQ controls the accuracy of labels, but the model was never validated and has no thresholds: "
-                "export a checkpoint that was saved after a validation, or use INT8_PTQ"
-            )
+        if compression == CompressionType.INT8_PTQ and datamodule is None:
+            msg = "int8_ptq needs images to calibrate with: give the data of the training (--data ...)"
             raise ValueError(msg)
-        to_integers = compression not in {None, CompressionType.FP16}
-        plain = None if to_integers else compression
-        export = super().to_openvino
+        path = super().to_openvino(export_root, model_file_name, input_size, compression, datamodule, **kwargs)
+        return self._add_thresholds(path)
 
-        def write(folder: Path) -> Path:
-            path = export(folder, model_file_name, input_size, plain, **kwargs)
-            if to_integers:
-                import openvino
+    def _compress_ov_model(  # type: ignore[override]
+        self, model: Any, compression_type: CompressionType, datamodule: AnomalibDataModule | None, *args: Any
+    ) -> Any:
+        """Quantize all but the parts that need their precision, where anomalib quantizes everything."""
+        del args
+        return quantize(model, compression_type, self.model.keep_in_float32, datamodule)
 
-                core = openvino.Core()
-                core.set_property({"ENABLE_MMAP": False})  # the file is replaced
-                kept, kind = self.model.keep_in_float32, cast("CompressionType", compression)
-                model = quantize(core.read_model(path), kind, kept, datamodule, metric, max_drop)
-                openvino.save_model(model, path, compress_to_fp16=False)
-            return path
-
-        return self._staged(export_root, write)
-
-    def _staged(self, export_root: Path | str, write: Callable[[Path], Path]) -> Path:
-        """Write files to a folder from which they move to ``export_root`` together, with the thresholds beside."""
-        root = Path(export_root)
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            text = f"the export cannot be written to {root} ({error.strerror or error})"
-            raise type(error)(error.errno, f"{text}: give another folder (--export_root)") from error
-        with tempfile.TemporaryDirectory(prefix=".export-", dir=root) as name:
-            folder = Path(name)
-            path = write(folder)
-            if isinstance(self.post_processor, CategoryPostProcessor):
-                # A change of them needs no new export.
-                content = json.dumps(exported_thresholds(self.post_processor), indent=2)
-                write_text_atomically(path.with_name(f"{path.stem}.thresholds.json"), content + "\n")
-            for file in sorted(folder.rglob("*")):
-                target = root / file.relative_to(folder)
-                if file.is_dir():
-                    target.mkdir(exist_ok=True)
-                else:
-                    file.replace(target)
-        return root / path.relative_to(folder)
+    def _add_thresholds(self, path: Path) -> Path:
+        """Write the thresholds beside an export: a change of them needs no new one."""
+        if isinstance(self.post_processor, CategoryPostProcessor):
+            content = json.dumps(exported_thresholds(self.post_processor), indent=2)
+            write_text_atomically(path.with_name(f"{path.stem}.thresholds.json"), content + "\n")
+        return path
 
     def _for_export(self, input_size: tuple[int, int] | None = None, native: bool = False) -> Self:
-        """Copy the module without what only training needs, specialized for its image size.
-
-        Raises:
-            ValueError: If the size is not positive, or the export is to be for a product that the model does not know.
-        """
-        if input_size is not None:
-            check_range(min(input_size) > 0, "input_size", "two positive numbers, height and width", list(input_size))
+        """Copy the module without what only training needs, specialized for its image size."""
         if isinstance(self.post_processor, CategoryPostProcessor):
             # It knows the product that the export is for.
             self.post_processor.limits(self.post_processor.category)
@@ -229,3 +150,16 @@ class ParityExportMixin(_Base):
 
 def _has_no_ranges(post: PostProcessor) -> bool:
     return all(bool(value.isnan().all()) for value in (post.image_min, post.image_max, post.pixel_min, post.pixel_max))
+
+
+@contextmanager
+def _quiet(*names: str) -> Iterator[None]:
+    """Have loggers write errors alone (docs/upstream.md, "An export writes hundreds of lines")."""
+    levels = {logger: logger.level for logger in map(logging.getLogger, names)}
+    for logger in levels:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in levels.items():
+            logger.setLevel(level)

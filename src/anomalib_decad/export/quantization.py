@@ -1,62 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
 """Quantization of exported OpenVINO models to 8-bit integers by NNCF.
 
-What anomalib does for ``INT8``, ``INT8_PTQ`` and ``INT8_ACQ``, but with the parts that the model declares left in
-floating point, and calibrated on training images instead of test images.
+What anomalib does for ``INT8`` and ``INT8_PTQ``, but with the parts that the model declares left in floating point, and
+calibrated on training images instead of test images.
 """
 
-import logging
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, cast
 
 import torch
-from anomalib.data import AnomalibDataModule, ImageBatch, ImageItem
+from anomalib.data import AnomalibDataModule
 from anomalib.deploy import CompressionType
-from anomalib.metrics import F1Score
-from torchmetrics import Metric
-from torchvision.transforms.v2.functional import InterpolationMode, resize
+from torchvision.transforms.v2.functional import resize
 
-__all__ = ["quantize", "quiet"]
+__all__ = ["quantize"]
 
 # NNCF's own default, beyond which statistics hardly change.
 _CALIBRATION_IMAGES = 300
 
 
-@contextmanager
-def quiet(*names: str) -> Iterator[None]:
-    """Keep loggers from writing anything but errors, until the context ends."""
-    levels = {logger: logger.level for logger in map(logging.getLogger, names)}
-    for logger in levels:
-        logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for logger, level in levels.items():
-            logger.setLevel(level)
-
-
 def quantize(
-    model: Any,
-    kind: CompressionType,
-    keep_in_float32: Sequence[str],
-    datamodule: AnomalibDataModule | None = None,
-    metric: Metric | None = None,
-    max_drop: float = 0.01,
+    model: Any, kind: CompressionType, keep_in_float32: Sequence[str], datamodule: AnomalibDataModule | None = None
 ) -> Any:
-    """Quantize an exported model: its weights (INT8), or also what encoder and decoder compute with them.
+    """Quantize an exported model: its weights (INT8), or also what encoder and decoder compute with them (INT8_PTQ).
 
     Args:
         model (openvino.Model): The exported model.
-        kind (CompressionType): ``INT8``, ``INT8_PTQ`` or ``INT8_ACQ``.
+        kind (CompressionType): ``INT8`` or ``INT8_PTQ``.
         keep_in_float32 (Sequence[str]): Names of the submodules that stay in floating point.
-        datamodule (AnomalibDataModule | None): For all but INT8: its training images give the ranges of the
-            activations, its validation images the accuracy.
-        metric (Metric | None): Accuracy of INT8_ACQ; any of anomalib's metrics, higher is better.
-            Defaults to ``None``: the F1 score of the predicted labels.
-        max_drop (float): How much of the metric INT8_ACQ may lose, in [0, 1].
-            Defaults to ``0.01``.
+        datamodule (AnomalibDataModule | None): For INT8_PTQ: its training images give the ranges of the activations.
 
     Returns:
         openvino.Model: The quantized model.
@@ -67,39 +39,25 @@ def quantize(
     import nncf
 
     precise = _operations_of(model, keep_in_float32)
-    # In a thread of its own: OpenVINO's CPU plugin replaces the stack for signal handlers of the thread that calls it,
-    # and frees it. On the main thread the next process to end, such as a data loader's worker, would then end this one.
-    with quiet("nncf"), ThreadPoolExecutor(max_workers=1) as executor:
-        if kind == CompressionType.INT8:
-            scope = nncf.IgnoredScope(names=sorted(precise), validate=False)
-            return nncf.compress_weights(model, ignored_scope=scope)
-        data = cast("AnomalibDataModule", datamodule)
-        data.setup("fit")
-        size, images = _static_size(model), data.train_data
-        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:_CALIBRATION_IMAGES]
-        names = sorted({*precise, *_other_operations(model, precise)})
-        options = {
-            "calibration_dataset": nncf.Dataset(
-                order.tolist(), lambda index: _input(cast("ImageItem", images[index]), size)
-            ),
-            "model_type": nncf.ModelType.TRANSFORMER,
-            "subset_size": _CALIBRATION_IMAGES,
-            "ignored_scope": nncf.IgnoredScope(names=names, validate=False),
-        }
-        if kind == CompressionType.INT8_PTQ:
-            return nncf.quantize(model, **options)
-        score = metric or F1Score(fields=["pred_label", "gt_label"])
+    if kind == CompressionType.INT8:
+        return nncf.compress_weights(model, ignored_scope=nncf.IgnoredScope(names=sorted(precise), validate=False))
+    data = cast("AnomalibDataModule", datamodule)
+    data.setup("fit")
+    size, images = _static_size(model), data.train_data
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:_CALIBRATION_IMAGES]
 
-        def accuracy(compiled: Callable[[Any], Any], indices: Iterable[int]) -> float:
-            score.reset()
-            for index in indices:  # read each time: all images together may not fit into memory
-                score.update(_prediction(compiled, cast("ImageItem", data.val_data[index]), size))
-            return float(score.compute())
+    def read(index: int) -> Any:
+        """Give an image as an array of shape (1, 3, H, W)."""
+        image = cast("torch.Tensor", images[index].image)
+        return (resize(image, list(size), antialias=True) if size else image)[None].numpy()
 
-        options |= {"validation_fn": accuracy, "max_drop": max_drop}
-        validation = nncf.Dataset(list(range(len(data.val_data))))
-        call = nncf.quantize_with_accuracy_control
-        return executor.submit(call, model, validation_dataset=validation, **options).result()
+    return nncf.quantize(
+        model,
+        nncf.Dataset(order.tolist(), read),
+        model_type=nncf.ModelType.TRANSFORMER,
+        subset_size=_CALIBRATION_IMAGES,
+        ignored_scope=nncf.IgnoredScope(names=sorted({*precise, *_other_operations(model, precise)}), validate=False),
+    )
 
 
 def _operations_of(model: Any, keep_in_float32: Sequence[str]) -> set[str]:
@@ -145,26 +103,3 @@ def _other_operations(model: Any, precise: Collection[str]) -> Iterator[str]:
 def _static_size(model: Any) -> tuple[int, int] | None:
     height, width = list(model.input(0).partial_shape)[2:]
     return (height.get_length(), width.get_length()) if height.is_static and width.is_static else None
-
-
-def _input(item: ImageItem, size: tuple[int, int] | None) -> Any:
-    """Make an array of shape (1, 3, H, W) from an image of shape (3, H, W)."""
-    image = cast("torch.Tensor", item.image)
-    return (resize(image, list(size), antialias=True) if size else image)[None].numpy()
-
-
-def _prediction(compiled: Callable[[Any], Any], item: ImageItem, size: tuple[int, int] | None) -> ImageBatch:
-    outputs = compiled(_input(item, size))
-    maps = torch.from_numpy(outputs["anomaly_map"])
-    mask = item.gt_mask
-    if mask is not None:
-        mask = resize(mask[None].float(), list(maps.shape[-2:]), InterpolationMode.NEAREST).bool()
-    return ImageBatch(
-        image=cast("torch.Tensor", item.image)[None],
-        gt_label=torch.as_tensor(item.gt_label).reshape(1),
-        gt_mask=mask,
-        anomaly_map=maps.flatten(0, -3),
-        pred_score=torch.from_numpy(outputs["pred_score"]).reshape(1),
-        pred_label=torch.from_numpy(outputs["pred_label"]).reshape(1),
-        pred_mask=torch.from_numpy(outputs["pred_mask"]).flatten(0, -3),
-    )

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training on features that are computed once."""
 
+import io
 import logging
 from pathlib import Path
 from typing import cast
@@ -65,15 +66,13 @@ class FeatureCaching(Callback):
         datamodule.train_data = CachedFeatures(datamodule.train_data)  # type: ignore[assignment]
         self._datamodule = datamodule
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def fill(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compute or find the features. The model is on its device, and its checkpoint has been loaded.
 
         Raises:
             ValueError: If the images change at random, or the features are larger than the limit.
             OSError: If the folder cannot be written to, or the disk has too little space.
         """
-        if self._features is not None:
-            return
         datamodule = cast("AnomalibDataModule", self._datamodule)
         images, device = cast("CachedFeatures", datamodule.train_data).images, pl_module.device
         # Nothing here may change the random numbers of the training.
@@ -84,8 +83,6 @@ class FeatureCaching(Callback):
             array, code = self._load_or_build(trainer, source)
         codes = torch.from_numpy(array).to(device if self.mode == "device" else "cpu")
         self._features = FeatureBatch(codes, code.to(device), source.grid)
-
-    fill = on_fit_start
 
     def look_up(self, batch: IndexBatch) -> FeatureBatch:
         """Gather the features of a batch, on the model's device."""
@@ -115,5 +112,6 @@ class FeatureCaching(Callback):
             key = trainer.strategy.broadcast(source.key())
             return load_or_build(self.folder, key, source.shape, self.limit, source.build)
         logger.info("Feature cache: %.3g GiB of memory for %d images.", size, count)
-        array = np.empty(source.shape, dtype=np.float16)
-        return array, source.build(array, trainer.is_global_zero)
+        memory = io.BytesIO()
+        code = source.build(memory.write, trainer.is_global_zero)
+        return np.frombuffer(memory.getbuffer(), np.float16).reshape(source.shape), code

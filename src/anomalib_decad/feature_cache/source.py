@@ -3,7 +3,7 @@
 
 import hashlib
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -94,14 +94,14 @@ class FeatureSource:
         with self.trainer.precision_plugin.forward_context() if self.trainer else nullcontext():
             return torch.stack(self.encoder(images), dim=1)
 
-    def build(self, target: np.ndarray, is_shown: bool = True) -> FeatureCode:
-        """Write the encoded features of all images to a float16 array of the shape, and give their code."""
+    def build(self, write: Callable[[memoryview], Any], is_shown: bool = True) -> FeatureCode:
+        """Write the encoded features of all images, float16, one batch after the other, and give their code."""
         count, done = len(self.dataset), 0
         chosen = np.linspace(0, count - 1, min(_CODE_IMAGES, count)).astype(int).tolist()
         code = FeatureCode.from_features(torch.cat([self.encode(items) for items in self._read(chosen)]))
         with progress_bar("Encoding images", is_shown) as progress:
             for items in self._read(range(count), self.num_workers):
-                target[done : done + len(items)] = code.encode(self.encode(items)).cpu().numpy()
+                write(code.encode(self.encode(items)).cpu().numpy().data)
                 done += len(items)
                 progress(done / count)
         return code

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,8 +30,11 @@ def size_of(shape: tuple[int, ...]) -> float:
     return 2 * math.prod(shape) / _GIB
 
 
+Build = Callable[[Callable[[memoryview], Any]], FeatureCode]
+
+
 def load_or_build(
-    folder: Path, key: str, shape: tuple[int, ...], limit: float, build: Callable[[np.ndarray], FeatureCode]
+    folder: Path, key: str, shape: tuple[int, ...], limit: float, build: Build
 ) -> tuple[np.ndarray, FeatureCode]:
     """Map the file of a key into memory, and build it before if it is missing or damaged.
 
@@ -42,7 +46,7 @@ def load_or_build(
         key (str): Changes with all that the features depend on.
         shape (tuple[int, ...]): Shape (images, layers, N, dim).
         limit (float): GiB that all files in the folder may take.
-        build (Callable[[np.ndarray], FeatureCode]): Fills an array of the shape, and gives its code.
+        build (Callable): Takes a function to write float16 features with, image by image, and gives their code.
 
     Returns:
         tuple[np.ndarray, FeatureCode]: The features, float16, and their code.
@@ -88,19 +92,21 @@ def _load(path: Path) -> tuple[np.ndarray, FeatureCode]:
         return features, FeatureCode(*torch.from_numpy(np.load(file)))
 
 
-def _write(path: Path, shape: tuple[int, ...], build: Callable[[np.ndarray], FeatureCode]) -> None:
+def _write(path: Path, shape: tuple[int, ...], build: Build) -> None:
     size = size_of(shape)
-    with _explaining(path.parent, size):
-        if size > shutil.disk_usage(path.parent).free / _GIB:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        features = np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=shape)
-        # The file is sparse until here. A page that the disk has no room for would end the process without a word.
-        if hasattr(os, "posix_fallocate"):
-            with path.open("r+b") as file:
-                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-    code = build(features)
-    features.flush()
-    with path.open("ab") as file:  # after the features, where numpy does not look for more of them
+    with path.open("wb") as file:
+
+        def write(part: memoryview) -> None:
+            with _explaining(path.parent, size):
+                file.write(part)
+
+        with _explaining(path.parent, size):
+            if size > shutil.disk_usage(path.parent).free / _GIB:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        header = {"descr": "<f2", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        code = build(write)
+        # After the features, where numpy does not look for more of them.
         np.save(file, torch.stack([code.offset, code.scale]).cpu().numpy())
 
 

@@ -28,7 +28,7 @@ from anomalib_decad.data import CategoryVisualizer, PredictionFolder
 from anomalib_decad.export import ParityExportMixin
 from anomalib_decad.metrics import CategoryEvaluator, lacks_threshold
 from anomalib_decad.models.checkpoint import (
-    AtomicCheckpointIO,
+    ClearCheckpointIO,
     check_checkpoint,
     differences,
     mark_checkpoint,
@@ -198,19 +198,12 @@ class MultiClassMixin(_Base):
         return {"num_sanity_val_steps": 0}
 
     def setup(self, stage: str) -> None:
-        """Set the default number of training steps.
-
-        Args:
-            stage (str): ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``.
-
-        Raises:
-            ValueError: If the weights are to be in another precision than float32.
-        """
+        """Set the default number of training steps; a ValueError if weights are to be in less than float32."""
         trainer = self.trainer
         precisions = f"one of {', '.join(_PRECISIONS)}"
         check_range(trainer.precision in _PRECISIONS, "precision", precisions, trainer.precision)
         if type(trainer.strategy.checkpoint_io) is AnomalibCheckpointIO:
-            trainer.strategy.checkpoint_io = AtomicCheckpointIO(self.checkpoint_safe_globals())
+            trainer.strategy.checkpoint_io = ClearCheckpointIO(self.checkpoint_safe_globals())
         if stage == "fit" and trainer.max_steps == -1 and trainer.max_epochs == _LIGHTNING_MAX_EPOCHS:
             # trainer_arguments would override what the user gives (docs/upstream.md, "Trainer arguments of a model").
             trainer.fit_loop.epoch_loop.max_steps, trainer.fit_loop.max_epochs = self.hparams["max_steps"], -1
@@ -365,7 +358,7 @@ class MultiClassMixin(_Base):
 
         Args:
             batch (torch.Tensor): Images of shape (B, 3, H, W), of any size, in [0, 1].
-            *args (Any): Unused.
+            *args (Any): Unused, as ``kwargs``.
             **kwargs (Any): Unused.
 
         Returns:
@@ -410,11 +403,7 @@ class MultiClassMixin(_Base):
     # Checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what the model is, and the state of the random number generators.
-
-        Args:
-            checkpoint (dict[str, Any]): The checkpoint.
-        """
+        """Add what the model is, and the state of the random number generators."""
         super().on_save_checkpoint(checkpoint)
         if self.input_size is not None:
             # A model may be made for a size that only its pre-processor knows.
@@ -427,9 +416,6 @@ class MultiClassMixin(_Base):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Become the checkpoint's model: what was left at its default is taken from there.
-
-        Args:
-            checkpoint (dict[str, Any]): The checkpoint.
 
         Raises:
             ValueError: If the checkpoint is of another model or version, its weights are NaN, or an argument
@@ -457,23 +443,16 @@ class MultiClassMixin(_Base):
     ) -> Any:
         """Load a model from a checkpoint, which has all weights: neither the hub nor a weights file is needed.
 
-        Args:
-            checkpoint_path (str | Path): The checkpoint.
-            *args (Any): Arguments of ``AnomalibModule.load_from_checkpoint``.
-            **kwargs (Any): Arguments of ``AnomalibModule.load_from_checkpoint``, and arguments of the model.
-
-        Returns:
-            Self: The model.
+        The arguments are those of ``AnomalibModule.load_from_checkpoint``, and the model's.
 
         Raises:
             FileNotFoundError: If there is no such file.
             ValueError: If it is no checkpoint of this model, or an argument contradicts it.
         """
-        if "://" not in str(checkpoint_path):
-            content = AtomicCheckpointIO(cls.checkpoint_safe_globals()).load_checkpoint(checkpoint_path)
-            check_checkpoint(content, cls)
-            given = {name: value for name, value in kwargs.items() if name in cls.architecture}
-            differences(cls, given, given, content["hyper_parameters"])
+        content = ClearCheckpointIO(cls.checkpoint_safe_globals()).load_checkpoint(checkpoint_path)
+        check_checkpoint(content, cls)
+        given = {name: value for name, value in kwargs.items() if name in cls.architecture}
+        differences(cls, given, given, content["hyper_parameters"])
         if "pre_processor" in kwargs:
             kwargs["image_size"] = None
         return super().load_from_checkpoint(checkpoint_path, *args, **{"encoder_weights": None, **kwargs})

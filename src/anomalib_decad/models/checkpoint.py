@@ -1,87 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints that say what their model is, that are written atomically, and that are read or refused in one line."""
+"""Checkpoints that say what their model is, and that are read or refused in one line."""
 
 import inspect
-import io
-import os
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, is_dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
-import torch
 from anomalib.engine.plugins import AnomalibCheckpointIO
 
-from anomalib_decad.files import atomic_write
-
-__all__ = ["AtomicCheckpointIO", "check_checkpoint", "default_arguments", "differences", "mark_checkpoint", "to_plain"]
+__all__ = ["ClearCheckpointIO", "check_checkpoint", "default_arguments", "differences", "mark_checkpoint", "to_plain"]
 
 #: Changes when an earlier checkpoint no longer fits.
-_FORMAT_KEY, _FORMAT = "anomalib_decad_format", 5
+_FORMAT_KEY, _FORMAT = "anomalib_decad_format", 6
 
 #: Name of the model's class.
 _MODEL_KEY = "anomalib_decad_model"
 
 
-class AtomicCheckpointIO(AnomalibCheckpointIO):
-    """anomalib's checkpoint IO, but a checkpoint appears when it is complete, and a damaged one is named.
-
-    Lightning moves a checkpoint from the folder for temporary files, which copies it where that is another disk: a full
-    disk leaves a part of it in the place of an earlier one (docs/upstream.md, "A full disk destroys a checkpoint").
-    """
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Save a checkpoint.
-
-        Args:
-            checkpoint (dict[str, Any]): The checkpoint.
-            path (str | Path): Its file.
-            storage_options (Any): Of a remote file system, which Lightning writes to.
-
-        Raises:
-            OSError: If it cannot be written; what was there before is still there.
-        """
-        if storage_options is not None or "://" in str(path):
-            super().save_checkpoint(checkpoint, path, storage_options)
-            return
-        target, content = Path(path), io.BytesIO()
-        torch.save(checkpoint, content)
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_write(target) as partial, partial.open("wb") as file:
-                file.write(content.getbuffer())
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            size = content.getbuffer().nbytes / 2**20
-            msg = (
-                f"the checkpoint {target} of {size:.0f} MiB cannot be written ({error.strerror or error}): make room, "
-                "or give another --default_root_dir"
-            )
-            raise type(error)(error.errno, msg) from error
+class ClearCheckpointIO(AnomalibCheckpointIO):
+    """anomalib's checkpoint IO, but a file that is no checkpoint, or only a part of one, is named in one line."""
 
     def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Load a checkpoint.
-
-        Args:
-            path (str | Path): Its file.
-            *args (Any): Arguments of Lightning's method.
-            **kwargs (Any): Arguments of Lightning's method.
-
-        Returns:
-            dict[str, Any]: The checkpoint.
+        """Load a checkpoint from its file; arguments and result are those of Lightning's method.
 
         Raises:
             FileNotFoundError: If there is no such file.
             ValueError: If it is no checkpoint, or only a part of one.
         """
-        if "://" not in str(path) and not Path(path).is_file():
-            msg = f"there is no checkpoint {path}: give the path of one (--ckpt_path)"
-            raise FileNotFoundError(msg)
         try:
             content = super().load_checkpoint(path, *args, **kwargs)
-        except PermissionError:
+        except (FileNotFoundError, PermissionError):
             raise
         except Exception as error:  # torch raises of many kinds
             msg = f"{path} is no checkpoint, or only a part of one: give another, or copy it again"

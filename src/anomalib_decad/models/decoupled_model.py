@@ -2,47 +2,54 @@
 """What the torch modules of methods with decoupling share."""
 
 import copy
-from typing import Any
+from typing import ClassVar
 
 import torch
 from torch import nn
 from typing_extensions import Self
 
 from anomalib_decad.components import CategoryPrediction, CategoryRecognizer, EmbeddingDecoupling
+from anomalib_decad.components.encoders import CNNEncoder, ViTPyramid
 
 __all__ = ["DecoupledModel", "DistillationModel"]
 
 
 class DecoupledModel(nn.Module):
-    """Base of the torch modules of methods with decoupling: a frozen encoder, and a copy for inference.
+    """Base of the torch modules of methods that can be decoupled: a frozen encoder, and a copy for inference.
 
     In training mode a subclass returns (features, reconstructions), lists of tensors, and in eval mode a
-    :class:`CategoryPrediction`.
+    :class:`CategoryPrediction`. It is the plain method until :func:`attach` decouples the output of its layer
+    :attr:`embedding`.
+
+    Args:
+        encoder (CNNEncoder | ViTPyramid): Gives the feature maps.
+        embedding_dim (int): Channels of the embedding.
     """
 
-    encoder: Any  # a CNNEncoder or a ViTPyramid
-    recognizer: CategoryRecognizer
+    #: Name of the layer whose output is the embedding.
+    embedding: ClassVar[str]
+
+    def __init__(self, encoder: CNNEncoder | ViTPyramid, embedding_dim: int) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.embedding_dim = embedding_dim
+        self.recognizer = CategoryRecognizer()
 
     @property
     def decoupling(self) -> EmbeddingDecoupling | None:
         """The decoupling, unless the method is plain."""
-        found = (module for module in self.modules() if isinstance(module, EmbeddingDecoupling))
-        return next(found, None)
+        return getattr(getattr(self, self.embedding), "decoupling", None)
 
     @property
     def keep_in_float32(self) -> list[str]:
         """Names of the parts that quantization leaves in floating point: removal is only faithful if it is accurate."""
-        parts = {name for name, module in self.named_modules() if isinstance(module, EmbeddingDecoupling)}
-        return [f"{name}.decoupler" for name in sorted(parts)]
+        return [f"{self.embedding}.decoupling.decoupler"] if self.decoupling else []
 
     def fused(self, image_size: tuple[int, int] | None) -> Self:
-        """Copy the model for inference, faster and the same within rounding.
+        """Copy the model for inference, in eval mode, faster and the same within rounding.
 
         Args:
             image_size (tuple[int, int] | None): Height and width of the images in pixels.
-
-        Returns:
-            Self: The copy, in eval mode.
 
         Raises:
             EncoderWeightsError: If the encoder's weights had to be loaded and could not.
@@ -56,11 +63,24 @@ class DecoupledModel(nn.Module):
 
 
 class DistillationModel(DecoupledModel):
-    """Base of the methods whose ``decoder`` distils the encoder's maps from the embedding of a ``bottleneck``."""
+    """Distils the encoder's maps from the embedding of a bottleneck: what cannot be reproduced is an anomaly.
 
-    bottleneck: Any
-    decoder: Any
-    anomaly_map_generator: Any
+    Args:
+        encoder (CNNEncoder | ViTPyramid): Gives the feature maps.
+        bottleneck (nn.Module): Joins them to an embedding, which has twice the channels of the last map.
+        decoder (nn.Module): Gives maps of the same shapes.
+        anomaly_map (nn.Module): Compares both.
+    """
+
+    embedding = "bottleneck"
+
+    def __init__(
+        self, encoder: CNNEncoder | ViTPyramid, bottleneck: nn.Module, decoder: nn.Module, anomaly_map: nn.Module
+    ) -> None:
+        super().__init__(encoder, 2 * encoder.channels[-1])
+        self.bottleneck = bottleneck
+        self.decoder = decoder
+        self.anomaly_map_generator = anomaly_map
 
     def forward(self, images: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]] | CategoryPrediction:
         """Run the model.

@@ -10,10 +10,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from anomalib_decad.components.encoders.base import FrozenEncoder, check_multiple, check_name
-from anomalib_decad.components.encoders.vit import ViTEncoder
+from anomalib_decad.components.encoders.vit import FrozenEncoder, ViTEncoder, check_multiple, check_name
 
-__all__ = ["CNNEncoder", "ViTPyramid", "create_encoder", "default_size"]
+__all__ = ["CNNEncoder", "ViTPyramid", "create_encoder"]
 
 _TRANSFORMERS = ("vision_transformer", "deit", "eva", "beit")
 
@@ -81,7 +80,7 @@ class CNNEncoder(FrozenEncoder):
         )
 
 
-class ViTPyramid(nn.Module):
+class ViTPyramid(ViTEncoder):
     """Frozen vision transformer whose outputs take the place of a convolutional network's feature maps.
 
     The patch tokens after each layer are layer-normalized without weights. For methods that want a pyramid, the maps
@@ -103,52 +102,33 @@ class ViTPyramid(nn.Module):
         pretrained: bool = True,
         channels: Sequence[int] | None = None,
     ) -> None:
-        super().__init__()
-        self.vit = ViTEncoder(name, layers, weights, pretrained)
+        super().__init__(name, layers, weights, pretrained)
         if channels is not None and len(channels) != len(layers):
             msg = f"layers must be {len(channels)} layers of {name}, got {list(layers)}"
             raise ValueError(msg)
-        self.name = name
-        dim, patch = self.vit.dim, max(self.vit.patch_size)
-        self.channels = list(channels or [dim] * len(layers))
+        self.channels = list(channels or [self.dim] * len(layers))
         #: Rows of each map over those of the patch grid; empty without a pyramid.
         self.factors = [2.0 ** (1 - level) for level in range(len(channels or ()))]
+        patch = max(self.patch_size)
         self.strides = [patch] * len(layers)
         self.finest_stride = patch / max(self.factors, default=1.0)
         generator = torch.Generator().manual_seed(0)
         for level, size in enumerate(channels or ()):
-            orthonormal = torch.linalg.qr(torch.randn(max(size, dim), min(size, dim), generator=generator)).Q
-            self.register_buffer(f"projection{level}", orthonormal if size >= dim else orthonormal.mT)
-
-    @property
-    def image_mean(self) -> tuple[float, ...]:
-        """Channel means that the encoder was trained with."""
-        return self.vit.image_mean
-
-    @property
-    def image_std(self) -> tuple[float, ...]:
-        """Channel standard deviations that the encoder was trained with."""
-        return self.vit.image_std
+            shape = max(size, self.dim), min(size, self.dim)
+            orthonormal = torch.linalg.qr(torch.randn(shape, generator=generator)).Q
+            self.register_buffer(f"projection{level}", orthonormal if size >= self.dim else orthonormal.mT)
 
     def check(self, height: int, width: int) -> None:
         """Check that an image size in pixels has whole patches in each map; a ValueError names a good size."""
-        multiple = (4 if self.factors else 1) * max(self.vit.patch_size)
+        multiple = (4 if self.factors else 1) * max(self.patch_size)
         check_multiple(self.name, (height, width), (multiple, multiple), str(multiple))
 
-    def load_weights(self) -> None:
-        """Load the pretrained weights, see :meth:`FrozenEncoder.load_weights`."""
-        self.vit.load_weights()
-
-    def fuse(self, height: int, width: int) -> None:
-        """Specialize for one image size in pixels, see :meth:`ViTEncoder.fuse`."""
-        self.vit.fuse(height, width)
-
-    def forward(self, images: torch.Tensor) -> dict[str | int, torch.Tensor]:
+    def forward(self, images: torch.Tensor) -> dict[str | int, torch.Tensor]:  # type: ignore[override]
         """Encode normalized images (B, 3, H, W): for each layer a map; errors as in :meth:`ViTEncoder.forward`."""
-        grid = self.vit.grid(*images.shape[-2:])
+        grid = self.grid(*images.shape[-2:])
         maps: dict[str | int, torch.Tensor] = {}
         with torch.no_grad():
-            for level, (layer, tokens) in enumerate(zip(self.vit.layers, self.vit(images), strict=True)):
+            for level, (layer, tokens) in enumerate(zip(self.layers, super().forward(images), strict=True)):
                 tokens = functional.layer_norm(tokens, tokens.shape[-1:])
                 if self.factors:
                     tokens = tokens @ getattr(self, f"projection{level}").mT.to(tokens.dtype)
@@ -164,7 +144,6 @@ def create_encoder(
     name: str,
     layers: Sequence[int] | None,
     weights: str | Path | None,
-    pretrained: bool,
     stages: Sequence[int],
     channels: Sequence[int] | None = None,
 ) -> CNNEncoder | ViTPyramid:
@@ -174,27 +153,13 @@ def create_encoder(
         name (str): Name of a timm convolutional network or vision transformer.
         layers (Sequence[int] | None): Stages of the one, counted from 0, or layers of the other, counted from 1;
             ``None`` for ``stages``, or the layers 3, 6 and 9.
-        weights (str | Path | None): See :class:`FrozenEncoder`, as ``pretrained``.
-        pretrained (bool): Whether to load weights at all.
+        weights (str | Path | None): See :class:`FrozenEncoder`.
         stages (Sequence[int]): The method's stages of a convolutional network.
         channels (Sequence[int] | None): See :class:`ViTPyramid`. Defaults to ``None``: no pyramid.
 
     Returns:
         CNNEncoder | ViTPyramid: The encoder, whose errors are raised.
     """
-    if _is_transformer(name):
-        return ViTPyramid(name, layers or (3, 6, 9), weights, pretrained, channels)
-    return CNNEncoder(name, layers or stages, weights, pretrained)
-
-
-def default_size(name: str, size: tuple[int, int]) -> tuple[int, int]:
-    """Give the image size in pixels: 20 x 20 patches of a vision transformer, ``size`` for other networks."""
-    if not _is_transformer(name):
-        return size
-    with torch.device("meta"):  # no weights are made
-        height, width = ViTEncoder(name, [1], pretrained=False).patch_size
-    return 20 * height, 20 * width
-
-
-def _is_transformer(name: str) -> bool:
-    return timm.model_entrypoint(check_name(name)).__module__.rpartition(".")[2] in _TRANSFORMERS
+    if timm.model_entrypoint(check_name(name)).__module__.rpartition(".")[2] in _TRANSFORMERS:
+        return ViTPyramid(name, layers or (3, 6, 9), weights, channels=channels)
+    return CNNEncoder(name, layers or stages, weights)

@@ -9,11 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from anomalib_decad.components.invertible.folding import Units, fold, normalize
-from anomalib_decad.components.invertible.solver import ChainWeights, iterate, solve
+from anomalib_decad.components.invertible.chain import ChainWeights, Units, fold, iterate, normalize, solve
 from anomalib_decad.components.options import InvertibleOptions
-from anomalib_decad.components.precision import at_least_float32
-from anomalib_decad.ranges import check_range
 
 __all__ = ["FrozenNetwork", "InvertibleNetwork", "NetworkWeights"]
 
@@ -48,28 +45,54 @@ class NetworkWeights(NamedTuple):
     iterations: int = _TRAINING_ITERATIONS
 
 
-class InvertibleNetwork(nn.Module):
+class _FoldedNetwork(nn.Module):
+    """Both directions of the network, by folded weights."""
+
+    is_learned = False  # whether its parameters are trained
+
+    def weights(self) -> NetworkWeights:
+        """Give the folded weights of both directions."""
+        raise NotImplementedError
+
+    def forward(self, x: torch.Tensor, weights: NetworkWeights | None = None) -> torch.Tensor:
+        """Map embeddings of shape (..., dim) to latents of the same shape, by what :meth:`weights` gave, or gives."""
+        weights = weights or self.weights()
+        return self._run(weights.forward, x, weights.iterations)
+
+    def inverse(self, z: torch.Tensor, weights: NetworkWeights | None = None) -> torch.Tensor:
+        """Map latents of shape (..., dim) back to embeddings; ``weights`` as in :meth:`forward`."""
+        weights = weights or self.weights()
+        return self._run(weights.inverse, z, weights.iterations)
+
+    def _run(self, chains: Sequence[ChainWeights], x: torch.Tensor, iterations: int) -> torch.Tensor:
+        device = x.device.type
+        is_bfloat16 = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16
+        rows = x.reshape(-1, x.shape[-1]).to(chains[0].scale.dtype)
+        dtype = torch.bfloat16 if is_bfloat16 and self.training and self.is_learned else rows.dtype
+        with torch.autocast(device, enabled=False):
+            for chain in chains:
+                rows = solve(chain, rows, iterations, dtype)
+        return rows.reshape(x.shape)
+
+
+class InvertibleNetwork(_FoldedNetwork):
     r"""Invertible map of each patch embedding to the latent space, :math:`F = F_R \circ \dots \circ F_1`.
 
     Each block :math:`F_r = f_K \circ \dots \circ f_1` is a chain of units :math:`f(x) = (\frac{Id + G}{2})^{-1}(x) - x`
     and an ActNorm, a scale and bias of each channel, :math:`y = e^s x + o` (supplement, Eq. 1 to 3). What G is says
     :func:`normalize`, and how units are solved :func:`fold`.
 
-    Computed in at least float32, also under automatic mixed precision: in half precision the inverse would not be one.
+    Computed in float32, also under automatic mixed precision: in half precision the inverse would not be one.
     Only G is computed in bfloat16, in training mode under automatic mixed precision with it: inputs bypass G, so what
     is rounded is the change that a unit makes.
 
-    An ActNorm starts from the statistics of normal embeddings, of all processes of a distributed run together. It
-    stretches no channel by more than twice what the median channel is stretched by: a channel that hardly varies holds
-    rounding error, and what units learn to put into it would be stretched with it, without an end
-    (``benchmarks/NOTES.md``, "Energy").
+    An ActNorm starts from the statistics of normal embeddings. It stretches no channel by more than twice what the
+    median channel is stretched by: a channel that hardly varies holds rounding error, and what units learn to put into
+    it would be stretched with it, without an end (``benchmarks/NOTES.md``, "Energy").
 
     Args:
         dim (int): Number of channels of an embedding.
         options (InvertibleOptions): Its shape.
-
-    Raises:
-        ValueError: If ``dim`` is below 1.
 
     Example:
         >>> network = InvertibleNetwork(dim=32).eval()
@@ -85,7 +108,6 @@ class InvertibleNetwork(nn.Module):
 
     def __init__(self, dim: int, options: InvertibleOptions = InvertibleOptions()) -> None:
         super().__init__()
-        check_range(dim >= 1, "dim", "at least 1", dim)
         self.dim, self.options = dim, options
         number, hidden = options.num_blocks * options.num_units, options.hidden_dim
         encode, decode = _linear(number, dim, hidden), _linear(number, hidden + 2 * _GROWTH, dim)
@@ -110,12 +132,8 @@ class InvertibleNetwork(nn.Module):
     def fold(self, converged: bool) -> NetworkWeights:
         """Fold the weights of both directions, for all passes until they change, with their gradients.
 
-        Args:
-            converged (bool): Whether as many iterations are chosen, at most 64, as bring the last change of every
-                random latent below 1e-4 of it. It follows from the weights alone. Otherwise three, for training.
-
-        Returns:
-            NetworkWeights: The weights.
+        The solver gets three iterations, for training; ``converged``, as many, at most 64, as bring the last change of
+        every random latent below 1e-4 of it, which follows from the weights alone.
         """
         with torch.autocast(self.norm_scale.device.type, enabled=False):
             units = self._normalized()
@@ -130,9 +148,7 @@ class InvertibleNetwork(nn.Module):
             return weights
 
     def _normalized(self) -> Units:
-        units = Units(**{name: at_least_float32(parameter) for name, parameter in self.units.items()})
-        eta, gain = at_least_float32(self.eta), at_least_float32(self.gain)
-        return normalize(units, eta, gain, self.options.pila_k, self.options.lipschitz)
+        return normalize(Units(**self.units), self.eta, self.gain, self.options.pila_k, self.options.lipschitz)
 
     def _fold(self, units: Units, preconditioned: bool = True) -> NetworkWeights:
         number = len(units.encode_bias)
@@ -172,7 +188,7 @@ class InvertibleNetwork(nn.Module):
         return self._folded[0]
 
     @property
-    def is_learned(self) -> bool:
+    def is_learned(self) -> bool:  # type: ignore[override]
         """Whether its parameters are trained."""
         return self.gain.requires_grad
 
@@ -181,7 +197,7 @@ class InvertibleNetwork(nn.Module):
         """Initialize the ActNorms from normal embeddings (..., dim), unless they have been. Only in training mode."""
         if self.is_initialized or not self.training:
             return
-        x, number = at_least_float32(x.reshape(-1, self.dim)), self.options.num_units
+        x, number = x.reshape(-1, self.dim).to(self.norm_bias.dtype), self.options.num_units
         nothing = self.norm_bias.new_zeros(1, number + 1, self.dim)
         with torch.autocast(x.device.type, enabled=False):
             units = self._normalized()
@@ -195,34 +211,14 @@ class InvertibleNetwork(nn.Module):
         self.initialized.fill_(True)
         self.is_initialized = True
 
-    def forward(self, x: torch.Tensor, weights: NetworkWeights | None = None) -> torch.Tensor:
-        """Map embeddings of shape (..., dim) to latents of the same shape, by what :meth:`weights` gave, or gives."""
-        weights = weights or self.weights()
-        return self._run(weights.forward, x, weights)
-
-    def inverse(self, z: torch.Tensor, weights: NetworkWeights | None = None) -> torch.Tensor:
-        """Map latents of shape (..., dim) back to embeddings; ``weights`` as in :meth:`forward`."""
-        weights = weights or self.weights()
-        return self._run(weights.inverse, z, weights)
-
-    def _run(self, chains: Sequence[ChainWeights], x: torch.Tensor, weights: NetworkWeights) -> torch.Tensor:
-        device = x.device.type
-        is_bfloat16 = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16
-        rows = at_least_float32(x.reshape(-1, self.dim))
-        dtype = torch.bfloat16 if is_bfloat16 and self.training and self.is_learned else rows.dtype
-        with torch.autocast(device, enabled=False):
-            for chain in chains:
-                rows = solve(chain, rows, weights.iterations, dtype)
-        return rows.reshape(x.shape)
-
     @torch.no_grad()
     def frozen(self) -> "FrozenNetwork":
         """Copy the network for export: its folded weights as buffers, which no gradient reaches."""
         return FrozenNetwork(self.fold(converged=True))
 
 
-class FrozenNetwork(nn.Module):
-    """An :class:`InvertibleNetwork` for export, of folded weights."""
+class FrozenNetwork(_FoldedNetwork):
+    """An :class:`InvertibleNetwork` for export: its folded weights as buffers, which no gradient reaches."""
 
     def __init__(self, weights: NetworkWeights) -> None:
         super().__init__()
@@ -232,23 +228,13 @@ class FrozenNetwork(nn.Module):
                 for name, tensor in chain._asdict().items():
                     self.register_buffer(f"{direction}_{index}_{name}", tensor.detach().clone())
 
-    def forward(self, x: torch.Tensor, weights: NetworkWeights | None = None) -> torch.Tensor:
-        """Map embeddings of shape (..., dim) to the latent space."""
-        del weights  # its own are the only ones
-        return self._run("forward", x)
+    def weights(self) -> NetworkWeights:
+        """Give the folded weights."""
+        return NetworkWeights(self._chains("forward"), self._chains("inverse"), self.iterations)
 
-    def inverse(self, z: torch.Tensor, weights: NetworkWeights | None = None) -> torch.Tensor:
-        """Map latents of shape (..., dim) back to embeddings."""
-        del weights
-        return self._run("inverse", z)
-
-    def _run(self, direction: str, x: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(x.device.type, enabled=False), torch.no_grad():
-            rows = at_least_float32(x.flatten(0, -2))
-            for index in range(self.count):
-                names = (f"{direction}_{index}_{name}" for name in ChainWeights._fields)
-                rows = solve(ChainWeights(*map(self.get_buffer, names)), rows, self.iterations, rows.dtype)
-            return rows.view(x.shape)
+    def _chains(self, direction: str) -> tuple[ChainWeights, ...]:
+        prefixes = [f"{direction}_{index}_" for index in range(self.count)]
+        return tuple(ChainWeights(*(self.get_buffer(p + name) for name in ChainWeights._fields)) for p in prefixes)
 
 
 def _linear(number: int, inputs: int, outputs: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -260,13 +246,9 @@ def _linear(number: int, inputs: int, outputs: int) -> tuple[torch.Tensor, torch
 
 
 def _statistics(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute mean and bounded deviation of each channel over the rows of all processes."""
-    moments = torch.stack([torch.ones_like(x[0]), x.mean(0), x.square().mean(0)]) * len(x)
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(moments)
-    count, total, total_square = moments
-    mean = total / count
-    std = (total_square / count - mean.square()).clamp(min=0).sqrt()
+    """Compute mean and bounded deviation of each channel over the rows."""
+    mean = x.mean(0)
+    std = (x.square().mean(0) - mean.square()).clamp(min=0).sqrt()
     std = std.clamp(min=max(_OF_MEDIAN * std.median().item(), _OF_LARGEST * std.max().item()))
     return mean, torch.where(std > 1e-6, std, torch.ones_like(std))
 

@@ -3,16 +3,18 @@
 
 import math
 from collections.abc import Sequence
+from functools import cache
 
+import numpy as np
 import torch
 from timm.layers import DropPath, trunc_normal_
 from torch import nn
 from torch.nn import functional
 
-from anomalib_decad.models.mambaad.scan_order import Curve, scan_orders
 from anomalib_decad.models.mambaad.selective_scan import selective_scan
+from anomalib_decad.ranges import check_range
 
-__all__ = ["HybridStateSpace", "LocalityEnhancedStateSpace", "MambaDecoder"]
+__all__ = ["HybridStateSpace", "LocalityEnhancedStateSpace", "MambaDecoder", "scan_orders"]
 
 _NUM_STATES = 16
 _EXPANSION = 2
@@ -22,6 +24,50 @@ _KERNELS = (5, 7)  # of the convolutions beside the state spaces
 _DROP_PATH = 0.2  # share of residual branches dropped in training in the first block; none are in the last
 
 
+@cache  # a decoder has many blocks of a few sizes
+def scan_orders(grid: tuple[int, int], num_directions: int) -> torch.Tensor:
+    """Compute the orders of MambaAD's hybrid scan along the Hilbert curve (section 3.3).
+
+    Along the curve, along the curve on the transposed map, and both on the map turned by 90 degrees; and each of them
+    backwards. The curve is that of the next square whose side is a power of two, without what lies outside of the grid.
+
+    Args:
+        grid (tuple[int, int]): Rows and columns.
+        num_directions (int): 2, 4 or 8, else a ValueError.
+
+    Returns:
+        torch.Tensor: Positions in their order, integers of shape (num_directions, rows * columns), counted row by row.
+    """
+    check_range(num_directions in {2, 4, 8}, "num_directions", "2, 4 or 8", num_directions)
+    positions = np.arange(grid[0] * grid[1]).reshape(grid)
+    turned = np.rot90(positions)
+    views = (positions, positions.T, turned, turned.T)
+    forwards = torch.from_numpy(np.stack([_along_curve(view) for view in views[: num_directions // 2]]))
+    return torch.cat([forwards, forwards.flip(-1)])
+
+
+def _along_curve(positions: np.ndarray) -> np.ndarray:
+    """Put a grid's positions in the order of the curve."""
+    bits = max(*(side - 1 for side in positions.shape), 1).bit_length()
+    places = sorted(np.ndindex(*positions.shape), key=lambda place: _hilbert(place[0], place[1], bits))
+    return np.array([positions[place] for place in places])
+
+
+def _hilbert(row: int, column: int, bits: int) -> int:
+    """Compute the distance along the Hilbert curve, quadrant by quadrant from the largest."""
+    distance = 0
+    for bit in reversed(range(bits)):
+        side = 1 << bit
+        below, right = int(bool(row & side)), int(bool(column & side))
+        distance += side * side * (3 * right ^ below)
+        row, column = row & side - 1, column & side - 1
+        if not below:
+            if right:
+                row, column = side - 1 - row, side - 1 - column
+            row, column = column, row
+    return distance
+
+
 class HybridStateSpace(nn.Module):
     """Selective state space that scans a feature map in several directions and sums (MambaAD, section 3.3).
 
@@ -29,16 +75,15 @@ class HybridStateSpace(nn.Module):
         dim (int): Number of channels.
         grid (tuple[int, int]): Rows and columns of the feature map.
         num_directions (int): 2, 4 or 8.
-        curve (Curve): Curve of the scan.
 
     Raises:
-        ValueError: If ``num_directions`` or ``curve`` is out of its range.
+        ValueError: If ``num_directions`` is none of these.
     """
 
     order: torch.Tensor
     inverse: torch.Tensor
 
-    def __init__(self, dim: int, grid: tuple[int, int], num_directions: int, curve: Curve) -> None:
+    def __init__(self, dim: int, grid: tuple[int, int], num_directions: int) -> None:
         super().__init__()
         inner = _EXPANSION * dim
         self.rank = math.ceil(dim / 16)
@@ -57,7 +102,7 @@ class HybridStateSpace(nn.Module):
         self.skip = nn.Parameter(torch.ones(num_directions, inner))
         self.norm = nn.LayerNorm(inner)
         self.output_projection = nn.Linear(inner, dim, bias=False)
-        order = scan_orders(grid, curve, num_directions)
+        order = scan_orders(grid, num_directions)
         self.register_buffer("order", order, persistent=False)
         self.register_buffer("inverse", order.argsort(dim=1), persistent=False)
 
@@ -79,10 +124,10 @@ class HybridStateSpace(nn.Module):
 
 
 class _StateSpaceBlock(nn.Module):
-    def __init__(self, dim: int, grid: tuple[int, int], num_directions: int, curve: Curve, drop_path: float) -> None:
+    def __init__(self, dim: int, grid: tuple[int, int], num_directions: int, drop_path: float) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(dim)
-        self.state_space = HybridStateSpace(dim, grid, num_directions, curve)
+        self.state_space = HybridStateSpace(dim, grid, num_directions)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -105,11 +150,9 @@ class LocalityEnhancedStateSpace(nn.Module):
     The arguments are those of :class:`HybridStateSpace`, and for each block the share that is dropped in training.
     """
 
-    def __init__(
-        self, dim: int, grid: tuple[int, int], num_directions: int, curve: Curve, drop_paths: Sequence[float]
-    ) -> None:
+    def __init__(self, dim: int, grid: tuple[int, int], num_directions: int, drop_paths: Sequence[float]) -> None:
         super().__init__()
-        blocks = [_StateSpaceBlock(dim, grid, num_directions, curve, drop_path) for drop_path in drop_paths]
+        blocks = [_StateSpaceBlock(dim, grid, num_directions, drop_path) for drop_path in drop_paths]
         self.blocks = nn.Sequential(*blocks)
         self.convolutions = nn.ModuleList(_convolution(dim, kernel) for kernel in _KERNELS)
         self.join = nn.Conv2d((1 + len(_KERNELS)) * dim, dim, 1)
@@ -146,16 +189,13 @@ class MambaDecoder(nn.Module):
         dim (int): Channels of the embedding.
         grid (tuple[int, int]): Its rows and columns.
         depths (Sequence[int]): State space blocks of each stage, from the coarsest; multiples of 2 or 3.
-        num_directions (int): See :class:`HybridStateSpace`, as ``curve``.
-        curve (Curve): Curve of the scan.
+        num_directions (int): See :class:`HybridStateSpace`.
 
     Raises:
         ValueError: If an argument is out of its range.
     """
 
-    def __init__(
-        self, dim: int, grid: tuple[int, int], depths: Sequence[int], num_directions: int, curve: Curve
-    ) -> None:
+    def __init__(self, dim: int, grid: tuple[int, int], depths: Sequence[int], num_directions: int) -> None:
         super().__init__()
         if len(depths) < 2 or any(depth < 1 or (depth % 2 and depth % 3) for depth in depths):
             msg = f"depths must be multiples of 2 or 3, at least two of them, got {list(depths)}"
@@ -168,7 +208,7 @@ class MambaDecoder(nn.Module):
             length = 3 if depth % 3 == 0 else 2
             modules: list[nn.Module] = [_PatchExpand(2 * width)] if level else []
             modules += [
-                LocalityEnhancedStateSpace(width, size, num_directions, curve, [next(rates) for _ in range(length)])
+                LocalityEnhancedStateSpace(width, size, num_directions, [next(rates) for _ in range(length)])
                 for _ in range(depth // length)
             ]
             stages.append(nn.Sequential(*modules))

@@ -2,6 +2,5 @@
 """Reverse distillation with decoupling."""
 
 from anomalib_decad.models.reverse_distillation.lightning_model import DecoupledReverseDistillation
-from anomalib_decad.models.reverse_distillation.torch_model import DecoupledReverseDistillationModel
 
-__all__ = ["DecoupledReverseDistillation", "DecoupledReverseDistillationModel"]
+__all__ = ["DecoupledReverseDistillation"]

@@ -1,60 +1,50 @@
 # SPDX-License-Identifier: Apache-2.0
 """UniAD with decoupling, as a torch module."""
 
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
-
 import torch
 from torch import nn
 from torch.nn import functional
 
-from anomalib_decad.components import CategoryPrediction, CategoryRecognizer, attach, create_encoder
+from anomalib_decad.components import CategoryPrediction
+from anomalib_decad.components.encoders import CNNEncoder, ViTPyramid
 from anomalib_decad.models.decoupled_model import DecoupledModel
 from anomalib_decad.models.uniad.transformer import PositionEmbedding, QueryDecoder, TransformerEncoder
 from anomalib_decad.ranges import check_range
 
 __all__ = ["DecoupledUniADModel"]
 
-_STAGES = (0, 1, 2, 3)  # of the encoder whose maps are reconstructed: strides of 2, 4, 8 and 16 pixels
 _POOLING = 16  # side of the square that the anomaly map is averaged over for the image score, in pixels
 
 
 class DecoupledUniADModel(DecoupledModel):
-    """UniAD, with decoupling between the transformer's encoder and decoder.
+    """UniAD, which can be decoupled between the transformer's encoder and decoder.
 
     The arguments that are not listed, and the errors, are those of :class:`DecoupledUniAD`.
 
     Args:
-        pretrained (bool): Whether the encoder gets weights at all; random ones are for tests only.
-        **kwargs (Any): Further arguments of :class:`EmbeddingDecoupling`.
+        encoder (CNNEncoder | ViTPyramid): Gives the feature maps.
+        image_size (tuple[int, int]): Height and width of the images in pixels.
     """
+
+    embedding = "transformer_encoder"
 
     def __init__(
         self,
-        encoder: str = "efficientnet_b4",
-        encoder_weights: str | Path | None = None,
-        layers: Sequence[int] | None = None,
-        image_size: tuple[int, int] = (224, 224),
+        encoder: CNNEncoder | ViTPyramid,
+        image_size: tuple[int, int],
         hidden_dim: int = 256,
         num_layers: int = 4,
         num_heads: int = 8,
         neighbors: int = 7,
         jitter: float = 20.0,
-        decouple: bool = True,
-        pretrained: bool = True,
-        **kwargs: Any,
     ) -> None:
-        super().__init__()
+        super().__init__(encoder, hidden_dim)
         fits = not (hidden_dim % num_heads or hidden_dim % 2)
         check_range(fits, "hidden_dim", "even and a multiple of num_heads", f"{hidden_dim} and {num_heads}")
         check_range(jitter >= 0, "jitter", "at least 0", jitter)
         self.jitter = jitter
-        self.encoder = create_encoder(encoder, layers, encoder_weights, pretrained, _STAGES)
-        self.encoder.check(*image_size)
-        self.recognizer = CategoryRecognizer()
-        self.grid = (image_size[0] // self.encoder.strides[-1], image_size[1] // self.encoder.strides[-1])
-        channels = sum(self.encoder.channels)
+        self.grid = (image_size[0] // encoder.strides[-1], image_size[1] // encoder.strides[-1])
+        channels = sum(encoder.channels)
         self.positions = PositionEmbedding(self.grid, hidden_dim)
         self.input_projection = nn.Linear(channels, hidden_dim)
         self.transformer_encoder = TransformerEncoder(self.grid, hidden_dim, num_layers, num_heads, neighbors)
@@ -63,8 +53,6 @@ class DecoupledUniADModel(DecoupledModel):
         for part in (self.input_projection, self.transformer_encoder, self.transformer_decoder, self.output_projection):
             for matrix in (parameter for parameter in part.parameters() if parameter.ndim > 1):
                 nn.init.xavier_uniform_(matrix)
-        if decouple:
-            attach(self, "transformer_encoder", hidden_dim, **kwargs)
 
     def forward(self, images: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]] | CategoryPrediction:
         """Run the model, as :meth:`DistillationModel.forward`, with one joined map (B, channels, rows, columns)."""
