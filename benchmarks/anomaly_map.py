@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from rich.progress import track
 
 import experiments
 from anomalib_decad import DecAD
@@ -103,7 +102,7 @@ def main() -> None:
         default = Variant(
             tuple(range(errors.shape[1])), options.energy_power, options.blur_sigma, options.score_fraction
         )
-        for name, variant in track(variants(default).items(), description=f"Scoring seed {seed}"):
+        for name, variant in tqdm(variants(default).items(), desc=f"Scoring seed {seed}"):
             lines.setdefault(name, []).append({"metrics": score(args, variant, errors, energies, splits["test"])})
     print_table("variant", lines.items(), args)
 

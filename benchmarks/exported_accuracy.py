@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 from anomalib.deploy import CompressionType
-from rich.progress import track
 from torch.nn import functional
 
 import common
@@ -75,7 +74,7 @@ def main() -> None:
             predictors[kind] = load(path, kind)
         metrics = {name: CategoryMetrics() for name in predictors}
         errors: dict[str, list[tuple[float, float]]] = {name: [] for name in predictors}
-        for index in track(range(0, len(datamodule.test_data), args.every), "Predicting"):
+        for index in tqdm(range(0, len(datamodule.test_data), args.every), "Predicting"):
             item: Any = datamodule.test_data[index]
             image = item.image[None].numpy()
             reference: tuple[torch.Tensor, torch.Tensor] | None = None

@@ -37,8 +37,6 @@ _IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 
 def pack(args: argparse.Namespace) -> None:
     """Write the parts."""
-    from rich.progress import track
-
     common.check_data(args)
     requirements = ["", *wheelhouse.requirements(args.missing, args.wheels)]
     images = find_images(args.data, args.categories)
@@ -46,14 +44,14 @@ def pack(args: argparse.Namespace) -> None:
         stage = Path(folder)
         save_weights(args.encoder, args.encoder_weights, max(args.layers), stage)
         (stage / "wheels").mkdir()
-        for requirement in track(requirements, "Wheels "):
+        for requirement in tqdm(requirements, "Wheels "):
             wheelhouse.download(requirement, stage / "wheels", args.python, args.platform)
 
         def encode(name: str) -> None:
             encode_image(images[name], stage / name, args.longest_side, args.jpeg_quality)
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for _ in track(pool.map(encode, images), "Images ", total=len(images)):
+            for _ in tqdm(pool.map(encode, images), "Images ", total=len(images)):
                 pass
         first = [path for name in ("wheels", "weights", _HUB) for path in sorted((stage / name).rglob("*"))]
         names = [path.relative_to(stage).as_posix() for path in first if path.is_file()] + list(images)
@@ -241,10 +239,10 @@ def _summary(target: Path) -> Iterable[str]:
 
 def _progress(values: Sequence[Any], text: str) -> Iterable[Any]:
     try:
-        from rich.progress import track
+        from tqdm import tqdm
     except ImportError:
         return values
-    return track(values, text)
+    return tqdm(values, text)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -30,4 +30,4 @@ def test_a_wrong_value_is_refused_by_its_name(cls, name):
 
 def test_groups_are_checked_with_the_number_of_channels():
     with pytest.raises(ValueError, match="abnormal_fraction must leave channels to both"):
-        EmbeddingDecoupling(8, decoupler=DecouplerOptions(abnormal_fraction=0.01))
+        EmbeddingDecoupling(8, decoupler=DecouplerOptions(abnormal_fraction=0.01, num_prototypes=0))

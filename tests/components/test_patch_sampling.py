@@ -45,14 +45,12 @@ def numbered(num_images, num_patches=10, dim=4, layers=3):
 
 
 def test_a_sample_has_equally_many_patches_of_each_image_and_the_same_of_each_layer():
-    told = []
-    rows, descriptors = sample_patches([numbered(3), numbered(3)], num_images=6, num_patches=20, report=told.append)
+    rows, descriptors = sample_patches([numbered(3), numbered(3)], num_images=6, num_patches=20)
     assert [row.shape for row in rows] == [(6, 4, 4)] * 3  # four of each
     for layer, row in enumerate(rows):
         assert torch.equal(row[..., :2], rows[0][..., :2])
         assert row[..., 2].unique().tolist() == [layer]
     assert descriptors.shape == (6, 12)
-    assert told == [0.5, 1.0]
 
 
 def test_a_sample_asks_for_no_more_images_than_it_needs_or_there_are():

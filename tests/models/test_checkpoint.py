@@ -93,7 +93,7 @@ def test_a_training_goes_on_without_the_models_arguments(checkpoint, make_engine
         ({"encoder": "vit_small_patch14_dinov2"}, "leave out encoder, .* --model.encoder test_vit"),
         ({"image_size": (70, 70)}, r"leave out image_size, .* --model.image_size \[112,112\]"),
         ({"decoder_depth": 3}, "--model.decoder_depth 1"),
-        ({"decoupler": DecouplerOptions(num_prototypes=9)}, "--model.decoupler.num_prototypes 16"),
+        ({"decoupler": DecouplerOptions(num_prototypes=9)}, "--model.decoupler.num_prototypes 64"),
         ({"invertible": InvertibleOptions(lipschitz=0.3)}, "--model.invertible.lipschitz 0.9"),
         ({"anomaly_map": AnomalyMapOptions(blur_sigma=0)}, "--model.anomaly_map.blur_sigma 1.0"),
         ({"anomaly_map": AnomalyMapOptions(energy_power=1)}, "--model.anomaly_map.energy_power 0.5"),
@@ -139,7 +139,7 @@ def test_a_pre_processor_of_the_users_sets_the_size(checkpoint):
 def test_loggers_get_plain_values(make_model, make_engine, make_data, tmp_path):
     make_engine(logger=CSVLogger(tmp_path), limit_val_batches=0).fit(make_model(), datamodule=make_data())
     text = (tmp_path / "lightning_logs" / "version_0" / "hparams.yaml").read_text()
-    assert "num_prototypes: 16" in text
+    assert "num_prototypes: 64" in text
 
 
 @pytest.mark.parametrize("use", ["export", "test"])

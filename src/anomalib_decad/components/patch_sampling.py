@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Choice of the patches of an image that a model is prepared with."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -54,7 +54,6 @@ def sample_patches(
     batches: Iterable[Sequence[torch.Tensor]],
     num_images: int,
     num_patches: int,
-    report: Callable[[float], None] | None = None,
 ) -> PatchSample:
     """Draw a sample of the patches of images, see :func:`choose_patches`.
 
@@ -63,8 +62,6 @@ def sample_patches(
             shape (B, N, dim). No more batches are taken than are needed.
         num_images (int): Images to draw from; all where there are not as many.
         num_patches (int): Patches to draw from so many images, equally many from each.
-        report (Callable[[float], None] | None): Progress callback, takes the part that is done, in [0, 1]. Defaults to
-            ``None``.
 
     Returns:
         PatchSample: The patches.
@@ -78,8 +75,6 @@ def sample_patches(
         sample.append(maps[torch.arange(len(maps), device=maps.device)[:, None], chosen])
         descriptors.append(CategoryRecognizer.describe(features))
         count += len(maps)
-        if report is not None:
-            report(min(count / num_images, 1.0))
         if count >= num_images:
             break
     return PatchSample(list(at_least_float32(torch.cat(sample)).unbind(2)), torch.cat(descriptors))

@@ -13,10 +13,10 @@ import torch
 from anomalib.models.components import AnomalibModule
 from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader, Subset
+from tqdm import tqdm
 
 from anomalib_decad.components.encoders import ViTEncoder
 from anomalib_decad.feature_cache.dataset import FeatureCode
-from anomalib_decad.progress import progress_bar
 
 __all__ = ["FeatureSource"]
 
@@ -96,14 +96,12 @@ class FeatureSource:
 
     def build(self, write: Callable[[memoryview], Any], is_shown: bool = True) -> FeatureCode:
         """Write the encoded features of all images, float16, one batch after the other, and give their code."""
-        count, done = len(self.dataset), 0
+        count = len(self.dataset)
         chosen = np.linspace(0, count - 1, min(_CODE_IMAGES, count)).astype(int).tolist()
         code = FeatureCode.from_features(torch.cat([self.encode(items) for items in self._read(chosen)]))
-        with progress_bar("Encoding images", is_shown) as progress:
-            for items in self._read(range(count), self.num_workers):
-                write(code.encode(self.encode(items)).cpu().numpy().data)
-                done += len(items)
-                progress(done / count)
+        batches = self._read(range(count), self.num_workers)
+        for items in tqdm(batches, "Encoding images", disable=not is_shown, mininterval=1.0):
+            write(code.encode(self.encode(items)).cpu().numpy().data)
         return code
 
     def _read(self, indices: Sequence[int], num_workers: int = 0) -> DataLoader:

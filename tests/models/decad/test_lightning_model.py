@@ -1,10 +1,12 @@
 import logging
 import math
+import shutil
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 
+import pandas as pd
 import pytest
 import torch
 from anomalib.callbacks import ModelCheckpoint
@@ -18,7 +20,7 @@ from anomalib_decad import DecAD, MultiCategory
 from anomalib_decad.components import EncoderWeightsError
 from anomalib_decad.metrics import METRICS, CategoryEvaluator
 from anomalib_decad.models.decad import lightning_model
-from conftest import losses_of
+from conftest import losses_of, make_dataset
 
 TERMS = ("loss", "reconstruction")
 
@@ -292,3 +294,17 @@ def test_a_model_in_training_mode_does_not_predict(make_model):
 def test_sizes_of_batches_are_checked(argument, make_data):
     with pytest.raises(ValueError, match=f"{argument} must be at least [01], got -1"):
         make_data(**{argument: -1})
+
+
+def test_training_images_that_are_least_like_others_come_first(make_engine, make_model, tmp_path):
+    make_dataset(tmp_path / "data", ("bolts", "cloth"), num_train=8)
+    spoilt = tmp_path / "data" / "cloth" / "train" / "good" / "003.png"
+    shutil.copy(tmp_path / "data" / "cloth" / "test" / "square" / "000.png", spoilt)
+    engine, model = make_engine(max_steps=1), make_model(report=True)
+    engine.train(model, datamodule=MultiCategory("MVTecAD", root=tmp_path / "data", num_workers=0))
+    folder = Path(engine.trainer.default_root_dir)
+    table = pd.read_csv(folder / "training_images.csv")
+    assert sorted(table.category) == ["bolts"] * 8 + ["cloth"] * 8
+    assert table.score.is_monotonic_decreasing
+    assert table[table.category == "cloth"].image_path.iloc[0] == str(spoilt)
+    assert "Training images that are least like others" in (folder / "report.html").read_text()

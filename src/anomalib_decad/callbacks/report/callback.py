@@ -124,12 +124,17 @@ def _facts(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         "precision": trainer.precision, "processes": trainer.world_size, "python": platform.python_version(),
         **{name: version(name) for name in ("anomalib-decad", "anomalib", "torch", "lightning")},
     }  # fmt: skip
+    images = getattr(pl_module, "training_images", None)
+    odd = (
+        {} if images is None else dict(zip(images.image_path[:20], images.score[:20].map("{:.3g}".format), strict=True))
+    )
     arguments = pd.json_normalize(dict(pl_module.hparams), sep=".").to_dict("records")[0]
     return {
         "model": getattr(pl_module, "name", type(pl_module).__name__),
         "data": " / ".join(dict.fromkeys(str(name) for name in names if name)) or "unnamed data",
         "date": datetime.now().astimezone(), "checkpoint": checkpoint, "tables": {
             "Run": run,
+            "Training images that are least like others, and their abnormal energies": odd,
             "Configuration of the model": {key: textwrap.shorten(str(arguments[key]), 300) for key in arguments},
         },
     }  # fmt: skip

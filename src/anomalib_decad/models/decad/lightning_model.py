@@ -3,10 +3,11 @@
 
 import logging
 import math
-from collections.abc import Sequence, Sized
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import pandas as pd
 import torch
 from anomalib.data import Batch
 from anomalib.models.components import AnomalibModule
@@ -16,6 +17,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Subset
+from tqdm import tqdm
 
 from anomalib_decad.components import (
     AdversarialSynthesis,
@@ -31,11 +33,11 @@ from anomalib_decad.components import (
     sample_patches,
 )
 from anomalib_decad.feature_cache import FeatureBatch, FeatureCaching, IndexBatch
+from anomalib_decad.files import write_text_atomically
 from anomalib_decad.models.base import MultiClassMixin, evenly_spaced, parameter_groups
 from anomalib_decad.models.decad.anomaly_map import AnomalyMapGenerator, AnomalyMapOptions
 from anomalib_decad.models.decad.loss import DecADLoss
 from anomalib_decad.models.decad.torch_model import DecADModel
-from anomalib_decad.progress import progress_bar
 from anomalib_decad.ranges import check_range
 
 __all__ = ["DecAD"]
@@ -166,6 +168,9 @@ class DecAD(MultiClassMixin, AnomalibModule):
         self.feature_caching = (
             None if feature_cache == "off" else FeatureCaching(feature_cache, feature_cache_dir, feature_cache_limit)
         )
+        self._image_paths: dict[str | None, list[str]] = {}
+        #: Columns ``category``, ``image_path`` and ``score``, the images first that are least like others.
+        self.training_images: pd.DataFrame | None = None
         self.build()
 
     def build(self) -> None:
@@ -229,10 +234,9 @@ class DecAD(MultiClassMixin, AnomalibModule):
         images = max(min(_SAMPLE_IMAGES, len(sampler) if isinstance(sampler, Sized) else _SAMPLE_IMAGES), 1)
         logger.info("Preparing the model with %d training images: minutes on a CPU.", images)
         patches = min(max(len(self.model.recognizer.names) * _PRODUCT_PATCHES, _LEAST_PATCHES), _MOST_PATCHES)
-        with torch.no_grad(), progress_bar("Looking at training images", self._is_shown) as report:
-            sample = sample_patches(map(self._encode, loader), images, patches, report)
-        with progress_bar("Fitting to their patches", self._is_shown) as report:
-            self.model.initialize(sample, self._prototypes, report)
+        sample = sample_patches(self._encoded(loader, "Looking at training images", images), images, patches)
+        self.model.initialize(sample, self._prototypes)
+        self._rank_training_images()
 
     def prepare_products(self, known: Sequence[str]) -> None:
         """Fit the prototypes of products that have joined; those of the products that stay are as they were."""
@@ -242,6 +246,7 @@ class DecAD(MultiClassMixin, AnomalibModule):
         logger.info("Prototypes of %s are fitted; those of other products stay.", ", ".join(joined) or "no product")
         old = {name: prior.of(index) for index, name in enumerate(known)}
         prior.set([old[name] if name in old else self._prototypes_of(name) for name in self.model.recognizer.names])
+        self._rank_training_images()
 
     def _prototypes(self) -> list[Prototypes]:
         names = self.model.recognizer.names
@@ -259,20 +264,42 @@ class DecAD(MultiClassMixin, AnomalibModule):
             subset = Subset(dataset, rows)
             collate, workers = getattr(loader, "collate_fn", None), getattr(loader, "num_workers", 0)
             loader = DataLoader(subset, _BATCH, collate_fn=collate, num_workers=workers)
-        with torch.no_grad(), progress_bar(f"Prototypes of {name or 'normal images'}", self._is_shown) as report:
-            return self.model.prototypes(map(self._encode, loader), len(rows) or _PROTOTYPE_IMAGES, report)
+        if hasattr(dataset, "samples"):
+            self._image_paths[name] = dataset.samples.image_path.iloc[rows].tolist()
+        images = len(rows) or _PROTOTYPE_IMAGES
+        return self.model.prototypes(self._encoded(loader, f"Prototypes of {name or 'normal images'}", images), images)
 
     @property
     def _prior(self) -> PrototypePrior | None:
         return self.model.decoupler.prior if self.model.decoupler else None
 
-    @property
-    def _is_shown(self) -> bool:
-        return bool(self.trainer.is_global_zero and self.trainer.progress_bar_callback)
+    def _rank_training_images(self) -> None:
+        """Write the images that prototypes were taken from to ``training_images.csv``, the least like others first."""
+        names = self.model.recognizer.names or [None]
+        tables = [
+            pd.DataFrame({
+                "category": name, "image_path": self._image_paths[name],
+                "score": self.model.score_training_images(index).tolist(),
+            })
+            for index, name in enumerate(names) if self._prior is not None and name in self._image_paths
+        ]  # fmt: skip
+        self._image_paths = {}
+        if not tables or not self.trainer.is_global_zero:
+            return
+        path = Path(self.trainer.default_root_dir) / "training_images.csv"
+        self.training_images = pd.concat(tables).sort_values("score", ascending=False, ignore_index=True)
+        write_text_atomically(path, self.training_images.to_csv(index=False, float_format="%.4g"))
+        logger.info("The training images, those first that are least like others: %s", path)
 
-    def _encode(self, batch: Any) -> list[torch.Tensor]:
-        with self.trainer.precision_plugin.forward_context():
-            return self.encode(batch)
+    def _encoded(self, loader: Iterable[Any], what: str, images: int) -> Iterator[list[torch.Tensor]]:
+        """Encode the batches of a loader as in the training, until there are so many images."""
+        is_shown = self.trainer.is_global_zero and self.trainer.progress_bar_callback
+        with tqdm(total=images, desc=what, unit="image", disable=not is_shown, mininterval=1.0) as bar:
+            for batch in loader:
+                with torch.no_grad(), self.trainer.precision_plugin.forward_context():
+                    features = self.encode(batch)
+                bar.update(len(features[0]))
+                yield features
 
     def training_step(self, batch: Batch | FeatureBatch | IndexBatch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         """Compute the loss of a batch of normal images.

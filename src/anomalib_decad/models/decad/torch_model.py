@@ -18,6 +18,7 @@ from anomalib_decad.components import (
     FeatureFusion,
     FeatureStandardizer,
     PatchSample,
+    PrototypePrior,
     Prototypes,
     ViTEncoder,
     choose_patches,
@@ -27,9 +28,6 @@ from anomalib_decad.components.whitening import average_features
 from anomalib_decad.models.decad.anomaly_map import AnomalyMapGenerator
 
 __all__ = ["DecADModel", "TrainingOutput"]
-
-#: How far the initialization is, by the time that it takes on a CPU: with the principal axes, and with the prototypes.
-_FITTED = 0.15, 0.4
 
 #: Images that are cleaned at once.
 _IMAGES = 16
@@ -180,7 +178,6 @@ class DecADModel(nn.Module):
         self,
         sample: PatchSample,
         products: Callable[[], Sequence[Prototypes]] | None = None,
-        report: Callable[[float], None] | None = None,
     ) -> None:
         """Set what depends on the data alone, from the principal axes to the decoder's linear maps.
 
@@ -189,8 +186,6 @@ class DecADModel(nn.Module):
             products (Callable | None): Gives the prototypes of each product (:meth:`prototypes`), in the order of the
                 recognizer's names, when the latent space is there.
                 Defaults to ``None``: the sample is all that is known of a single product.
-            report (Callable[[float], None] | None): Progress callback, takes the part that is done, in [0, 1].
-                Defaults to ``None``.
 
         Raises:
             RuntimeError: If the model is not in training mode.
@@ -206,29 +201,21 @@ class DecADModel(nn.Module):
         if not self.training:
             msg = "initialize needs a model in training mode: call train() first"
             raise RuntimeError(msg)
-        report = report or (lambda _: None)
         self.standardizer.initialize(features)
         self.fusion.initialize(features)
         x = self.fusion(features)
-        report(_FITTED[0])
         if self.decoupler:
             self.decoupler.initialize(x)
             if self.decoupler.prior is not None:
                 known = products() if products else [self._prototypes_of(x, descriptors)]
                 self.decoupler.prior.set(known)
-            report(_FITTED[1])
             x = self._clean(self.decoupler, x, descriptors)
         self.decoder.initialize(x.flatten(0, 1), [rows.flatten(0, 1) for rows in self.standardizer(features)])
         self.initialized.fill_(True)
         self.is_initialized = True
 
     @torch.no_grad()
-    def prototypes(
-        self,
-        batches: Iterable[Sequence[torch.Tensor]],
-        num_images: int,
-        report: Callable[[float], None] | None = None,
-    ) -> Prototypes:
+    def prototypes(self, batches: Iterable[Sequence[torch.Tensor]], num_images: int) -> Prototypes:
         """Choose the prototypes of a product.
 
         Args:
@@ -236,8 +223,6 @@ class DecADModel(nn.Module):
                 each of shape (B, N, dim).
             num_images (int): Images to look at, of each of which equally many patches are kept; all where there are
                 not as many.
-            report (Callable[[float], None] | None): Progress callback, takes the part that is done, in [0, 1].
-                Defaults to ``None``.
 
         Returns:
             Prototypes: The prototypes.
@@ -257,11 +242,31 @@ class DecADModel(nn.Module):
             part = self._prototypes_of(rows, self.recognizer.describe(features))
             parts.append(part._replace(image=part.image + count))
             count += len(x)
-            if report is not None:
-                report(min(count / num_images, 1.0))
             if count >= num_images:
                 break
         return Prototypes(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+
+    @torch.no_grad()
+    def score_training_images(self, product: int) -> torch.Tensor:
+        """Score the images that a product's prototypes are of, each by the prototypes of the other images.
+
+        Args:
+            product (int): Index of the product.
+
+        Returns:
+            torch.Tensor: The mean of the largest twentieth of each image's energies, shape (I,): of normal images about
+                alike, and larger where a defect is among them.
+        """
+        decoupler = cast("Decoupler", self.decoupler)
+        prior = cast("PrototypePrior", decoupler.prior)
+        normal, abnormal, image, descriptors = prior.of(product)
+        x = decoupler.network.inverse(torch.cat([abnormal, normal], dim=-1).float())
+        without, scores = prior.find_images(descriptors), []
+        for number in range(len(descriptors)):
+            rows = x[None, image == number]
+            energy = decoupler(rows, torch.tensor([product], device=x.device), without[number : number + 1]).energy
+            scores.append(energy.topk(max(energy.shape[1] // 20, 1)).values.mean())
+        return torch.stack(scores)
 
     def _prototypes_of(self, x: torch.Tensor, descriptors: torch.Tensor) -> Prototypes:
         """Make prototypes of embeddings (I, K, dim) of images."""
