@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 import experiments
 from anomalib_decad import DecAD

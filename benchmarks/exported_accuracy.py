@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from anomalib.deploy import CompressionType
 from torch.nn import functional
+from tqdm import tqdm
 
 import common
 from anomalib_decad import DecAD, MultiCategory

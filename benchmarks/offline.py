@@ -37,6 +37,8 @@ _IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 
 def pack(args: argparse.Namespace) -> None:
     """Write the parts."""
+    from tqdm import tqdm
+
     common.check_data(args)
     requirements = ["", *wheelhouse.requirements(args.missing, args.wheels)]
     images = find_images(args.data, args.categories)
