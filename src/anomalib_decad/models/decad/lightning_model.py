@@ -275,7 +275,7 @@ class DecAD(MultiClassMixin, AnomalibModule):
 
     def _rank_training_images(self) -> None:
         """Write the images that prototypes were taken from to ``training_images.csv``, the least like others first."""
-        names = self.model.recognizer.names or [None]
+        names: list[str] | list[None] = self.model.recognizer.names or [None]
         tables = [
             pd.DataFrame({
                 "category": name, "image_path": self._image_paths[name],
