@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import timm
 import torch
@@ -21,8 +21,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from anomalib_decad import DecAD, DecADModel, DecoupledMambaAD, DecoupledReverseDistillation, DecoupledUniAD
-from anomalib_decad.components import Decoupler, Prototypes, sample_patches
+import peers
+from anomalib_decad import DecAD, DecoupledMambaAD, DecoupledReverseDistillation, DecoupledUniAD
 
 # Image size, and what is reported of the method without decoupling.
 _DECOUPLED = {
@@ -70,20 +70,6 @@ def count_training_step(model: torch.nn.Module, loss: Callable[[], torch.Tensor]
     return operator_calls(step)
 
 
-def prepare(model: DecADModel, images: torch.Tensor, num_products: int) -> None:
-    """Initialize a model by random images, with as many prototypes of each product as it may have."""
-    sample = sample_patches([model.encoder(images)], len(images), 400)
-    model.recognizer.learn({str(index): index + sample.descriptors for index in range(num_products)})
-    decoupler = cast("Decoupler", model.decoupler)
-
-    def products() -> list[Prototypes]:
-        size = decoupler.num_prototypes
-        parts = torch.randn(size, decoupler.prior.keys.shape[2]), torch.randn(size, decoupler.num_abnormal)
-        return [Prototypes(*parts, torch.arange(size) % 4, sample.descriptors)] * num_products
-
-    model.train().initialize(sample, products)
-
-
 def main() -> None:
     """Count and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -96,7 +82,7 @@ def main() -> None:
     model = lightning_model.model
     model.encoder.load_state_dict(model.encoder.state_dict())  # random weights will do
     images = torch.rand(4, 3, args.image_size, args.image_size)
-    prepare(model, images, args.products)
+    peers.prepare(model, images, args.products)
     training_step = count_training_step(model, lambda: lightning_model.loss(model(images))["loss"])
     model.eval()
     with torch.no_grad():

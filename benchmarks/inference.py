@@ -41,6 +41,8 @@ def export(args: argparse.Namespace, name: str, kind: str, folder: Path) -> Path
         model: Any = DecAD.load_from_checkpoint(args.checkpoint)
     else:
         model = peers.create(name, args.encoder, args.image_size)
+        if name == "DecAD":
+            peers.prepare(model.model, torch.rand(4, 3, args.image_size, args.image_size))
     model.eval()
     if name == "Patchcore":
         model.model.memory_bank = torch.randn(args.memory_bank, sum(model.model.feature_extractor.out_dims))

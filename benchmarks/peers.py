@@ -3,14 +3,18 @@
 
 from __future__ import annotations
 
+from typing import cast
+
+import torch
 from anomalib.models import AnomalibModule, AnomalyDINO, Dinomaly, InpFormer, Patchcore, Rad
 from anomalib.pre_processing import PreProcessor
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 
-from anomalib_decad import DecAD, DecoupledMambaAD, DecoupledReverseDistillation, DecoupledUniAD
+from anomalib_decad import DecAD, DecADModel, DecoupledMambaAD, DecoupledReverseDistillation, DecoupledUniAD
+from anomalib_decad.components import Decoupler, PrototypePrior, Prototypes, sample_patches
 from nearest_neighbor import NearestNeighbor
 
-__all__ = ["DECOUPLED", "MODELS", "create"]
+__all__ = ["DECOUPLED", "MODELS", "create", "prepare"]
 
 MODELS = ("DecAD", "Dinomaly", "InpFormer", "Rad", "Patchcore", "AnomalyDINO", "NearestNeighbor")
 
@@ -66,3 +70,25 @@ def create(name: str, encoder: str, size: int, **kwargs: object) -> AnomalibModu
         return Patchcore(backbone=encoder, layers=[f"blocks.{layer - 1}" for layer in _LAYERS], **kwargs)
     msg = f"no model {name}; there are {', '.join((*MODELS, *DECOUPLED))}"
     raise ValueError(msg)
+
+
+@torch.no_grad()
+def prepare(model: DecADModel, images: torch.Tensor, num_products: int = 15) -> None:
+    """Initialize a model by random images, with as many prototypes of each product as it may have.
+
+    Args:
+        model (DecADModel): The model.
+        images (torch.Tensor): Images of shape (B, 3, H, W), B at least 2.
+        num_products (int): Products that it has prototypes of.
+    """
+    sample = sample_patches([model.encoder(images)], len(images), 400)
+    model.recognizer.learn({str(index): index + sample.descriptors for index in range(num_products)})
+    decoupler = cast("Decoupler", model.decoupler)
+    prior = cast("PrototypePrior", decoupler.prior)
+
+    def products() -> list[Prototypes]:
+        size = decoupler.num_prototypes
+        parts = torch.randn(size, prior.keys.shape[2]), torch.randn(size, decoupler.num_abnormal)
+        return [Prototypes(*parts, torch.arange(size) % len(images), sample.descriptors)] * num_products
+
+    model.train().initialize(sample, products)

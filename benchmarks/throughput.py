@@ -123,7 +123,10 @@ def infer(args: argparse.Namespace, name: str, batch_size: int, precision: str, 
 def network(name: str, encoder: str, size: int, device: torch.device) -> tuple[Any, int]:
     """Create a model as it is exported, on the device, and count its multiply-adds for an image."""
     seed_everything(0, verbose=False)
-    model = peers.create(name, encoder, size).eval()
+    model = peers.create(name, encoder, size)
+    if name == "DecAD":
+        peers.prepare(model.model, torch.rand(4, 3, size, size))
+    model.eval()
     net: Any = model.model.fused((size, size)) if name == "DecAD" else model.model
     net = net.requires_grad_(False)
     with torch.inference_mode():
