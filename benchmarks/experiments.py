@@ -156,7 +156,8 @@ class FeatureRows(Dataset):
 
     def __init__(self, split: Split, rows: Sequence[int], layers: Sequence[int]) -> None:
         self.rows = rows
-        self.samples = pd.DataFrame({"category": [split.categories[row] for row in rows]})
+        names = [split.categories[row] for row in rows]
+        self.samples = pd.DataFrame({"category": names, "image_path": [f"row {row}" for row in rows]})
         self.collate_fn = lambda indices: split.batch(indices, layers)
 
     def __len__(self) -> int:
@@ -231,6 +232,7 @@ def train(
     datamodule = FeatureData(normal, rows, model.model.encoder.layers, args.batch_size, weights)
     progress = Progress(splits["test"], args, total)
     trainer = Trainer(
+        default_root_dir=args.features,
         max_steps=args.steps,
         accelerator=args.accelerator,
         precision=args.precision,

@@ -107,11 +107,14 @@ def measure_parts(args: argparse.Namespace) -> dict[str, float]:
     """Measure the time of DecAD's parts in torch, in milliseconds an image, medians of 15 batches of 8."""
     import torch
 
+    import peers
     from anomalib_decad import DecAD
 
     size, batch_size = args.image_size, 8
     model = DecAD.load_from_checkpoint(args.checkpoint) if args.checkpoint else None
-    model = model or DecAD(encoder=args.encoder, image_size=(size, size))
+    if model is None:
+        model = DecAD(encoder=args.encoder, image_size=(size, size))
+        peers.prepare(model.model, torch.rand(4, 3, size, size))
     net: Any = model.eval().model.fused((size, size))
     grid = net.encoder.grid(size, size)
     with torch.inference_mode():
@@ -119,14 +122,16 @@ def measure_parts(args: argparse.Namespace) -> dict[str, float]:
         outputs = net.encoder(images)
         features = net.standardizer(outputs)
         x = net.fusion(outputs)
-        latent = net.decoupler.network(x)
-        clean, energy = net.decoupler(x, grid)[:2]
+        latent, (_, normal) = net.decoupler.network(x), net.decoupler.split(x)
+        _, product = net.recognizer.nearest(net.recognizer.describe(outputs))
+        clean, energy = net.decoupler(x, product)
         reconstructions = net.decoder(clean)
         parts: dict[str, Callable[[], Any]] = {
             "encoder": lambda: net.encoder(images),
             "standardization and fusion": lambda: (net.standardizer(outputs), net.fusion(outputs)),
             "network, forward": lambda: net.decoupler.network(x),
             "network, inverse": lambda: net.decoupler.network.inverse(latent),
+            "prototypes": lambda: net.decoupler.prior(normal, product),
             "decoder": lambda: net.decoder(clean),
             "anomaly map and score": lambda: net.anomaly_map_generator(
                 features, reconstructions, grid, (size, size), energy
