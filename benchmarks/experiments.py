@@ -190,10 +190,11 @@ class FeatureData(LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         """Load batches in random order."""
         count = len(self.train_data)
+        size = max(count, self.batch_size) if self.weights else count
         return DataLoader(
             self.train_data,
             batch_size=self.batch_size,
-            sampler=WeightedRandomSampler(self.weights or [1.0] * count, count, replacement=self.weights is not None),
+            sampler=WeightedRandomSampler(self.weights or [1.0] * count, size, replacement=self.weights is not None),
             collate_fn=self.train_data.collate_fn,
             drop_last=True,
         )
@@ -225,6 +226,8 @@ def train(
     model = create(args, settings, evaluator=False)
     normal = splits["train"]
     rows = range(len(normal.categories)) if rows is None else rows
+    if args.images:
+        rows = [row for row in rows if normal.categories[:row].count(normal.categories[row]) < args.images]
     categories = [normal.categories[row] for row in rows]
     weights = None
     if args.sampling == "balanced":
@@ -273,6 +276,7 @@ def run(args: argparse.Namespace, splits: dict[str, Split], settings: dict[str, 
         "accelerator": args.accelerator,
         "sampling": args.sampling,
         "one_class": args.one_class,
+        "training_images": args.images,
         "images": {
             name: {c: split.categories.count(c) for c in dict.fromkeys(split.categories)}
             for name, split in splits.items()
@@ -344,6 +348,7 @@ def parse(doc: str | None = __doc__, varies: bool = True, log: str = "experiment
     parser.add_argument("--sampling", choices=["balanced", "natural"], default="balanced")
     parser.add_argument("--precision", default="bf16-mixed", help="of Lightning's trainer")
     parser.add_argument("--accelerator", choices=["cpu", "gpu", "mps"], default="cpu", help="of Lightning's trainer")
+    parser.add_argument("--images", type=int, help="training images of each category, the first; all by default")
     parser.add_argument("--workers", type=int, default=0, help="processes that read images to encode")
     parser.add_argument("--choose", nargs="+", default=[], help="categories that choices are made by")
     parser.add_argument(
