@@ -88,7 +88,7 @@ def prepare(model: DecADModel, images: torch.Tensor, num_products: int = 15) -> 
 
     def products() -> list[Prototypes]:
         size = decoupler.num_prototypes
-        parts = torch.randn(size, prior.keys.shape[2]), torch.randn(size, decoupler.num_abnormal)
+        parts = torch.randn(size, prior.keys.shape[1]), torch.randn(size, decoupler.num_abnormal)
         return [Prototypes(*parts, torch.arange(size) % len(images), sample.descriptors)] * num_products
 
     model.train().initialize(sample, products)

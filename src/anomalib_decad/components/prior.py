@@ -76,8 +76,8 @@ class PrototypePrior(nn.Module):
         for name, value in sizes.items():
             check_range(value >= 1, name, "at least 1", value)
         self.num_neighbors = num_neighbors
-        # Of one product with nothing to look at, until some are set.
-        self.register_buffer("keys", torch.zeros(1, num_neighbors, num_normal, dtype=torch.float16))
+        # Of one product with nothing to look at, until some are set. Keys lie as the product of matrices needs them.
+        self.register_buffer("keys", torch.zeros(1, num_normal, num_neighbors, dtype=torch.float16))
         self.register_buffer("norms", torch.full((1, num_neighbors), _EMPTY))
         self.register_buffer("values", torch.zeros(1, num_neighbors, num_abnormal, dtype=torch.float16))
         self.register_buffer("image", torch.full((1, num_neighbors), -1, dtype=torch.int32))
@@ -86,16 +86,16 @@ class PrototypePrior(nn.Module):
     @torch.no_grad()
     def set(self, products: Sequence[Prototypes]) -> None:
         """Replace the prototypes, given those of each product in the order of their indices; at least one product."""
-        size, device = max(self.num_neighbors, *(len(product.normal) for product in products)), self.keys.device
-        keys, norms, values, image = (
-            tensor.new_full((len(products), size, *tensor.shape[2:]), fill, device=device)
-            for tensor, fill in ((self.keys, 0), (self.norms, _EMPTY), (self.values, 0), (self.image, -1))
-        )
+        size = max(self.num_neighbors, *(len(product.normal) for product in products))
+        keys = self.keys.new_zeros(len(products), self.keys.shape[1], size)
+        values = self.values.new_zeros(len(products), size, self.values.shape[2])
+        norms = self.norms.new_full((len(products), size), _EMPTY)
+        image = self.image.new_full((len(products), size), -1)
         first = 0
         for row, product in enumerate(products):
             count = len(product.normal)
-            keys[row, :count], values[row, :count] = product.normal, product.abnormal
-            norms[row, :count] = keys[row, :count].float().square().sum(-1)
+            keys[row, :, :count], values[row, :count] = product.normal.T, product.abnormal
+            norms[row, :count] = keys[row, :, :count].float().square().sum(0)
             image[row, :count] = product.image + first
             first += len(product.descriptors)
         self.keys, self.norms, self.values, self.image = keys, norms, values, image
@@ -105,7 +105,9 @@ class PrototypePrior(nn.Module):
         """Give the prototypes of a product."""
         rows = self.image[product] >= 0
         images, image = self.image[product, rows].unique(return_inverse=True)
-        return Prototypes(self.keys[product, rows], self.values[product, rows], image, self.descriptors[images.long()])
+        return Prototypes(
+            self.keys[product][:, rows].T, self.values[product, rows], image, self.descriptors[images.long()]
+        )
 
     def find_images(self, descriptors: torch.Tensor) -> torch.Tensor:
         """Find the images (B,) that prototypes were taken from which are most like those of descriptors (B, D)."""
@@ -128,13 +130,14 @@ class PrototypePrior(nn.Module):
             offset = self.norms[product]
             if without is not None:
                 offset = offset + _OWN * (self.image[product] == without[:, None])
-            keys = self.keys[product].to(normal.dtype)
-            # |z_n|^2 is the same for all prototypes: the nearest are found without.
-            distance = torch.baddbmm(offset.to(normal.dtype).unsqueeze(1), normal, keys.mT, alpha=-2)
-            distance, index = distance.topk(self.num_neighbors, dim=-1, largest=False)
+            # |z_n|^2 is the same for all prototypes: the nearest are found without. One product of matrices, as what
+            # else passes over patches times prototypes takes as long.
+            keys = torch.cat([self.keys[product].to(normal.dtype), offset.to(normal.dtype).unsqueeze(1)], dim=1)
+            query = torch.cat([-2 * normal, torch.ones_like(normal[..., :1])], dim=-1)
+            distance, index = (query @ keys).topk(self.num_neighbors, dim=-1, largest=False)
             distance = (distance + normal.square().sum(-1, keepdim=True)).clamp(min=0)
             weights = (-_SHARPNESS * distance / distance.amax(-1, keepdim=True).clamp(min=_TINY)).softmax(-1)
-            values = self.values.flatten(0, 1)[index + product[:, None, None] * self.keys.shape[1]]
+            values = self.values.flatten(0, 1)[index + product[:, None, None] * self.keys.shape[2]]
             return (weights.unsqueeze(-2) @ values.to(normal.dtype)).squeeze(-2)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
