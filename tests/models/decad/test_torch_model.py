@@ -13,6 +13,7 @@ from anomalib_decad.components import (
     ViTEncoder,
     sample_patches,
 )
+from anomalib_decad.components.decoder import patch_errors
 from anomalib_decad.models.decad import AnomalyMapGenerator, DecADLoss
 
 
@@ -86,7 +87,7 @@ def test_a_normal_patch_weighs_by_a_power_of_its_error(model, focal_exponent):
             reconstruction[0, 0] = feature[0, 0]
     output = output._replace(reconstructions=reconstructions)
     DecADLoss(focal_exponent=focal_exponent)(output)["reconstruction"].backward()
-    errors = AnomalyMapGenerator.patch_errors(output.features, output.reconstructions)
+    errors = patch_errors(output.features, output.reconstructions)
     plain = torch.autograd.grad(errors.mean(), reconstructions)
     weights = errors.detach().clamp(min=1e-6) ** focal_exponent
     assert 0 < output.perturbed.sum() < output.perturbed.numel()

@@ -23,7 +23,6 @@ from anomalib_decad.components import (
     ViTEncoder,
     choose_patches,
 )
-from anomalib_decad.components.synthesis import square_grid
 from anomalib_decad.components.whitening import average_features
 from anomalib_decad.models.decad.anomaly_map import AnomalyMapGenerator
 
@@ -334,7 +333,6 @@ class DecADModel(nn.Module):
         Raises:
             RuntimeError: If the model has not been initialized.
         """
-        grid = grid or square_grid(features[0].shape[1])
         if not self.is_initialized:
             msg = "the model has not been initialized: call initialize() with features of normal images first"
             raise RuntimeError(msg)
