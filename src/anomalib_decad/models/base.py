@@ -124,16 +124,19 @@ class MultiClassMixin(_Base):
         check_range(gradient_clip_val >= 0, "gradient_clip_val", "at least 0", gradient_clip_val)
         types = "'off', 'float16' or 'float32'"
         check_range(save_maps in {"off", "float16", "float32"}, "save_maps", types, repr(save_maps))
-        self.has_own_pre_processor = pre_processor is not True
+        parts = {"pre_processor": pre_processor, "post_processor": post_processor, "evaluator": evaluator}
+        self._given_parts = {name for name, part in {**parts, "visualizer": visualizer}.items() if part is not True}
         if self.has_own_pre_processor and self.hparams.get("image_size") is not None:
             msg = "image_size belongs to the default pre_processor: give the size to the pre_processor instead"
             raise ValueError(msg)
-        parts = {"pre_processor": pre_processor, "post_processor": post_processor, "evaluator": evaluator}
-        self._given_parts = {name for name, part in {**parts, "visualizer": visualizer}.items() if part is not True}
-        self._report = Report() if report else None
         self._rng_state: dict[str, torch.Tensor] | None = None
         #: White level of the images of high bit depth of each category in the training.
         self.white_levels: dict[str, float] = {}
+
+    @property
+    def has_own_pre_processor(self) -> bool:
+        """Whether the pre-processor, or that there is none, was given."""
+        return "pre_processor" in self._given_parts
 
     def build(self) -> None:
         """Make the parts of the model from ``self.hparams``."""
@@ -175,15 +178,14 @@ class MultiClassMixin(_Base):
         """Configure anomalib's callbacks and this package's; one of a kind that the trainer has already is left out."""
         components = super().configure_callbacks()
         callbacks: list[Callback] = [components] if isinstance(components, Callback) else list(components)
-        given = self.trainer.callbacks  # type: ignore[attr-defined]
         extras: list[Callback] = [PredictionTable()]
         if self.hparams["save_maps"] != "off":
             extras.append(AnomalyMapWriter(self.hparams["save_maps"]))
-        if self._report is not None:
-            extras.append(self._report)
+        if self.hparams["report"]:
+            extras.append(Report())
         if self.trainer.checkpoint_callbacks:
             extras.append(LastCheckpoint())
-        kinds = {type(callback) for callback in given if callback is not self._report}
+        kinds = {type(callback) for callback in self.trainer.callbacks}  # type: ignore[attr-defined]
         # The folder is read before the pre-processor sees its images.
         return [PredictionFolder(), *callbacks, *(extra for extra in extras if type(extra) not in kinds)]
 
@@ -339,19 +341,14 @@ class MultiClassMixin(_Base):
 
     def on_test_start(self) -> None:
         """Say so where labels mean nothing."""
-        self._warn_without_threshold()
-
-    def on_predict_start(self) -> None:
-        """Say so where labels mean nothing."""
-        self._warn_without_threshold()
-
-    def _warn_without_threshold(self) -> None:
         if lacks_threshold(self.post_processor):
             logger.warning(
                 "The model was never validated, so it has no thresholds: scores and maps are as they are, and labels "
                 "and masks mean nothing. Use a checkpoint that was saved after a validation "
                 "(--trainer.val_check_interval says when these are)."
             )
+
+    on_predict_start = on_test_start
 
     def forward(self, batch: torch.Tensor, *args: Any, **kwargs: Any) -> InferenceBatch:
         """Predict images, as an export does.
@@ -367,38 +364,23 @@ class MultiClassMixin(_Base):
         Raises:
             RuntimeError: If the model is in training mode.
         """
-        del args, kwargs
         if self.training:
             msg = "the model is in training mode, in which it does not predict: call model.eval() before"
             raise RuntimeError(msg)
-        prediction = self.model(self.pre_processor(batch) if self.pre_processor else batch)
-        if self.post_processor:
-            return self.post_processor(prediction)
-        return InferenceBatch(pred_score=prediction.pred_score, anomaly_map=prediction.anomaly_map)
+        prediction = super().forward(batch, *args, **kwargs)
+        return prediction if self.post_processor else InferenceBatch(*prediction[:4])
 
     def validation_step(self, batch: Batch, *args: Any, **kwargs: Any) -> Any:
-        """Predict a batch, for the thresholds."""
-        del args, kwargs
-        return self._predict(batch)
-
-    def test_step(self, batch: Batch, batch_idx: int, *args: Any, **kwargs: Any) -> Any:
-        """Predict a batch, for the metrics."""
-        del batch_idx, args, kwargs
-        return self._predict(batch, keeps_map=True)
-
-    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Any:
-        """Predict a batch."""
-        del batch_idx, dataloader_idx
-        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
-        return self._predict(batch, any(isinstance(callback, AnomalyMapWriter) for callback in callbacks))
-
-    def _predict(self, batch: Any, keeps_map: bool = False) -> Any:
         """Add the prediction to a batch: also as it is before the post-processor, and the index of the product."""
+        del args, kwargs
         prediction = self.model(batch.image)
-        batch.category_index, batch.raw_score = prediction.category, prediction.pred_score
-        if keeps_map:
-            batch.raw_map = prediction.anomaly_map
+        batch.category_index, batch.raw_score = prediction.category, prediction.pred_score  # type: ignore[attr-defined]
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        if self.trainer.testing or any(isinstance(callback, AnomalyMapWriter) for callback in callbacks):
+            batch.raw_map = prediction.anomaly_map  # type: ignore[attr-defined]
         return batch.update(pred_score=prediction.pred_score, anomaly_map=prediction.anomaly_map)
+
+    test_step = predict_step = validation_step  # type: ignore[assignment]
 
     # Checkpoints
 
