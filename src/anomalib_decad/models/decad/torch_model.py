@@ -21,9 +21,8 @@ from anomalib_decad.components import (
     PrototypePrior,
     Prototypes,
     ViTEncoder,
-    choose_patches,
+    sample_patches,
 )
-from anomalib_decad.components.whitening import average_features
 from anomalib_decad.models.decad.anomaly_map import AnomalyMapGenerator
 
 __all__ = ["DecADModel", "TrainingOutput"]
@@ -232,18 +231,8 @@ class DecADModel(nn.Module):
         if self.decoupler is None or self.decoupler.prior is None:
             msg = "the model has no prototypes: they need decouple=True and num_prototypes above 0"
             raise RuntimeError(msg)
-        parts: list[Prototypes] = []
-        count, of_each = 0, -(-self.decoupler.num_prototypes // num_images)
-        for features in batches:
-            chosen = choose_patches(average_features(features), of_each)
-            x = self.fusion(features)
-            rows = x[torch.arange(len(x), device=x.device)[:, None], chosen]
-            part = self._prototypes_of(rows, self.recognizer.describe(features))
-            parts.append(part._replace(image=part.image + count))
-            count += len(x)
-            if count >= num_images:
-                break
-        return Prototypes(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+        sample = sample_patches(batches, num_images, self.decoupler.num_prototypes)
+        return self._prototypes_of(self.fusion(sample.features), sample.descriptors)
 
     @torch.no_grad()
     def score_training_images(self, product: int) -> torch.Tensor:
