@@ -5,7 +5,7 @@ from anomalib_decad.components.decoder import FeatureDecoder
 from anomalib_decad.components.decoupler import Decoupler, DecouplingLoss
 from anomalib_decad.components.embedding_decoupling import EmbeddingDecoupling, attach
 from anomalib_decad.components.encoders import EncoderWeightsError, FrozenEncoder, ViTEncoder, create_encoder
-from anomalib_decad.components.invertible import InvertibleNetwork, Pila
+from anomalib_decad.components.invertible import InvertibleNetwork
 from anomalib_decad.components.options import (
     DecouplerOptions,
     DecouplingLossOptions,
@@ -35,7 +35,6 @@ __all__ = [
     "InvertibleNetwork",
     "InvertibleOptions",
     "PatchSample",
-    "Pila",
     "PrototypePrior",
     "Prototypes",
     "SynthesisOptions",

@@ -117,7 +117,7 @@ class Decoupler(nn.Module):
     def fuse(self) -> None:
         """Replace the network by its folded weights, in place, for export."""
         if isinstance(self.network, InvertibleNetwork):
-            self.network = self.network.frozen()
+            self.network = FrozenNetwork(self.network.fold(converged=True))
 
     def energy(self, x: torch.Tensor, weights: NetworkWeights | None = None) -> torch.Tensor:
         """Compute the abnormal energies (...) of embeddings (..., dim) with a prior of 0."""

@@ -174,7 +174,7 @@ class MultiClassMixin(_Base):
         """Configure the visualizer, which has a folder for each category."""
         return CategoryVisualizer()
 
-    def configure_callbacks(self) -> Sequence[Callback] | Callback:
+    def configure_callbacks(self) -> list[Callback]:
         """Configure anomalib's callbacks and this package's; one of a kind that the trainer has already is left out."""
         components = super().configure_callbacks()
         callbacks: list[Callback] = [components] if isinstance(components, Callback) else list(components)

@@ -173,11 +173,6 @@ def test_training_needs_preparation(model):
         model.train()(torch.rand(2, 3, 64, 64))
 
 
-def test_preparation_needs_training_mode(model):
-    with pytest.raises(RuntimeError, match="training mode"):
-        model.eval().initialize(PatchSample([torch.randn(2, 25, 64) for _ in range(3)], torch.randn(2, 4)))
-
-
 def test_a_training_image_is_not_explained_by_its_own_prototypes():
     model = make_model(num_prototypes=64)
     images = torch.rand(4, 3, 64, 64)

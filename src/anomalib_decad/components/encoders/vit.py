@@ -29,7 +29,7 @@ class FrozenEncoder(nn.Module):
 
     The network has no gradients and stays in eval mode. Its weights are loaded in the first forward pass, or by
     :meth:`load_weights`, unless a state dict is loaded before: a checkpoint needs neither the hub nor a weights file.
-    A subclass has the network as a submodule, gives it as :attr:`network`, and calls :meth:`freeze_parameters`.
+    A subclass has the network as its only submodule, and calls :meth:`freeze_parameters`.
 
     Args:
         name (str): Name of the network in timm.
@@ -54,8 +54,8 @@ class FrozenEncoder(nn.Module):
 
     @property
     def network(self) -> Any:  # timm's networks share an interface, but no type
-        """The network."""
-        raise NotImplementedError
+        """The network, the only submodule."""
+        return next(self.children())
 
     @property
     def image_mean(self) -> tuple[float, ...]:
@@ -154,11 +154,6 @@ class ViTEncoder(FrozenEncoder):
         self._indices = [layer - 1 for layer in self.layers]
         self.vit.prune_intermediate_layers(self._indices, prune_norm=True, prune_head=True)
         self.freeze_parameters()
-
-    @property
-    def network(self) -> Any:
-        """The transformer."""
-        return self.vit
 
     @property
     def dim(self) -> int:

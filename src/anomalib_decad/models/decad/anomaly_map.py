@@ -110,16 +110,7 @@ class AnomalyMapGenerator(nn.Module):
     def maps_and_scores(
         self, errors: torch.Tensor, grid: tuple[int, int], image_size: tuple[int, int]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Bring errors of patches to the size of the image, blur them and compute scores.
-
-        Args:
-            errors (torch.Tensor): Shape (B, N).
-            grid (tuple[int, int]): Patch rows and columns, N = rows * columns.
-            image_size (tuple[int, int]): Height and width of the maps in pixels.
-
-        Returns:
-            tuple[torch.Tensor, torch.Tensor]: Maps of shape (B, 1, height, width) and scores of shape (B,).
-        """
+        """Bring errors (B, N) of patches to the size of the image, blur and score them, see :meth:`forward`."""
         patches = errors.unflatten(1, grid).unsqueeze(1)
         rows, columns = self._rows, self._columns
         if rows is None or columns is None:

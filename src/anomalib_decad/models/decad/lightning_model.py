@@ -202,11 +202,9 @@ class DecAD(MultiClassMixin, AnomalibModule):
         if self.input_size is not None:
             encoder.grid(*self.input_size)
 
-    def configure_callbacks(self) -> Sequence[Callback] | Callback:
-        """Configure anomalib's callbacks, and that of the feature cache."""
-        callbacks = super().configure_callbacks()
-        callbacks = list(callbacks) if isinstance(callbacks, Sequence) else [callbacks]
-        return [*callbacks, self.feature_caching] if self.feature_caching else callbacks
+    def configure_callbacks(self) -> list[Callback]:
+        """Configure anomalib's callbacks, this package's, and that of the feature cache."""
+        return super().configure_callbacks() + ([self.feature_caching] if self.feature_caching else [])
 
     @property
     def is_prepared(self) -> bool:

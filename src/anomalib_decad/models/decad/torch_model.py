@@ -186,7 +186,6 @@ class DecADModel(nn.Module):
                 Defaults to ``None``: the sample is all that is known of a single product.
 
         Raises:
-            RuntimeError: If the model is not in training mode.
             ValueError: If a feature is not finite.
         """
         features, descriptors = sample
@@ -196,9 +195,6 @@ class DecADModel(nn.Module):
                 "and see whether the encoder's weights are sound"
             )
             raise ValueError(msg)
-        if not self.training:
-            msg = "initialize needs a model in training mode: call train() first"
-            raise RuntimeError(msg)
         self.standardizer.initialize(features)
         self.fusion.initialize(features)
         x = self.fusion(features)
