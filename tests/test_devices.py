@@ -10,10 +10,9 @@ from lightning.pytorch import seed_everything
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from anomalib_decad.components import (
-    Decoupler, DecouplerOptions, InvertibleNetwork, InvertibleOptions, choose_patches, sample_patches,
-)  # fmt: skip
+from anomalib_decad.components import Decoupler, DecouplerOptions, InvertibleNetwork, InvertibleOptions
 from anomalib_decad.components.invertible import FrozenNetwork
+from anomalib_decad.components.patch_sampling import PatchSample, choose_patches, sample_patches
 from anomalib_decad.metrics import CategoryMetrics
 from conftest import IMAGE_SIZE, losses_of
 
@@ -68,7 +67,7 @@ def test_patches_are_chosen_on_the_device(device):
 def test_a_training_step_makes_all_its_tensors_on_the_device(device, decouple, make_model, images):
     net = make_model(decouple=decouple).model.to(device).train()
     features = net.encoder(images.to(device))
-    net.initialize(features)
+    net.initialize(PatchSample(features, net.recognizer.describe(features)))
     random_state = torch.get_rng_state()
     output = net.training_output(features)
     tensors = [*output.features, *output.reconstructions, *(value for value in output[2:] if value is not None)]
@@ -138,7 +137,7 @@ def test_steps_and_inference_are_free_of_float64(decouple, precision, make_model
     model = make_model(decouple=decouple)
     net = model.model.train()
     features = net.encoder(images)
-    net.initialize(features)
+    net.initialize(PatchSample(features, net.recognizer.describe(features)))
     autocast = torch.autocast("cpu", precision, enabled=precision != torch.float32)
     with NoFloat64() as seen:
         with autocast:

@@ -138,8 +138,8 @@ class ParityExportMixin(_Base):
             module.pre_processor = for_export(module.pre_processor, native)
         post = module.post_processor
         ranges = "image_min", "image_max", "pixel_min", "pixel_max"
-        normalizes = isinstance(post, PostProcessor) and post.enable_normalization
-        if post and normalizes and all(bool(getattr(post, name).isnan()) for name in ranges):
+        is_new = post is not None and all(bool(getattr(post, name).isnan()) for name in ranges)
+        if isinstance(post, PostProcessor) and post.enable_normalization and is_new:
             # It leaves scores as they are then. But OpenVINO 2026.4 fails to simplify a graph with NaNs in it.
             post.enable_normalization = False
             logger.warning(

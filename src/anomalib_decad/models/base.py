@@ -2,7 +2,7 @@
 """What the package's anomalib models share beside ``AnomalibModule``."""
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
@@ -23,7 +23,6 @@ from torch.utils.data import DataLoader, Subset
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 
 from anomalib_decad.callbacks import AnomalyMapWriter, LastCheckpoint, PredictionTable, Report
-from anomalib_decad.components import CategoryRecognizer
 from anomalib_decad.data import CategoryVisualizer, PredictionFolder
 from anomalib_decad.export import ParityExportMixin
 from anomalib_decad.metrics import CategoryEvaluator, lacks_threshold
@@ -126,17 +125,13 @@ class MultiClassMixin(_Base):
         check_range(save_maps in {"off", "float16", "float32"}, "save_maps", types, repr(save_maps))
         parts = {"pre_processor": pre_processor, "post_processor": post_processor, "evaluator": evaluator}
         self._given_parts = {name for name, part in {**parts, "visualizer": visualizer}.items() if part is not True}
+        self.has_own_pre_processor = "pre_processor" in self._given_parts
         if self.has_own_pre_processor and self.hparams.get("image_size") is not None:
             msg = "image_size belongs to the default pre_processor: give the size to the pre_processor instead"
             raise ValueError(msg)
         self._rng_state: dict[str, torch.Tensor] | None = None
         #: White level of the images of high bit depth of each category in the training.
         self.white_levels: dict[str, float] = {}
-
-    @property
-    def has_own_pre_processor(self) -> bool:
-        """Whether the pre-processor, or that there is none, was given."""
-        return "pre_processor" in self._given_parts
 
     def build(self) -> None:
         """Make the parts of the model from ``self.hparams``."""
@@ -253,13 +248,19 @@ class MultiClassMixin(_Base):
 
     def _learn_products(self) -> bool:
         """Learn to recognize the products, if they are not those that the model knows."""
-        dataset = getattr(getattr(self.trainer, "datamodule", None), "train_data", None)
-        samples = getattr(dataset, "samples", {})
+        dataset: Any = getattr(getattr(self.trainer, "datamodule", None), "train_data", None)
+        samples: Any = getattr(dataset, "samples", {})
         names = sorted(samples["category"].unique()) if "category" in samples else []
         if not names or names == self.model.recognizer.names:
             return False
-        with self.trainer.precision_plugin.forward_context():
-            self.model.recognizer.learn(_describe_products(dataset, names, self.encode))
+        descriptors = {}
+        for name in names:
+            rows = (samples.category == name).to_numpy().nonzero()[0].tolist()
+            chosen = Subset(dataset, evenly_spaced(rows, _PRODUCT_IMAGES))
+            loader: DataLoader = DataLoader(chosen, _PRODUCT_BATCH, collate_fn=dataset.collate_fn)
+            with torch.no_grad(), self.trainer.precision_plugin.forward_context():
+                descriptors[name] = torch.cat([self.model.recognizer.describe(self.encode(batch)) for batch in loader])
+        self.model.recognizer.learn(descriptors)
         if isinstance(self.post_processor, CategoryPostProcessor) and self.post_processor.categories:
             self.post_processor.follow(names)
         return True
@@ -380,7 +381,7 @@ class MultiClassMixin(_Base):
             batch.raw_map = prediction.anomaly_map  # type: ignore[attr-defined]
         return batch.update(pred_score=prediction.pred_score, anomaly_map=prediction.anomaly_map)
 
-    test_step = predict_step = validation_step  # type: ignore[assignment]
+    test_step = predict_step = validation_step
 
     # Checkpoints
 
@@ -465,16 +466,3 @@ def evenly_spaced(rows: Sequence[int], count: int) -> list[int]:
     """Choose so many rows, evenly spaced; all where there are not as many."""
     count = min(count, len(rows))
     return [rows[number * len(rows) // count] for number in range(count)]
-
-
-@torch.no_grad()
-def _describe_products(dataset: Any, names: Sequence[str], encode: Callable[[Any], Any]) -> dict[str, torch.Tensor]:
-    """Describe some images of each product by the mean of their features, shape (K, dim) each."""
-    categories = dataset.samples.category.to_numpy()
-    descriptors = {}
-    for name in names:
-        rows = (categories == name).nonzero()[0].tolist()
-        chosen = Subset(dataset, evenly_spaced(rows, _PRODUCT_IMAGES))
-        loader: DataLoader = DataLoader(chosen, _PRODUCT_BATCH, collate_fn=dataset.collate_fn)
-        descriptors[name] = torch.cat([CategoryRecognizer.describe(encode(batch)) for batch in loader])
-    return descriptors

@@ -77,18 +77,16 @@ class CategoryPostProcessor(PostProcessor):
         self.register_buffer("encoded_names", encode_names([]))
         self._scores = ValidationScores()
 
-    def names_products_of(self, batch: Any) -> bool:
-        """Tell whether the products of a batch are known, recognized or given."""
-        is_recognized = getattr(batch, "category_index", None) is not None or self.category is not None
-        return bool(getattr(batch, "category", None)) or (is_recognized and bool(self.categories))
-
     def _index_of(self, name: str | None) -> int:
         return self.categories.index(name) if name in self.categories else UNKNOWN
 
     def categories_of(self, batch: Any) -> list[str | None]:
-        """Name the category of each image of a batch; ``None`` where it is unlike every category, or none is known."""
+        """Name the category of each image of a batch: ``None`` where it is unlike every one; empty if none is known."""
         if names := getattr(batch, "category", None):
             return list(names)
+        is_recognized = getattr(batch, "category_index", None) is not None or self.category is not None
+        if not (is_recognized and self.categories):
+            return []
         index = self._indices(batch, len(batch.image))
         return [self.categories[i] if i != UNKNOWN else None for i in index.tolist()]
 

@@ -321,9 +321,6 @@ class DecAD(MultiClassMixin, AnomalibModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Configure AdamW, with warm-up and cosine decay over the trainer's max_steps or max_epochs.
 
-        Returns:
-            OptimizerLRScheduler: The optimizer and its scheduler.
-
         Raises:
             ValueError: If the trainer has neither a number of steps nor of epochs.
         """
