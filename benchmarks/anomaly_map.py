@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 import experiments
 from anomalib_decad import DecAD
+from anomalib_decad.components.decoder import patch_errors
 from anomalib_decad.metrics import CategoryMetrics
 from anomalib_decad.models.decad import AnomalyMapGenerator, AnomalyMapOptions
 from features import Split, chunks
@@ -68,7 +69,7 @@ def outputs(model: DecAD, test: Split) -> tuple[torch.Tensor, torch.Tensor]:
         _, product = net.recognizer.nearest(net.recognizer.describe(features))
         clean, energy = net.remove(net.fusion(features), product)
         pairs = zip(net.standardizer(features), net.decoder(clean), strict=True)
-        errors.append(torch.stack([AnomalyMapGenerator.patch_errors([a], [b]) for a, b in pairs], dim=1))
+        errors.append(torch.stack([patch_errors([a], [b]) for a, b in pairs], dim=1))
         energies.append(energy)
     return torch.cat(errors), torch.cat(energies)
 

@@ -9,6 +9,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from anomalib_decad import DecAD
+from anomalib_decad.components.decoder import patch_errors
 from anomalib_decad.metrics import CategoryMetrics
 from features import Split, chunks
 from tables import rounded, table_of
@@ -57,7 +58,7 @@ def measure(model: DecAD, test: Split, total: CategoryMetrics | None = None) -> 
         x, targets = net.fusion(outputs), net.standardizer(outputs)
         _, product = net.recognizer.nearest(net.recognizer.describe(outputs))
         clean, energy = net.remove(x, product)
-        error, kept = (generator.patch_errors(targets, net.decoder(embedding)) for embedding in (clean, x))
+        error, kept = (patch_errors(targets, net.decoder(embedding)) for embedding in (clean, x))
         both = error * energy.pow(generator.options.energy_power)
         for name, patches in zip(names, (both, error, energy), strict=True):
             if name in metrics:

@@ -10,7 +10,9 @@ from lightning.pytorch import seed_everything
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from anomalib_decad.components import Decoupler, DecouplerOptions, InvertibleNetwork, InvertibleOptions, choose_patches
+from anomalib_decad.components import Decoupler, DecouplerOptions, InvertibleNetwork, InvertibleOptions
+from anomalib_decad.components.invertible import FrozenNetwork
+from anomalib_decad.components.patch_sampling import PatchSample, choose_patches, sample_patches
 from anomalib_decad.metrics import CategoryMetrics
 from conftest import IMAGE_SIZE, losses_of
 
@@ -26,7 +28,7 @@ def model(make_model):
     """A model that was initialized, with the start of a training that moved it."""
     model = make_model()
     net = model.model.train()
-    net.initialize(net.encoder(torch.randn(8, 3, *SIZE)))
+    net.initialize(sample_patches([net.encoder(torch.randn(8, 3, *SIZE))], 8, 128))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -65,7 +67,7 @@ def test_patches_are_chosen_on_the_device(device):
 def test_a_training_step_makes_all_its_tensors_on_the_device(device, decouple, make_model, images):
     net = make_model(decouple=decouple).model.to(device).train()
     features = net.encoder(images.to(device))
-    net.initialize(features)
+    net.initialize(PatchSample(features, net.recognizer.describe(features)))
     random_state = torch.get_rng_state()
     output = net.training_output(features)
     tensors = [*output.features, *output.reconstructions, *(value for value in output[2:] if value is not None)]
@@ -135,7 +137,7 @@ def test_steps_and_inference_are_free_of_float64(decouple, precision, make_model
     model = make_model(decouple=decouple)
     net = model.model.train()
     features = net.encoder(images)
-    net.initialize(features)
+    net.initialize(PatchSample(features, net.recognizer.describe(features)))
     autocast = torch.autocast("cpu", precision, enabled=precision != torch.float32)
     with NoFloat64() as seen:
         with autocast:
@@ -189,7 +191,8 @@ def test_round_trip_holds_whatever_matrix_products_are_rounded_to(device, matmul
     torch.set_float32_matmul_precision(matmul)
     try:
         with torch.no_grad():
-            error = max((net.inverse(net(x)) - x).abs().max().item() for net in (network, network.frozen()))
+            frozen = FrozenNetwork(network.fold(converged=True))
+            error = max((net.inverse(net(x)) - x).abs().max().item() for net in (network, frozen))
     finally:
         torch.set_float32_matmul_precision(before)
     # TensorFloat-32 keeps three digits of what a unit changes.

@@ -35,6 +35,7 @@ __all__ = [
 PRIVATE_NAMES: tuple[tuple[str, str, str, str | None], ...] = (
     ("anomalib.post_processing.post_processor", "PostProcessor", "_image_threshold", "self._image_threshold:"),
     ("anomalib.post_processing.post_processor", "PostProcessor", "_pixel_threshold", "self._pixel_threshold:"),
+    ("anomalib.post_processing.post_processor", "PostProcessor", "_normalize", None),  # inherited
     ("anomalib.data.datamodules.image.folder", "Folder", "_name", "self._name"),
     ("anomalib.data.datamodules.base.image", "AnomalibDataModule", "_update_augmentations", None),
     ("anomalib.data.datamodules.base.image", "AnomalibDataModule", "_setup", None),

@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from anomalib_decad.components import InvertibleNetwork, InvertibleOptions, Pila
-from anomalib_decad.components.invertible import chain
+from anomalib_decad.components import InvertibleNetwork, InvertibleOptions
+from anomalib_decad.components.invertible import FrozenNetwork, chain
 from anomalib_decad.components.invertible import network as network_module
-from anomalib_decad.components.invertible.chain import spectral_norm
+from anomalib_decad.components.invertible.chain import scaled_pila, spectral_norm
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -57,7 +57,8 @@ def g_of(network, index, u):
     v = functional.linear(u, normalized("encode"), units["encode_bias"][index])
     for layer, name in enumerate(("first", "second")):
         eta = functional.normalize(functional.softplus(network.eta[layer, index]), dim=0)
-        added = Pila(network.options.pila_k)(functional.linear(v, normalized(name), units[f"{name}_bias"][index]))
+        k = network.options.pila_k
+        added = scaled_pila(k * functional.linear(v, normalized(name), units[f"{name}_bias"][index])) / (2 * k)
         v = torch.cat([eta[0] * v, eta[1] * added], dim=-1)
     g = functional.linear(v, normalized("decode"), units["decode_bias"][index])
     return network.options.lipschitz * network.gain[index].sigmoid() * g
@@ -166,7 +167,7 @@ def test_the_plain_iteration_is_taken_where_preconditioning_fails(monkeypatch):
 
 def test_frozen_network_computes_the_same_and_can_be_pickled():
     network = train(make_network(33), steps=20).train()
-    frozen = network.frozen()
+    frozen = FrozenNetwork(network.fold(converged=True))
     assert network.training
     network.eval()
     x = torch.randn(2, 30, 33)

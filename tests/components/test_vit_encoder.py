@@ -40,7 +40,6 @@ def test_image_of_odd_size_is_refused_with_a_good_one(encoder):
     ("arguments", "message"),
     [
         *((("test_vit", layers), "increasing numbers from 1 to 6") for layers in ([], [0, 1], [2, 1], [1, 1], [1, 7])),
-        *((("test_vit", layers), "increasing numbers from 1 to 6") for layers in ([1.0], [True])),
         *(((name, [1]), "no vision transformer") for name in ("resnet18", "test_resnet")),
         (("vit_base_patch14_dinov22", [1]), "close names are .*vit_base_patch14_dinov2"),
         (("test_vit", [1], "nowhere.pth"), "no such file: nowhere.pth"),

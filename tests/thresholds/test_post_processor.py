@@ -139,7 +139,7 @@ def test_a_recognized_product_without_validation_images_has_the_limits_of_all(ca
 def test_what_is_recognized_before_a_validation_has_no_name():
     batch = make_batch(None, [0.5, 0.6], [False, True])
     batch.category_index = torch.tensor([0, 1])
-    assert CategoryPostProcessor().categories_of(batch) == [None, None]
+    assert CategoryPostProcessor().categories_of(batch) == []
     post_processor = validate(CategoryPostProcessor(), *two_products(), recognized=["bolt", "nut"])
     assert post_processor.categories_of(batch) == ["bolt", "nut"]
 
@@ -266,7 +266,7 @@ def test_images_of_no_category_are_anomalibs():
     (first, _) = two_products()
     post_processor = validate(CategoryPostProcessor(), make_batch(None, first.pred_score, first.gt_label))
     assert post_processor.categories == []
-    assert not post_processor.names_products_of(make_batch(None, [0.5], [False]))
+    assert not post_processor.categories_of(make_batch(None, [0.5], [False]))
     assert not math.isnan(post_processor.image_threshold)
 
 

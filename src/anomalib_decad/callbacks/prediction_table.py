@@ -85,8 +85,8 @@ class PredictionTable(PredictionCallback):
         length = len(batch.image)
         post_processor: Any = getattr(pl_module, "post_processor", None)
         products = getattr(batch, "category", None) or [None] * length
-        if hasattr(post_processor, "categories_of") and post_processor.names_products_of(batch):
-            products = [name or _UNKNOWN for name in post_processor.categories_of(batch)]
+        if hasattr(post_processor, "categories_of") and (names := post_processor.categories_of(batch)):
+            products = [name or _UNKNOWN for name in names]
         paths = batch.image_path or [""] * length
         # Without a threshold anomalib compares with a number that means nothing.
         labels = None if lacks_threshold(post_processor) else batch.pred_label

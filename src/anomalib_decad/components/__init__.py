@@ -2,11 +2,10 @@
 """The parts that models are composed of. They know nothing of Lightning and of any model."""
 
 from anomalib_decad.components.decoder import FeatureDecoder
-from anomalib_decad.components.decoupler import Decoupler
+from anomalib_decad.components.decoupler import Decoupler, DecouplingLoss
 from anomalib_decad.components.embedding_decoupling import EmbeddingDecoupling, attach
 from anomalib_decad.components.encoders import EncoderWeightsError, FrozenEncoder, ViTEncoder, create_encoder
-from anomalib_decad.components.invertible import InvertibleNetwork, Pila
-from anomalib_decad.components.losses import DecouplingLoss, FeatureMSELoss
+from anomalib_decad.components.invertible import InvertibleNetwork
 from anomalib_decad.components.options import (
     DecouplerOptions,
     DecouplingLossOptions,
@@ -31,13 +30,11 @@ __all__ = [
     "EncoderWeightsError",
     "FeatureDecoder",
     "FeatureFusion",
-    "FeatureMSELoss",
     "FeatureStandardizer",
     "FrozenEncoder",
     "InvertibleNetwork",
     "InvertibleOptions",
     "PatchSample",
-    "Pila",
     "PrototypePrior",
     "Prototypes",
     "SynthesisOptions",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decoder that reconstructs the encoder's features from cleaned embeddings."""
+"""Decoder that reconstructs the encoder's features from cleaned embeddings, and its errors."""
 
 from collections.abc import Iterable, Sequence
 from typing import cast
@@ -7,10 +7,11 @@ from typing import cast
 import torch
 from timm.models.vision_transformer import Block
 from torch import nn
+from torch.nn import functional
 
 from anomalib_decad.ranges import check_range
 
-__all__ = ["FeatureDecoder"]
+__all__ = ["FeatureDecoder", "patch_errors"]
 
 # Of the mean eigenvalue: keeps the least squares of the start well posed when there are few patches.
 _RIDGE = 1e-3
@@ -73,3 +74,12 @@ class FeatureDecoder(nn.Module):
             linear(embedding) + head(outputs[source])
             for linear, head, source in zip(self.linears, self.heads, self.sources, strict=True)
         ]
+
+
+def patch_errors(features: Sequence[torch.Tensor], reconstructions: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Compute the mean over the layers of 1 - cosine similarity, shape (B, N), from maps of shape (B, N, dim)."""
+    errors = [
+        1 - functional.cosine_similarity(feature.float(), reconstruction.float(), dim=-1)
+        for feature, reconstruction in zip(features, reconstructions, strict=True)
+    ]
+    return torch.stack(errors).mean(0)

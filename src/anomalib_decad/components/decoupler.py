@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decoupling: removal of the abnormal component of patch embeddings in the latent space."""
+"""Decoupling: removal of the abnormal component of patch embeddings in the latent space, and its losses."""
 
 from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from anomalib_decad.components.invertible import FrozenNetwork, InvertibleNetwork, NetworkWeights
-from anomalib_decad.components.options import DecouplerOptions, InvertibleOptions
+from anomalib_decad.components.options import DecouplerOptions, DecouplingLossOptions, InvertibleOptions
 from anomalib_decad.components.prior import PrototypePrior
 
-__all__ = ["Decoupled", "Decoupler"]
+__all__ = ["Decoupled", "Decoupler", "DecouplingLoss"]
 
 _TINY = 1e-12  # smallest variance to divide by
 
@@ -116,7 +117,7 @@ class Decoupler(nn.Module):
     def fuse(self) -> None:
         """Replace the network by its folded weights, in place, for export."""
         if isinstance(self.network, InvertibleNetwork):
-            self.network = self.network.frozen()
+            self.network = FrozenNetwork(self.network.fold(converged=True))
 
     def energy(self, x: torch.Tensor, weights: NetworkWeights | None = None) -> torch.Tensor:
         """Compute the abnormal energies (...) of embeddings (..., dim) with a prior of 0."""
@@ -126,3 +127,53 @@ class Decoupler(nn.Module):
         """Map embeddings (..., dim) to their abnormal and normal components (..., channels)."""
         latent = self.network(x, weights or self.fold())
         return latent[..., : self.num_abnormal], latent[..., self.num_abnormal :]
+
+
+class DecouplingLoss(nn.Module):
+    r"""The terms that train the decoupling.
+
+    - ``normal_energy``: mean abnormal energy H of unperturbed patches, which trains the latent, too.
+    - ``abnormal_energy``: mean hinge :math:`\max(0, m - H)` of perturbed patches.
+    - ``restoration``: :math:`\|\hat{x} - x\|^2 / \|x\|^2`, each averaged over the patches, with x the embedding before
+      perturbation: removal restores it.
+
+    Args:
+        options (DecouplingLossOptions): Their weights, and the margin m.
+    """
+
+    def __init__(self, options: DecouplingLossOptions = DecouplingLossOptions()) -> None:
+        super().__init__()
+        self.options = options
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        x_clean: torch.Tensor,
+        energy: torch.Tensor,
+        perturbed: torch.Tensor,
+    ) -> dict[str, torch.Tensor]:
+        """Compute the terms whose weight is not 0, times their weights; the loss is their sum.
+
+        Args:
+            x (torch.Tensor): Embeddings before perturbation, shape (B, N, dim).
+            x_clean (torch.Tensor): Embeddings after removal, shape (B, N, dim).
+            energy (torch.Tensor): Abnormal energies of the perturbed embeddings, shape (B, N).
+            perturbed (torch.Tensor): Which patches were perturbed, booleans of shape (B, N).
+
+        Returns:
+            dict[str, torch.Tensor]: Scalars by the names above.
+        """
+        options, terms = self.options, {}
+        if options.normal_weight:
+            terms["normal_energy"] = options.normal_weight * _mean(energy, ~perturbed)
+        if options.abnormal_weight:
+            hinge = functional.relu(options.margin - energy)
+            terms["abnormal_energy"] = options.abnormal_weight * _mean(hinge, perturbed)
+        if options.restoration_weight:
+            terms["restoration"] = options.restoration_weight * (x_clean - x).square().mean() / x.square().mean()
+        return terms
+
+
+def _mean(values: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    """Mean over the chosen values, 0 for none: a batch may have no perturbed patch."""
+    return (values * chosen).sum() / chosen.sum().clamp(min=1)

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from anomalib_decad.components.decoupler import Decoupler
-from anomalib_decad.components.losses import DecouplingLoss
+from anomalib_decad.components.decoupler import Decoupler, DecouplingLoss
 from anomalib_decad.components.options import (
     DecouplerOptions,
     DecouplingLossOptions,

@@ -6,9 +6,8 @@ from typing import NamedTuple
 
 import torch
 
-from anomalib_decad.components.precision import at_least_float32
 from anomalib_decad.components.recognition import CategoryRecognizer
-from anomalib_decad.components.whitening import average_features
+from anomalib_decad.components.whitening import at_least_float32, average_features
 
 __all__ = ["PatchSample", "choose_patches", "sample_patches"]
 

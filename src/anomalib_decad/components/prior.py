@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from anomalib_decad.components.precision import at_least_float32
+from anomalib_decad.components.whitening import at_least_float32
 from anomalib_decad.ranges import check_range
 
 __all__ = ["PrototypePrior", "Prototypes"]

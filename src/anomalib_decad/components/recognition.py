@@ -101,9 +101,6 @@ class CategoryRecognizer(nn.Module):
                 raise ValueError(msg)
         if gone := [name for name in self.names if name not in descriptors]:
             logger.warning("The data have no %s any more: the model forgets what it knows of it.", ", ".join(gone))
-        if not descriptors:
-            self._set([], self.means.new_empty(0, 0), self.means.new_empty(0), float("inf"))
-            return
         means = torch.stack([rows.float().mean(0) for rows in descriptors.values()])
         residuals = torch.cat([rows.float() - mean for rows, mean in zip(descriptors.values(), means, strict=True)])
         freedom = len(residuals) - len(means)

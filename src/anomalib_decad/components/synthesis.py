@@ -8,10 +8,10 @@ from torch import nn
 from torch.nn import functional
 
 from anomalib_decad.components.options import SynthesisOptions
-from anomalib_decad.components.precision import at_least_float32
+from anomalib_decad.components.whitening import at_least_float32
 from anomalib_decad.ranges import check_range
 
-__all__ = ["AdversarialSynthesis", "square_grid"]
+__all__ = ["AdversarialSynthesis"]
 
 Energy = Callable[[torch.Tensor], torch.Tensor]
 
@@ -72,7 +72,7 @@ class AdversarialSynthesis(nn.Module):
         x = x.detach()
         rows = x.flatten(0, 1)
         mask, perturbed = torch.zeros(len(rows), dtype=torch.bool, device=x.device), rows.clone()
-        indices = self._choose_patches(x, grid or square_grid(x.shape[1]))
+        indices = self._choose_patches(x, grid or _square_grid(x.shape[1]))
         if len(indices):
             chosen = rows[indices]
             perturbed[indices] = chosen + self._perturbation(x, chosen, energy).to(x.dtype)
@@ -150,7 +150,7 @@ def _differences(x: torch.Tensor, count: int) -> torch.Tensor:
     return pool[first] - pool[second]
 
 
-def square_grid(num_patches: int) -> tuple[int, int]:
+def _square_grid(num_patches: int) -> tuple[int, int]:
     """Guess the grid of a number of patches: a square if it is one, else one row."""
     side = round(num_patches**0.5)
     return (side, side) if side * side == num_patches else (1, num_patches)

@@ -8,9 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from anomalib_decad.components.precision import at_least_float32, linear_rows
-
-__all__ = ["FeatureFusion", "FeatureStandardizer", "average_features"]
+__all__ = ["FeatureFusion", "FeatureStandardizer", "at_least_float32", "average_features"]
 
 _NORM = 5.0  # root mean square of an embedding: twice the radius delta = 2.5 of DecAD's best synthetic anomalies
 _POWER = 0.5  # exponent of the whitening: 0 leaves variances as they are, 1 makes all of them 1
@@ -79,6 +77,11 @@ class FeatureFusion(nn.Module):
         return self.axes(average_features(features))
 
 
+def at_least_float32(x: torch.Tensor) -> torch.Tensor:
+    """Widen half-precision numbers to float32; leave others as they are."""
+    return x.float() if x.dtype in {torch.float16, torch.bfloat16} else x
+
+
 def average_features(features: Sequence[torch.Tensor]) -> torch.Tensor:
     """Average layer-normalized feature maps of shape (..., dim), in float32 or wider, without a gradient."""
     normalized = [functional.layer_norm(at_least_float32(f.detach()), f.shape[-1:]) for f in features]
@@ -102,7 +105,9 @@ class _Axes(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            return linear_rows(at_least_float32(x) - self.mean, self.matrix)
+            rows = (at_least_float32(x) - self.mean).flatten(0, -2)
+            # As one matrix product: exported, its weight keeps its name.
+            return functional.linear(rows, self.matrix).unflatten(0, x.shape[:-1])
 
 
 def _partial_whitening(rows: torch.Tensor) -> torch.Tensor:

@@ -63,12 +63,7 @@ def _find_class(datamodule: str | type[AnomalibDataModule]) -> type[AnomalibData
     found: Any = datamodule
     if isinstance(datamodule, str):
         module, _, name = datamodule.rpartition(".")
-        try:
-            found = getattr(importlib.import_module(module or "anomalib.data"), name, None)
-        except ModuleNotFoundError as error:
-            if not f"{module}.".startswith(f"{error.name}."):
-                raise  # the module is there, and lacks another one
-            found = None
+        found = getattr(importlib.import_module(module or "anomalib.data"), name, None)
     if not _has_categories(found):
         problem = f"{found.__name__} has no categories" if inspect.isclass(found) else f"anomalib has no {datamodule!r}"
         valid = sorted(name for name in anomalib.data.__all__ if _has_categories(getattr(anomalib.data, name)))

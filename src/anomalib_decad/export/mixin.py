@@ -137,7 +137,9 @@ class ParityExportMixin(_Base):
         if isinstance(module.pre_processor, PreProcessor):
             module.pre_processor = for_export(module.pre_processor, native)
         post = module.post_processor
-        if isinstance(post, PostProcessor) and post.enable_normalization and _has_no_ranges(post):
+        ranges = "image_min", "image_max", "pixel_min", "pixel_max"
+        is_new = post is not None and all(bool(getattr(post, name).isnan()) for name in ranges)
+        if isinstance(post, PostProcessor) and post.enable_normalization and is_new:
             # It leaves scores as they are then. But OpenVINO 2026.4 fails to simplify a graph with NaNs in it.
             post.enable_normalization = False
             logger.warning(
@@ -146,10 +148,6 @@ class ParityExportMixin(_Base):
                 "was saved after a validation (--trainer.val_check_interval says when these are)."
             )
         return module
-
-
-def _has_no_ranges(post: PostProcessor) -> bool:
-    return all(bool(value.isnan().all()) for value in (post.image_min, post.image_max, post.pixel_min, post.pixel_max))
 
 
 @contextmanager

@@ -29,14 +29,7 @@ class MatrixResize(nn.Module):
         self.size = size
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Resize images.
-
-        Args:
-            images (torch.Tensor): Floating-point images of shape (..., H, W).
-
-        Returns:
-            torch.Tensor: Images of shape ``(..., *size)``.
-        """
+        """Resize floating-point images of shape (..., H, W) to ``(..., *size)``."""
         height, width = images.shape[-2:]
         # Exporters give symbols for sizes that stay open; comparing these would fix them.
         if isinstance(height, int) and isinstance(width, int) and (height, width) == self.size:

@@ -66,7 +66,7 @@ class FeatureCaching(Callback):
         datamodule.train_data = CachedFeatures(datamodule.train_data)  # type: ignore[assignment]
         self._datamodule = datamodule
 
-    def fill(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compute or find the features. The model is on its device, and its checkpoint has been loaded.
 
         Raises:

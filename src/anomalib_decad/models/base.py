@@ -2,7 +2,7 @@
 """What the package's anomalib models share beside ``AnomalibModule``."""
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
@@ -23,7 +23,6 @@ from torch.utils.data import DataLoader, Subset
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 
 from anomalib_decad.callbacks import AnomalyMapWriter, LastCheckpoint, PredictionTable, Report
-from anomalib_decad.components import CategoryRecognizer
 from anomalib_decad.data import CategoryVisualizer, PredictionFolder
 from anomalib_decad.export import ParityExportMixin
 from anomalib_decad.metrics import CategoryEvaluator, lacks_threshold
@@ -124,13 +123,12 @@ class MultiClassMixin(_Base):
         check_range(gradient_clip_val >= 0, "gradient_clip_val", "at least 0", gradient_clip_val)
         types = "'off', 'float16' or 'float32'"
         check_range(save_maps in {"off", "float16", "float32"}, "save_maps", types, repr(save_maps))
-        self.has_own_pre_processor = pre_processor is not True
+        parts = {"pre_processor": pre_processor, "post_processor": post_processor, "evaluator": evaluator}
+        self._given_parts = {name for name, part in {**parts, "visualizer": visualizer}.items() if part is not True}
+        self.has_own_pre_processor = "pre_processor" in self._given_parts
         if self.has_own_pre_processor and self.hparams.get("image_size") is not None:
             msg = "image_size belongs to the default pre_processor: give the size to the pre_processor instead"
             raise ValueError(msg)
-        parts = {"pre_processor": pre_processor, "post_processor": post_processor, "evaluator": evaluator}
-        self._given_parts = {name for name, part in {**parts, "visualizer": visualizer}.items() if part is not True}
-        self._report = Report() if report else None
         self._rng_state: dict[str, torch.Tensor] | None = None
         #: White level of the images of high bit depth of each category in the training.
         self.white_levels: dict[str, float] = {}
@@ -171,19 +169,18 @@ class MultiClassMixin(_Base):
         """Configure the visualizer, which has a folder for each category."""
         return CategoryVisualizer()
 
-    def configure_callbacks(self) -> Sequence[Callback] | Callback:
+    def configure_callbacks(self) -> list[Callback]:
         """Configure anomalib's callbacks and this package's; one of a kind that the trainer has already is left out."""
         components = super().configure_callbacks()
         callbacks: list[Callback] = [components] if isinstance(components, Callback) else list(components)
-        given = self.trainer.callbacks  # type: ignore[attr-defined]
         extras: list[Callback] = [PredictionTable()]
         if self.hparams["save_maps"] != "off":
             extras.append(AnomalyMapWriter(self.hparams["save_maps"]))
-        if self._report is not None:
-            extras.append(self._report)
+        if self.hparams["report"]:
+            extras.append(Report())
         if self.trainer.checkpoint_callbacks:
             extras.append(LastCheckpoint())
-        kinds = {type(callback) for callback in given if callback is not self._report}
+        kinds = {type(callback) for callback in self.trainer.callbacks}  # type: ignore[attr-defined]
         # The folder is read before the pre-processor sees its images.
         return [PredictionFolder(), *callbacks, *(extra for extra in extras if type(extra) not in kinds)]
 
@@ -251,13 +248,19 @@ class MultiClassMixin(_Base):
 
     def _learn_products(self) -> bool:
         """Learn to recognize the products, if they are not those that the model knows."""
-        dataset = getattr(getattr(self.trainer, "datamodule", None), "train_data", None)
-        samples = getattr(dataset, "samples", {})
+        dataset: Any = getattr(getattr(self.trainer, "datamodule", None), "train_data", None)
+        samples: Any = getattr(dataset, "samples", {})
         names = sorted(samples["category"].unique()) if "category" in samples else []
         if not names or names == self.model.recognizer.names:
             return False
-        with self.trainer.precision_plugin.forward_context():
-            self.model.recognizer.learn(_describe_products(dataset, names, self.encode))
+        descriptors = {}
+        for name in names:
+            rows = (samples.category == name).to_numpy().nonzero()[0].tolist()
+            chosen = Subset(dataset, evenly_spaced(rows, _PRODUCT_IMAGES))
+            loader: DataLoader = DataLoader(chosen, _PRODUCT_BATCH, collate_fn=dataset.collate_fn)
+            with torch.no_grad(), self.trainer.precision_plugin.forward_context():
+                descriptors[name] = torch.cat([self.model.recognizer.describe(self.encode(batch)) for batch in loader])
+        self.model.recognizer.learn(descriptors)
         if isinstance(self.post_processor, CategoryPostProcessor) and self.post_processor.categories:
             self.post_processor.follow(names)
         return True
@@ -339,19 +342,14 @@ class MultiClassMixin(_Base):
 
     def on_test_start(self) -> None:
         """Say so where labels mean nothing."""
-        self._warn_without_threshold()
-
-    def on_predict_start(self) -> None:
-        """Say so where labels mean nothing."""
-        self._warn_without_threshold()
-
-    def _warn_without_threshold(self) -> None:
         if lacks_threshold(self.post_processor):
             logger.warning(
                 "The model was never validated, so it has no thresholds: scores and maps are as they are, and labels "
                 "and masks mean nothing. Use a checkpoint that was saved after a validation "
                 "(--trainer.val_check_interval says when these are)."
             )
+
+    on_predict_start = on_test_start
 
     def forward(self, batch: torch.Tensor, *args: Any, **kwargs: Any) -> InferenceBatch:
         """Predict images, as an export does.
@@ -367,38 +365,23 @@ class MultiClassMixin(_Base):
         Raises:
             RuntimeError: If the model is in training mode.
         """
-        del args, kwargs
         if self.training:
             msg = "the model is in training mode, in which it does not predict: call model.eval() before"
             raise RuntimeError(msg)
-        prediction = self.model(self.pre_processor(batch) if self.pre_processor else batch)
-        if self.post_processor:
-            return self.post_processor(prediction)
-        return InferenceBatch(pred_score=prediction.pred_score, anomaly_map=prediction.anomaly_map)
+        prediction = super().forward(batch, *args, **kwargs)
+        return prediction if self.post_processor else InferenceBatch(*prediction[:4])
 
     def validation_step(self, batch: Batch, *args: Any, **kwargs: Any) -> Any:
-        """Predict a batch, for the thresholds."""
-        del args, kwargs
-        return self._predict(batch)
-
-    def test_step(self, batch: Batch, batch_idx: int, *args: Any, **kwargs: Any) -> Any:
-        """Predict a batch, for the metrics."""
-        del batch_idx, args, kwargs
-        return self._predict(batch, keeps_map=True)
-
-    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Any:
-        """Predict a batch."""
-        del batch_idx, dataloader_idx
-        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
-        return self._predict(batch, any(isinstance(callback, AnomalyMapWriter) for callback in callbacks))
-
-    def _predict(self, batch: Any, keeps_map: bool = False) -> Any:
         """Add the prediction to a batch: also as it is before the post-processor, and the index of the product."""
+        del args, kwargs
         prediction = self.model(batch.image)
-        batch.category_index, batch.raw_score = prediction.category, prediction.pred_score
-        if keeps_map:
-            batch.raw_map = prediction.anomaly_map
+        batch.category_index, batch.raw_score = prediction.category, prediction.pred_score  # type: ignore[attr-defined]
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        if self.trainer.testing or any(isinstance(callback, AnomalyMapWriter) for callback in callbacks):
+            batch.raw_map = prediction.anomaly_map  # type: ignore[attr-defined]
         return batch.update(pred_score=prediction.pred_score, anomaly_map=prediction.anomaly_map)
+
+    test_step = predict_step = validation_step
 
     # Checkpoints
 
@@ -483,16 +466,3 @@ def evenly_spaced(rows: Sequence[int], count: int) -> list[int]:
     """Choose so many rows, evenly spaced; all where there are not as many."""
     count = min(count, len(rows))
     return [rows[number * len(rows) // count] for number in range(count)]
-
-
-@torch.no_grad()
-def _describe_products(dataset: Any, names: Sequence[str], encode: Callable[[Any], Any]) -> dict[str, torch.Tensor]:
-    """Describe some images of each product by the mean of their features, shape (K, dim) each."""
-    categories = dataset.samples.category.to_numpy()
-    descriptors = {}
-    for name in names:
-        rows = (categories == name).nonzero()[0].tolist()
-        chosen = Subset(dataset, evenly_spaced(rows, _PRODUCT_IMAGES))
-        loader: DataLoader = DataLoader(chosen, _PRODUCT_BATCH, collate_fn=dataset.collate_fn)
-        descriptors[name] = torch.cat([CategoryRecognizer.describe(encode(batch)) for batch in loader])
-    return descriptors

@@ -2,16 +2,18 @@
 """What the torch modules of methods with decoupling share."""
 
 import copy
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
 from torch import nn
+from torch.nn import functional
 from typing_extensions import Self
 
 from anomalib_decad.components import CategoryPrediction, CategoryRecognizer, EmbeddingDecoupling
 from anomalib_decad.components.encoders import CNNEncoder, ViTPyramid
 
-__all__ = ["DecoupledModel", "DistillationModel"]
+__all__ = ["DecoupledModel", "DistillationModel", "FeatureMSELoss"]
 
 
 class DecoupledModel(nn.Module):
@@ -101,3 +103,20 @@ class DistillationModel(DecoupledModel):
         return CategoryPrediction(
             pred_score=anomaly_map.amax(dim=(1, 2, 3)), anomaly_map=anomaly_map, category=self.recognizer(features)
         )
+
+
+class FeatureMSELoss(nn.Module):
+    """Sum over feature maps of the mean squared error of their reconstruction.
+
+    Args:
+        weight (float): Factor of the sum: 1 in UniAD, 5 in MambaAD. Defaults to ``1.0``.
+    """
+
+    def __init__(self, weight: float = 1.0) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, features: Sequence[torch.Tensor], reconstructions: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Compute the loss, a scalar, of feature maps of any shapes and their reconstructions of the same shapes."""
+        pairs = zip(reconstructions, features, strict=True)
+        return self.weight * torch.stack([functional.mse_loss(a.float(), b.float()) for a, b in pairs]).sum()

@@ -77,18 +77,16 @@ class CategoryPostProcessor(PostProcessor):
         self.register_buffer("encoded_names", encode_names([]))
         self._scores = ValidationScores()
 
-    def names_products_of(self, batch: Any) -> bool:
-        """Tell whether the products of a batch are known, recognized or given."""
-        is_recognized = getattr(batch, "category_index", None) is not None or self.category is not None
-        return bool(getattr(batch, "category", None)) or (is_recognized and bool(self.categories))
-
     def _index_of(self, name: str | None) -> int:
         return self.categories.index(name) if name in self.categories else UNKNOWN
 
     def categories_of(self, batch: Any) -> list[str | None]:
-        """Name the category of each image of a batch; ``None`` where it is unlike every category, or none is known."""
+        """Name the category of each image of a batch: ``None`` where it is unlike every one; empty if none is known."""
         if names := getattr(batch, "category", None):
             return list(names)
+        is_recognized = getattr(batch, "category_index", None) is not None or self.category is not None
+        if not (is_recognized and self.categories):
+            return []
         index = self._indices(batch, len(batch.image))
         return [self.categories[i] if i != UNKNOWN else None for i in index.tolist()]
 
@@ -174,13 +172,7 @@ class CategoryPostProcessor(PostProcessor):
     def _table(self) -> torch.Tensor:
         """Join the limits of all together and those of each category, shape (6, 1 + categories)."""
         joint = torch.stack([getattr(self, name) for name in Limits._fields])
-        table = torch.cat([joint[:, None].to(self.category_limits), self.category_limits], dim=1)
-        # Without a threshold a score is compared with the middle of the range, as anomalib does.
-        limits = Limits(*table)
-        middles = {0: limits.image_min + limits.image_max, 3: limits.pixel_min + limits.pixel_max}
-        return torch.stack(
-            [torch.where(row.isnan(), middles[i] / 2, row) if i in middles else row for i, row in enumerate(table)]
-        )
+        return torch.cat([joint[:, None].to(self.category_limits), self.category_limits], dim=1)
 
     # Validation
 
@@ -232,13 +224,9 @@ class CategoryPostProcessor(PostProcessor):
                 msg = "predictions have neither a pred_score nor an anomaly_map"
                 raise ValueError(msg)
             score = torch.amax(maps, dim=(-2, -1))
-        if not self.categories and self.category is None:
-            plain = super().forward(InferenceBatch(pred_score=score, anomaly_map=maps))
-            index = torch.full_like(score.reshape(score.shape[0], -1)[:, 0], UNKNOWN, dtype=torch.long)
-        else:
-            # Not len(), which would fix the number of images of an export.
-            index = self._indices(predictions, score.shape[0])
-            plain = self._decide(score, maps, index)
+        # Not len(), which would fix the number of images of an export.
+        index = self._indices(predictions, score.shape[0])
+        plain = self._decide(score, maps, index)
         if not self.category_output:
             return plain
         # The thresholds beside an export for one product are those of this product alone.
@@ -248,9 +236,6 @@ class CategoryPostProcessor(PostProcessor):
         """Normalize a batch and decide, in place; its new fields ``raw_score`` and ``raw_map`` keep what it had."""
         if not hasattr(batch, "raw_score"):
             batch.raw_score, batch.raw_map = batch.pred_score, batch.anomaly_map  # type: ignore[attr-defined]
-        if not self.categories and self.category is None:
-            super().post_process_batch(batch)
-            return
         scores = batch.pred_score if batch.pred_score is not None else batch.anomaly_map
         if scores is None:
             return
@@ -264,11 +249,15 @@ class CategoryPostProcessor(PostProcessor):
     def _decide(self, score: torch.Tensor | None, maps: torch.Tensor | None, index: torch.Tensor) -> InferenceBatch:
         limits = Limits(*self._table()[:, index + 1])
         decided: list[torch.Tensor | None] = []
-        for raw, bounds, sensitivity in (
+        for raw, (threshold, smallest, largest), sensitivity in (
             (score, limits[:3], self.image_sensitivity),
             (maps, limits[3:], self.pixel_sensitivity),
         ):
-            normalized = None if raw is None else _normalize(raw, *bounds)
+            normalized = None
+            if raw is not None:
+                shape = (-1, *(1 for _ in raw.shape[1:]))
+                bounds = (value.to(raw.device).reshape(shape) for value in (smallest, largest, threshold))
+                normalized = self._normalize(raw.float(), *bounds)  # half precision would round it to the threshold
             # Of raw scores, too: anomalib compares these with 0.5, which they have nothing to do with.
             # A score that is not a number is anomalous, so that somebody looks at it.
             label = None if normalized is None or not self.enable_thresholding else ~(normalized <= 1 - sensitivity)
@@ -325,17 +314,3 @@ def exported_thresholds(post_processor: CategoryPostProcessor) -> dict[str, Any]
 
     categories = [{"index": index, "name": name, **row(name)} for index, name in enumerate(names)]
     return {"unit": "raw" if is_raw else "normalized", **row(None), "categories": categories}
-
-
-def _normalize(
-    scores: torch.Tensor, threshold: torch.Tensor, smallest: torch.Tensor, largest: torch.Tensor
-) -> torch.Tensor:
-    """Normalize scores (B, ...) to [0, 1] as anomalib does, but with limits (B,) of each image's own."""
-    scores = scores.float()  # half precision would round scores to the threshold
-    shape = (-1, *(1 for _ in scores.shape[1:]))
-    threshold, smallest, largest = (value.to(scores).reshape(shape) for value in (threshold, smallest, largest))
-    span = largest - smallest
-    has_span = span > 0
-    normalized = ((scores - threshold) / torch.where(has_span, span, 1.0) + 0.5).clamp(0, 1)
-    one_value = torch.where(scores > threshold, 1.0, torch.where(scores < threshold, 0.0, 0.5)).to(scores.dtype)
-    return torch.where(has_span, normalized, one_value)

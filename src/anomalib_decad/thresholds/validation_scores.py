@@ -41,13 +41,10 @@ class _Scores:
     largest: float = -math.inf
 
     def update(self, scores: torch.Tensor, labels: torch.Tensor | None) -> None:
-        if not bool(torch.isfinite(scores).all()):
-            msg = "scores must be finite: the model predicted NaN or infinity"
-            raise ValueError(msg)
-        self.smallest = min(self.smallest, float(scores.min()))
-        self.largest = max(self.largest, float(scores.max()))
         if labels is not None:
             self.histogram.update(scores, labels)
+        self.smallest = min(self.smallest, float(scores.min()))
+        self.largest = max(self.largest, float(scores.max()))
 
     def merge(self, other: "_Scores") -> None:
         self.smallest, self.largest = min(self.smallest, other.smallest), max(self.largest, other.largest)

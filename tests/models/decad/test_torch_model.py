@@ -13,6 +13,7 @@ from anomalib_decad.components import (
     ViTEncoder,
     sample_patches,
 )
+from anomalib_decad.components.decoder import patch_errors
 from anomalib_decad.models.decad import AnomalyMapGenerator, DecADLoss
 
 
@@ -86,7 +87,7 @@ def test_a_normal_patch_weighs_by_a_power_of_its_error(model, focal_exponent):
             reconstruction[0, 0] = feature[0, 0]
     output = output._replace(reconstructions=reconstructions)
     DecADLoss(focal_exponent=focal_exponent)(output)["reconstruction"].backward()
-    errors = AnomalyMapGenerator.patch_errors(output.features, output.reconstructions)
+    errors = patch_errors(output.features, output.reconstructions)
     plain = torch.autograd.grad(errors.mean(), reconstructions)
     weights = errors.detach().clamp(min=1e-6) ** focal_exponent
     assert 0 < output.perturbed.sum() < output.perturbed.numel()
@@ -170,11 +171,6 @@ def test_preparation_by_a_sample_is_done_once(model):
 def test_training_needs_preparation(model):
     with pytest.raises(RuntimeError, match=r"has not been initialized: call initialize\(\)"):
         model.train()(torch.rand(2, 3, 64, 64))
-
-
-def test_preparation_needs_training_mode(model):
-    with pytest.raises(RuntimeError, match="training mode"):
-        model.eval().initialize(PatchSample([torch.randn(2, 25, 64) for _ in range(3)], torch.randn(2, 4)))
 
 
 def test_a_training_image_is_not_explained_by_its_own_prototypes():

@@ -2,6 +2,7 @@
 """Writes a report of a test."""
 
 import logging
+import os
 import platform
 import textwrap
 from datetime import datetime
@@ -125,9 +126,10 @@ def _facts(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         **{name: version(name) for name in ("anomalib-decad", "anomalib", "torch", "lightning")},
     }  # fmt: skip
     images = getattr(pl_module, "training_images", None)
-    odd = (
-        {} if images is None else dict(zip(images.image_path[:20], images.score[:20].map("{:.3g}".format), strict=True))
-    )
+    odd = {}
+    if images is not None:
+        root = Path(os.path.commonpath([Path(path).parent for path in images.image_path]))
+        odd = {str(Path(row.image_path).relative_to(root)): f"{row.score:.3g}" for row in images[:20].itertuples()}
     arguments = pd.json_normalize(dict(pl_module.hparams), sep=".").to_dict("records")[0]
     return {
         "model": getattr(pl_module, "name", type(pl_module).__name__),

@@ -45,11 +45,6 @@ class CNNEncoder(FrozenEncoder):
         self.finest_stride: float = min(self.strides)
         self.freeze_parameters()
 
-    @property
-    def network(self) -> Any:
-        """The convolutional network."""
-        return self.cnn
-
     def check(self, height: int, width: int) -> None:
         """Check that each map of an image, in pixels, has half the size of the last; a ValueError names a good size."""
         multiple = 2 * max(self.strides)

@@ -10,11 +10,12 @@ from typing import Any
 
 import timm
 import torch
-from timm.layers import LayerScale, resample_abs_pos_embed
+from timm.layers import resample_abs_pos_embed
 from torch import nn
 from typing_extensions import Self
 
 from anomalib_decad.compat import convert_checkpoint
+from anomalib_decad.ranges import check_range
 
 __all__ = ["EncoderWeightsError", "FrozenEncoder", "ViTEncoder", "check_multiple", "check_name"]
 
@@ -28,7 +29,7 @@ class FrozenEncoder(nn.Module):
 
     The network has no gradients and stays in eval mode. Its weights are loaded in the first forward pass, or by
     :meth:`load_weights`, unless a state dict is loaded before: a checkpoint needs neither the hub nor a weights file.
-    A subclass has the network as a submodule, gives it as :attr:`network`, and calls :meth:`freeze_parameters`.
+    A subclass has the network as its only submodule, and calls :meth:`freeze_parameters`.
 
     Args:
         name (str): Name of the network in timm.
@@ -53,8 +54,8 @@ class FrozenEncoder(nn.Module):
 
     @property
     def network(self) -> Any:  # timm's networks share an interface, but no type
-        """The network."""
-        raise NotImplementedError
+        """The network, the only submodule."""
+        return next(self.children())
 
     @property
     def image_mean(self) -> tuple[float, ...]:
@@ -147,21 +148,12 @@ class ViTEncoder(FrozenEncoder):
         super().__init__(name, weights, pretrained)
         self.vit = _create_vit(name)
         depth = len(self.vit.blocks)
-        are_numbers = all(isinstance(layer, int) and not isinstance(layer, bool) for layer in layers)
-        if not (
-            layers and are_numbers and sorted(set(layers)) == list(layers) and 1 <= layers[0] <= layers[-1] <= depth
-        ):
-            msg = f"layers must be increasing numbers from 1 to {depth}, the depth of {name}; got {list(layers)}"
-            raise ValueError(msg)
-        self.layers = tuple(layers)
-        self._indices = [layer - 1 for layer in layers]
+        self.layers = tuple(layer for layer in range(1, depth + 1) if layer in layers)
+        wanted = f"increasing numbers from 1 to {depth}, the depth of {name}"
+        check_range(bool(layers) and self.layers == tuple(layers), "layers", wanted, list(layers))
+        self._indices = [layer - 1 for layer in self.layers]
         self.vit.prune_intermediate_layers(self._indices, prune_norm=True, prune_head=True)
         self.freeze_parameters()
-
-    @property
-    def network(self) -> Any:
-        """The transformer."""
-        return self.vit
 
     @property
     def dim(self) -> int:
@@ -207,8 +199,7 @@ class ViTEncoder(FrozenEncoder):
     def fuse(self, height: int, width: int) -> None:
         """Specialize for one image size in pixels, in place, for inference; a ValueError names a size that fits.
 
-        The position embeddings are resampled once, and the scales after attention and MLP are multiplied into the
-        weights before them. The outputs are the same within rounding; other sizes are no longer taken.
+        The position embeddings are resampled once. The outputs are the same; other sizes are no longer taken.
         """
         self.grid(height, width)
         self.load_weights()
@@ -219,8 +210,6 @@ class ViTEncoder(FrozenEncoder):
         vit.load_state_dict(self.vit.state_dict())
         with _antialiasing(self.vit):
             vit.set_input_size((height, width))
-        for block in vit.blocks:
-            _fuse_layer_scale(block)
         self.vit = vit.requires_grad_(False).eval().to(next(self.vit.parameters()).device)
 
 
@@ -269,18 +258,3 @@ def _create_vit(name: str, dynamic_img_size: bool = True) -> Any:
         msg = f"encoder: {name!r} is no vision transformer that gives the outputs of its layers"
         raise ValueError(msg)
     return model
-
-
-def _fuse_layer_scale(block: nn.Module) -> None:
-    """Multiply the layer scales of a timm transformer block into the linear maps before them."""
-    for name, path in (("ls1", "attn.proj"), ("ls2", "mlp.fc2")):
-        scale = getattr(block, name, None)
-        try:
-            linear = block.get_submodule(path)
-        except AttributeError:
-            continue
-        if isinstance(scale, LayerScale) and isinstance(linear, nn.Linear):
-            linear.weight.mul_(scale.gamma[:, None])
-            if linear.bias is not None:
-                linear.bias.mul_(scale.gamma)
-            setattr(block, name, nn.Identity())

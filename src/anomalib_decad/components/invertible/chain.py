@@ -4,14 +4,11 @@
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.nn.functional import linear
 
-from anomalib_decad.ranges import check_range
-
-__all__ = ["ChainWeights", "Pila", "Units", "fold", "iterate", "normalize", "solve"]
+__all__ = ["ChainWeights", "Units", "fold", "iterate", "normalize", "solve"]
 
 # Between the slopes of Pila for small activations, about 3/4, and for large ones, on average 1/2.
 _SLOPE = 0.6
@@ -20,8 +17,10 @@ _SLOPE = 0.6
 BACKWARD_ITERATIONS = 2
 
 
-class Pila(nn.Module):
-    r"""Smooth, exactly 1-Lipschitz activation, of elements of any shape.
+def scaled_pila(t: torch.Tensor) -> torch.Tensor:
+    r"""Compute :math:`2k\,\mathrm{Pila}(t/k) = t\,(n^2 - 2n + 2)\,e^n` with :math:`n = \min(t, 0)`, for any k.
+
+    The network has the factors k before and 1/(2k) after it in its weights. Pila is smooth and exactly 1-Lipschitz:
 
     .. math::
         \mathrm{Pila}(x) = x \text{ for } x \ge 0, \qquad
@@ -30,30 +29,8 @@ class Pila(nn.Module):
     With :math:`t = kx`, its slope for negative x is :math:`(t^3/2 + t^2/2 - t + 1)\,e^t`: between -0.35
     (at t = -4) and 1 (at t = 0), where it meets the slope of the positive side up to the second derivative.
 
-    Args:
-        k (float): Sharpness of the bend at 0; must be positive. Defaults to ``5.0``, as in DecAD's supplement.
-
-    Raises:
-        ValueError: If ``k`` is not positive.
-
     Reference:
         B. Ahn et al., Invertible Monotone Operators for Normalizing Flows, NeurIPS 2022.
-    """
-
-    def __init__(self, k: float = 5.0) -> None:
-        super().__init__()
-        check_range(k > 0, "k", "positive", k)
-        self.k = k
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Apply the activation element by element."""
-        return scaled_pila(self.k * x) / (2 * self.k)
-
-
-def scaled_pila(t: torch.Tensor) -> torch.Tensor:
-    r"""Compute :math:`2k\,\mathrm{Pila}(t/k) = t\,(n^2 - 2n + 2)\,e^n` with :math:`n = \min(t, 0)`, for any k.
-
-    The network has the factors k before and 1/(2k) after it in its weights.
     """
     return t * _pila_parts(t)[-1]
 

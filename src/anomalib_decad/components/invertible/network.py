@@ -194,8 +194,8 @@ class InvertibleNetwork(_FoldedNetwork):
 
     @torch.no_grad()
     def initialize(self, x: torch.Tensor) -> None:
-        """Initialize the ActNorms from normal embeddings (..., dim), unless they have been. Only in training mode."""
-        if self.is_initialized or not self.training:
+        """Initialize the ActNorms from normal embeddings (..., dim), unless they have been."""
+        if self.is_initialized:
             return
         x, number = x.reshape(-1, self.dim).to(self.norm_bias.dtype), self.options.num_units
         nothing = self.norm_bias.new_zeros(1, number + 1, self.dim)
@@ -210,11 +210,6 @@ class InvertibleNetwork(_FoldedNetwork):
                 x = (x - mean) / std
         self.initialized.fill_(True)
         self.is_initialized = True
-
-    @torch.no_grad()
-    def frozen(self) -> "FrozenNetwork":
-        """Copy the network for export: its folded weights as buffers, which no gradient reaches."""
-        return FrozenNetwork(self.fold(converged=True))
 
 
 class FrozenNetwork(_FoldedNetwork):

@@ -9,6 +9,9 @@ from anomalib.models.components import GaussianBlur2d
 from torch import nn
 from torch.nn import functional
 
+from anomalib_decad.components.decoder import patch_errors
+from anomalib_decad.ranges import check_range
+
 __all__ = ["AnomalyMapGenerator", "AnomalyMapOptions"]
 
 
@@ -34,14 +37,9 @@ class AnomalyMapOptions:
     energy_power: float = 0.125
 
     def __post_init__(self) -> None:
-        for name, value, is_right, wanted in (
-            ("blur_sigma", self.blur_sigma, self.blur_sigma >= 0, "not be negative"),
-            ("score_fraction", self.score_fraction, 0 < self.score_fraction <= 1, "be in (0, 1]"),
-            ("energy_power", self.energy_power, self.energy_power >= 0, "not be negative"),
-        ):
-            if not is_right:
-                msg = f"{name} must {wanted}, got {value}"
-                raise ValueError(msg)
+        check_range(self.blur_sigma >= 0, "blur_sigma", "at least 0", self.blur_sigma)
+        check_range(0 < self.score_fraction <= 1, "score_fraction", "in (0, 1]", self.score_fraction)
+        check_range(self.energy_power >= 0, "energy_power", "at least 0", self.energy_power)
 
 
 class AnomalyMapGenerator(nn.Module):
@@ -78,7 +76,8 @@ class AnomalyMapGenerator(nn.Module):
             grid (tuple[int, int]): Patch rows and columns.
             image_size (tuple[int, int]): Height and width of the maps in pixels.
         """
-        self._rows, self._columns = self._interpolations(torch.zeros(()), grid, image_size)
+        errors = torch.zeros(())
+        self._rows, self._columns = (self._interpolation(errors, *side) for side in zip(grid, image_size, strict=True))
 
     def forward(
         self,
@@ -103,7 +102,7 @@ class AnomalyMapGenerator(nn.Module):
         """
         # In float32 also under automatic mixed precision: bfloat16 has too few digits for ranks.
         with torch.autocast(features[0].device.type, enabled=False):
-            errors = self.patch_errors(features, reconstructions)
+            errors = patch_errors(features, reconstructions)
             if self.options.energy_power:
                 errors = errors * energy.float().pow(self.options.energy_power)
             return self.maps_and_scores(errors, grid, image_size)
@@ -111,32 +110,14 @@ class AnomalyMapGenerator(nn.Module):
     def maps_and_scores(
         self, errors: torch.Tensor, grid: tuple[int, int], image_size: tuple[int, int]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Bring errors of patches to the size of the image, blur them and compute scores.
-
-        Args:
-            errors (torch.Tensor): Shape (B, N).
-            grid (tuple[int, int]): Patch rows and columns, N = rows * columns.
-            image_size (tuple[int, int]): Height and width of the maps in pixels.
-
-        Returns:
-            tuple[torch.Tensor, torch.Tensor]: Maps of shape (B, 1, height, width) and scores of shape (B,).
-        """
+        """Bring errors (B, N) of patches to the size of the image, blur and score them, see :meth:`forward`."""
         patches = errors.unflatten(1, grid).unsqueeze(1)
         rows, columns = self._rows, self._columns
         if rows is None or columns is None:
-            rows, columns = self._interpolations(patches, grid, image_size)
+            rows, columns = (self._interpolation(patches, *side) for side in zip(grid, image_size, strict=True))
         maps = rows @ patches @ columns.T
         count = max(round(self.options.score_fraction * image_size[0] * image_size[1]), 1)
         return maps, maps.flatten(1).topk(count, dim=1).values.mean(1)
-
-    def _interpolations(
-        self, like: torch.Tensor, grid: tuple[int, int], image_size: tuple[int, int]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Compute the matrices of both axes, shapes (height, rows) and (width, columns)."""
-        return (
-            self._interpolation(like, grid[0], image_size[0]),
-            self._interpolation(like, grid[1], image_size[1]),
-        )
 
     def _interpolation(self, like: torch.Tensor, num_patches: int, size: int) -> torch.Tensor:
         """Compute the matrix of interpolation and blur along one axis, shape (size, num_patches)."""
@@ -147,12 +128,3 @@ class AnomalyMapGenerator(nn.Module):
             blur = GaussianBlur2d(self.options.blur_sigma, kernel_size=(kernel_size, 1), border_type="replicate")
             pixels = blur.to(pixels)(pixels)
         return pixels[0, 0]
-
-    @staticmethod
-    def patch_errors(features: Sequence[torch.Tensor], reconstructions: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Compute the mean over the layers of 1 - cosine similarity, shape (B, N), from maps of shape (B, N, dim)."""
-        errors = [
-            1 - functional.cosine_similarity(feature.float(), reconstruction.float(), dim=-1)
-            for feature, reconstruction in zip(features, reconstructions, strict=True)
-        ]
-        return torch.stack(errors).mean(0)

@@ -11,7 +11,6 @@ import pandas as pd
 import torch
 from anomalib.data import Batch
 from anomalib.models.components import AnomalibModule
-from anomalib.pre_processing import PreProcessor
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from torch.optim import AdamW
@@ -203,24 +202,9 @@ class DecAD(MultiClassMixin, AnomalibModule):
         if self.input_size is not None:
             encoder.grid(*self.input_size)
 
-    @staticmethod
-    def configure_pre_processor(image_size: tuple[int, int] | None = None) -> PreProcessor:
-        """Configure the pre-processor of an encoder with patches of 14 pixels and ImageNet statistics, as DINOv2.
-
-        Args:
-            image_size (tuple[int, int] | None): Height and width that images are resized to.
-                Defaults to ``None``: (280, 280).
-
-        Returns:
-            PreProcessor: The pre-processor.
-        """
-        return AnomalibModule.configure_pre_processor(image_size or (280, 280))
-
-    def configure_callbacks(self) -> Sequence[Callback] | Callback:
-        """Configure anomalib's callbacks, and that of the feature cache."""
-        callbacks = super().configure_callbacks()
-        callbacks = list(callbacks) if isinstance(callbacks, Sequence) else [callbacks]
-        return [*callbacks, self.feature_caching] if self.feature_caching else callbacks
+    def configure_callbacks(self) -> list[Callback]:
+        """Configure anomalib's callbacks, this package's, and that of the feature cache."""
+        return super().configure_callbacks() + ([self.feature_caching] if self.feature_caching else [])
 
     @property
     def is_prepared(self) -> bool:
@@ -235,7 +219,7 @@ class DecAD(MultiClassMixin, AnomalibModule):
         logger.info("Preparing the model with %d training images: minutes on a CPU.", images)
         patches = min(max(len(self.model.recognizer.names) * _PRODUCT_PATCHES, _LEAST_PATCHES), _MOST_PATCHES)
         sample = sample_patches(self._encoded(loader, "Looking at training images", images), images, patches)
-        self.model.initialize(sample, self._prototypes)
+        self.model.initialize(sample, lambda: [self._prototypes_of(name) for name in self._products])
         self._rank_training_images()
 
     def prepare_products(self, known: Sequence[str]) -> None:
@@ -247,10 +231,6 @@ class DecAD(MultiClassMixin, AnomalibModule):
         old = {name: prior.of(index) for index, name in enumerate(known)}
         prior.set([old[name] if name in old else self._prototypes_of(name) for name in self.model.recognizer.names])
         self._rank_training_images()
-
-    def _prototypes(self) -> list[Prototypes]:
-        names = self.model.recognizer.names
-        return [self._prototypes_of(name) for name in names] if names else [self._prototypes_of(None)]
 
     def _prototypes_of(self, name: str | None) -> Prototypes:
         """Find the prototypes of a product, or of all training images."""
@@ -270,18 +250,21 @@ class DecAD(MultiClassMixin, AnomalibModule):
         return self.model.prototypes(self._encoded(loader, f"Prototypes of {name or 'normal images'}", images), images)
 
     @property
+    def _products(self) -> Sequence[str | None]:
+        return self.model.recognizer.names or [None]
+
+    @property
     def _prior(self) -> PrototypePrior | None:
         return self.model.decoupler.prior if self.model.decoupler else None
 
     def _rank_training_images(self) -> None:
         """Write the images that prototypes were taken from to ``training_images.csv``, the least like others first."""
-        names: list[str] | list[None] = self.model.recognizer.names or [None]
         tables = [
             pd.DataFrame({
                 "category": name, "image_path": self._image_paths[name],
                 "score": self.model.score_training_images(index).tolist(),
             })
-            for index, name in enumerate(names) if self._prior is not None and name in self._image_paths
+            for index, name in enumerate(self._products) if self._prior is not None and name in self._image_paths
         ]  # fmt: skip
         self._image_paths = {}
         if not tables or not self.trainer.is_global_zero:
@@ -323,14 +306,7 @@ class DecAD(MultiClassMixin, AnomalibModule):
         return self.log_losses(loss, terms, len(features[0]))
 
     def encode(self, batch: Any) -> list[torch.Tensor]:
-        """Encode a batch of training images that a dataset has given, or find their features.
-
-        Args:
-            batch (Any): Images, or what the feature cache gives, not yet on the device.
-
-        Returns:
-            list[torch.Tensor]: Feature maps of shape (B, N, dim).
-        """
+        """Encode a batch of a training dataset, or find its features: maps of shape (B, N, dim), one for each layer."""
         return self._features(self.to_model(batch))[0]
 
     def _features(self, batch: Batch | FeatureBatch | IndexBatch) -> tuple[list[torch.Tensor], tuple[int, int]]:
@@ -345,14 +321,9 @@ class DecAD(MultiClassMixin, AnomalibModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Configure AdamW, with warm-up and cosine decay over the trainer's max_steps or max_epochs.
 
-        Returns:
-            OptimizerLRScheduler: The optimizer and its scheduler.
-
         Raises:
             ValueError: If the trainer has neither a number of steps nor of epochs.
         """
-        if self.feature_caching is not None:
-            self.feature_caching.fill(self.trainer, self)
         total = self.trainer.estimated_stepping_batches
         if math.isinf(total):
             msg = "the learning rate decays over the training: set --trainer.max_steps or --trainer.max_epochs"

@@ -4,9 +4,9 @@
 import torch
 from torch import nn
 
-from anomalib_decad.components.losses import DecouplingLoss
+from anomalib_decad.components import DecouplingLoss
+from anomalib_decad.components.decoder import patch_errors
 from anomalib_decad.components.options import DecouplingLossOptions
-from anomalib_decad.models.decad.anomaly_map import AnomalyMapGenerator
 from anomalib_decad.models.decad.torch_model import TrainingOutput
 from anomalib_decad.ranges import check_range
 
@@ -52,7 +52,7 @@ class DecADLoss(nn.Module):
         Returns:
             dict[str, torch.Tensor]: The terms, times their weights, and their sum ``loss``.
         """
-        errors = AnomalyMapGenerator.patch_errors(output.features, output.reconstructions)
+        errors = patch_errors(output.features, output.reconstructions)
         terms = {
             "reconstruction": (self._weights(errors.detach(), output.perturbed) * errors).mean(),
             **self.decoupling(output.x, output.x_clean, output.energy, output.perturbed),

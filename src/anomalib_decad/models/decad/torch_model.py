@@ -21,10 +21,8 @@ from anomalib_decad.components import (
     PrototypePrior,
     Prototypes,
     ViTEncoder,
-    choose_patches,
+    sample_patches,
 )
-from anomalib_decad.components.synthesis import square_grid
-from anomalib_decad.components.whitening import average_features
 from anomalib_decad.models.decad.anomaly_map import AnomalyMapGenerator
 
 __all__ = ["DecADModel", "TrainingOutput"]
@@ -188,7 +186,6 @@ class DecADModel(nn.Module):
                 Defaults to ``None``: the sample is all that is known of a single product.
 
         Raises:
-            RuntimeError: If the model is not in training mode.
             ValueError: If a feature is not finite.
         """
         features, descriptors = sample
@@ -198,9 +195,6 @@ class DecADModel(nn.Module):
                 "and see whether the encoder's weights are sound"
             )
             raise ValueError(msg)
-        if not self.training:
-            msg = "initialize needs a model in training mode: call train() first"
-            raise RuntimeError(msg)
         self.standardizer.initialize(features)
         self.fusion.initialize(features)
         x = self.fusion(features)
@@ -233,18 +227,8 @@ class DecADModel(nn.Module):
         if self.decoupler is None or self.decoupler.prior is None:
             msg = "the model has no prototypes: they need decouple=True and num_prototypes above 0"
             raise RuntimeError(msg)
-        parts: list[Prototypes] = []
-        count, of_each = 0, -(-self.decoupler.num_prototypes // num_images)
-        for features in batches:
-            chosen = choose_patches(average_features(features), of_each)
-            x = self.fusion(features)
-            rows = x[torch.arange(len(x), device=x.device)[:, None], chosen]
-            part = self._prototypes_of(rows, self.recognizer.describe(features))
-            parts.append(part._replace(image=part.image + count))
-            count += len(x)
-            if count >= num_images:
-                break
-        return Prototypes(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+        sample = sample_patches(batches, num_images, self.decoupler.num_prototypes)
+        return self._prototypes_of(self.fusion(sample.features), sample.descriptors)
 
     @torch.no_grad()
     def score_training_images(self, product: int) -> torch.Tensor:
@@ -334,7 +318,6 @@ class DecADModel(nn.Module):
         Raises:
             RuntimeError: If the model has not been initialized.
         """
-        grid = grid or square_grid(features[0].shape[1])
         if not self.is_initialized:
             msg = "the model has not been initialized: call initialize() with features of normal images first"
             raise RuntimeError(msg)

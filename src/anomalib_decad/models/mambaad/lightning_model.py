@@ -8,10 +8,9 @@ from anomalib.models.components import AnomalibModule
 from anomalib.models.image.reverse_distillation.anomaly_map import AnomalyMapGenerationMode, AnomalyMapGenerator
 from torch import nn
 
-from anomalib_decad.components import FeatureMSELoss
 from anomalib_decad.components.encoders import CNNEncoder, ViTPyramid
 from anomalib_decad.models.decoupled import DecoupledMixin
-from anomalib_decad.models.decoupled_model import DistillationModel
+from anomalib_decad.models.decoupled_model import DistillationModel, FeatureMSELoss
 from anomalib_decad.models.mambaad.bottleneck import HalfFPN
 from anomalib_decad.models.mambaad.decoder import MambaDecoder
 from anomalib_decad.ranges import check_range

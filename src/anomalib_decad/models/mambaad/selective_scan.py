@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from anomalib_decad.components.precision import at_least_float32
+from anomalib_decad.components.whitening import at_least_float32
 
 __all__ = ["selective_scan"]
 

@@ -5,9 +5,9 @@ from typing import Any
 
 from anomalib.models.components import AnomalibModule
 
-from anomalib_decad.components import FeatureMSELoss
 from anomalib_decad.components.encoders import CNNEncoder, ViTPyramid
 from anomalib_decad.models.decoupled import DecoupledMixin
+from anomalib_decad.models.decoupled_model import FeatureMSELoss
 from anomalib_decad.models.uniad.torch_model import DecoupledUniADModel
 
 __all__ = ["DecoupledUniAD"]
