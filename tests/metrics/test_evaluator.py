@@ -58,3 +58,13 @@ def test_an_output_that_is_closed_takes_no_results_with_it(tmp_path, monkeypatch
     with pytest.raises(BrokenPipeError):
         make_evaluator("bolts")._write(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.csv", "metrics.json"]
+
+
+def test_no_line_is_begun_and_ended_later(tmp_path, monkeypatch):
+    """What stands for the output in a notebook never ends with one."""
+    output = Mock()
+    monkeypatch.setattr("sys.stdout", output)
+    make_evaluator("bolts")._write(tmp_path)
+    written = [call.args[0] for call in output.write.call_args_list if call.args[0]]
+    assert len(written) == 3
+    assert all(text.endswith("\n") for text in written)

@@ -138,11 +138,12 @@ class CategoryEvaluator(Evaluator):
         rows = json.loads(table.to_json(orient="index", double_precision=15))
         content = {"categories": {name: row for name, row in rows.items() if name != MEAN}, MEAN: rows[MEAN]}
         write_text_atomically(folder / "metrics.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-        # Last: an output that cannot show a name, or is closed, takes no results with it.
+        # Last: an output that cannot show a name, or is closed, takes no results with it. In whole lines, as rich's
+        # progress bar in a notebook never ends with one that is begun (docs/upstream.md, "A print of several lines").
         for title, part in (("Metrics in % (mAD is the mean of the seven)", metrics),
                             ("Decisions in %, at the thresholds in use", decisions)):  # fmt: skip
             if len(part):
                 headings = pd.MultiIndex.from_tuples([column.partition("_")[::2] for column in part])
                 text = (100 * part).set_axis(headings, axis=1).to_string(float_format="{:.1f}".format, na_rep="-")
-                print(f"\n{title}\n{text}")
-        print(f"\nWritten to {folder / 'metrics.csv'} and metrics.json")
+                print(f"\n{title}\n{text}\n", end="")
+        print(f"\nWritten to {folder / 'metrics.csv'} and metrics.json\n", end="")
