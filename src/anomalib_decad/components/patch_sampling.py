@@ -49,11 +49,7 @@ def choose_patches(embeddings: torch.Tensor, count: int) -> torch.Tensor:
     return keys.topk(min(count, num_patches), dim=1).indices
 
 
-def sample_patches(
-    batches: Iterable[Sequence[torch.Tensor]],
-    num_images: int,
-    num_patches: int,
-) -> PatchSample:
+def sample_patches(batches: Iterable[Sequence[torch.Tensor]], num_images: int, num_patches: int) -> PatchSample:
     """Draw a sample of the patches of images, see :func:`choose_patches`.
 
     Args:

@@ -2,7 +2,7 @@
 """What the package's anomalib models share beside ``AnomalibModule``."""
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
@@ -36,7 +36,7 @@ from anomalib_decad.models.checkpoint import (
 from anomalib_decad.ranges import check_range
 from anomalib_decad.thresholds import CategoryPostProcessor
 
-__all__ = ["MultiClassMixin", "evenly_spaced", "parameter_groups"]
+__all__ = ["MultiClassMixin", "load_product", "parameter_groups"]
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ _PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 _CHECK_EVERY = 10
 
 #: Training images of each product, evenly spaced, that it is recognized by; and how many are encoded at once.
-_PRODUCT_IMAGES, _PRODUCT_BATCH = 16, 8
+_PRODUCT_IMAGES, _BATCH = 16, 8
 
 _RNG_KEY, _WHITES_KEY = "anomalib_decad_rng", "anomalib_decad_white_levels"
 
@@ -255,9 +255,7 @@ class MultiClassMixin(_Base):
             return False
         descriptors = {}
         for name in names:
-            rows = (samples.category == name).to_numpy().nonzero()[0].tolist()
-            chosen = Subset(dataset, evenly_spaced(rows, _PRODUCT_IMAGES))
-            loader: DataLoader = DataLoader(chosen, _PRODUCT_BATCH, collate_fn=dataset.collate_fn)
+            loader = load_product(dataset, name, _PRODUCT_IMAGES, dataset.collate_fn)
             with torch.no_grad(), self.trainer.precision_plugin.forward_context():
                 descriptors[name] = torch.cat([self.model.recognizer.describe(self.encode(batch)) for batch in loader])
         self.model.recognizer.learn(descriptors)
@@ -462,7 +460,16 @@ def parameter_groups(
     return [*groups, {"params": own, "lr": part_learning_rate}] if own else groups
 
 
-def evenly_spaced(rows: Sequence[int], count: int) -> list[int]:
-    """Choose so many rows, evenly spaced; all where there are not as many."""
+def load_product(
+    dataset: Any, name: str | None, count: int, collate_fn: Callable | None, num_workers: int = 0
+) -> DataLoader:
+    """Load so many images of a product, evenly spaced; all where there are not as many, of all products without a name.
+
+    The ``dataset`` of the loader is a ``Subset``, whose ``indices`` say which they are.
+    """
+    rows = list(range(len(dataset)))
+    if name is not None:
+        rows = (dataset.samples.category == name).to_numpy().nonzero()[0].tolist()
     count = min(count, len(rows))
-    return [rows[number * len(rows) // count] for number in range(count)]
+    chosen = [rows[number * len(rows) // count] for number in range(count)]
+    return DataLoader(Subset(dataset, chosen), _BATCH, collate_fn=collate_fn, num_workers=num_workers)

@@ -15,7 +15,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import Subset
 from tqdm import tqdm
 
 from anomalib_decad.components import (
@@ -33,7 +33,7 @@ from anomalib_decad.components import (
 )
 from anomalib_decad.feature_cache import FeatureBatch, FeatureCaching, IndexBatch
 from anomalib_decad.files import write_text_atomically
-from anomalib_decad.models.base import MultiClassMixin, evenly_spaced, parameter_groups
+from anomalib_decad.models.base import MultiClassMixin, load_product, parameter_groups
 from anomalib_decad.models.decad.anomaly_map import AnomalyMapGenerator, AnomalyMapOptions
 from anomalib_decad.models.decad.loss import DecADLoss
 from anomalib_decad.models.decad.torch_model import DecADModel
@@ -56,8 +56,8 @@ _SAMPLE_IMAGES = 1024
 #: How many of their patches: so many of each product, within bounds (benchmarks/NOTES.md, "Preparation").
 _PRODUCT_PATCHES, _LEAST_PATCHES, _MOST_PATCHES = 6_500, 32_768, 98_304
 
-#: Training images of each product, evenly spaced, that prototypes are taken from; and how many are encoded at once.
-_PROTOTYPE_IMAGES, _BATCH = 512, 8
+#: Training images of each product, evenly spaced, that prototypes are taken from.
+_PROTOTYPE_IMAGES = 512
 
 
 class DecAD(MultiClassMixin, AnomalibModule):
@@ -234,19 +234,15 @@ class DecAD(MultiClassMixin, AnomalibModule):
 
     def _prototypes_of(self, name: str | None) -> Prototypes:
         """Find the prototypes of a product, or of all training images."""
-        loader = self.training_loader()
+        loader, images = self.training_loader(), _PROTOTYPE_IMAGES
         dataset: Any = getattr(loader, "dataset", None)
-        rows = list(range(len(dataset))) if isinstance(dataset, Sized) else []
-        if name is not None:
-            rows = (dataset.samples.category == name).to_numpy().nonzero()[0].tolist()
-        rows = evenly_spaced(rows, _PROTOTYPE_IMAGES)
-        if rows:
-            subset = Subset(dataset, rows)
+        if isinstance(dataset, Sized) and len(dataset):
             collate, workers = getattr(loader, "collate_fn", None), getattr(loader, "num_workers", 0)
-            loader = DataLoader(subset, _BATCH, collate_fn=collate, num_workers=workers)
-        if hasattr(dataset, "samples"):
-            self._image_paths[name] = dataset.samples.image_path.iloc[rows].tolist()
-        images = len(rows) or _PROTOTYPE_IMAGES
+            loader = load_product(dataset, name, images, collate, workers)
+            chosen = cast("Subset", loader.dataset).indices
+            images = len(chosen)
+            if hasattr(dataset, "samples"):
+                self._image_paths[name] = dataset.samples.image_path.iloc[list(chosen)].tolist()
         return self.model.prototypes(self._encoded(loader, f"Prototypes of {name or 'normal images'}", images), images)
 
     @property

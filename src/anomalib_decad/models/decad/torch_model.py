@@ -73,9 +73,7 @@ class DecADModel(nn.Module):
     Example:
         >>> encoder = ViTEncoder("test_vit", [1, 2, 3], pretrained=False)
         >>> decoder = FeatureDecoder(encoder.dim, num_layers=3, num_heads=4)
-        >>> model = DecADModel(
-        ...     encoder, Decoupler(encoder.dim), AdversarialSynthesis(), decoder, AnomalyMapGenerator()
-        ... ).eval()
+        >>> model = DecADModel(encoder, Decoupler(encoder.dim), None, decoder, AnomalyMapGenerator()).eval()
         >>> model(torch.rand(2, 3, 64, 64)).anomaly_map.shape
         torch.Size([2, 1, 64, 64])
 
